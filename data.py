@@ -77,11 +77,9 @@ FACTORS = {
     ),
 }
 OPTIONAL = ("nature", "manner", "colour", "companion")
-GRAMMAR_ENTROPY = (
-    sum(  # nats a sentence: ln k for a choice of k, and ln 2 + (ln k) / 2 for an optional one
-        math.log(2) + math.log(len(values)) / 2 if name in OPTIONAL else math.log(len(values))
-        for name, values in FACTORS.items()
-    )
+GRAMMAR_ENTROPY = sum(  # nats a sentence: ln k for a choice of k, and ln 2 + (ln k) / 2 for an optional one
+    math.log(2) + math.log(len(values)) / 2 if name in OPTIONAL else math.log(len(values))
+    for name, values in FACTORS.items()
 )
 GRAMMAR_SIZES = {"train": 20_000, "valid": 2_000, "test": 2_000}
 
@@ -91,9 +89,7 @@ def grammar_sentence(factors):
     f, plural = factors, factors["number"] == "many"
     noun = f["who"] + ("es" if f["who"].endswith(("s", "ch")) else "s") * plural
     third, past = VERBS[f["verb"]]
-    verb = {"past": past, "present": f["verb"] if plural else third, "future": f["verb"]}[
-        f["tense"]
-    ]
+    verb = {"past": past, "present": f["verb"] if plural else third, "future": f["verb"]}[f["tense"]]
     time = TENSES[f["tense"]][f["when"]]
     owner = "their" if plural else "his" if f["who"] in MEN else "her"
     parts = [
@@ -119,9 +115,7 @@ def grammar_factors(split):
     rng = np.random.default_rng([2021, SPLITS.index(split)])
     for _ in range(GRAMMAR_SIZES[split]):
         yield {
-            name: None
-            if name in OPTIONAL and rng.random() < 0.5
-            else values[rng.integers(len(values))]
+            name: None if name in OPTIONAL and rng.random() < 0.5 else values[rng.integers(len(values))]
             for name, values in FACTORS.items()
         }
 
@@ -141,9 +135,7 @@ def split_path(dataset, split, data_dir="data"):
         hint = f"put the file there, point --data-dir at the folder that holds {dataset}/, or use --dataset grammar"
     else:
         hint = f"--dataset is a directory with train.txt, valid.txt and test.txt, or one of {', '.join(DATASETS)}"
-    raise FileNotFoundError(
-        f"data set {dataset!r}: no {' or '.join(names)} in {folder.resolve()}; {hint}"
-    )
+    raise FileNotFoundError(f"data set {dataset!r}: no {' or '.join(names)} in {folder.resolve()}; {hint}")
 
 
 def read_texts(dataset, split, data_dir="data"):
@@ -185,9 +177,7 @@ def train_tokenizer(texts, vocab_size):
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, len(pieces))]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5Tokenizer(
-        vocab=special + [(piece, score) for piece, score in vocab if mark not in piece]
-    )
+    return T5Tokenizer(vocab=special + [(piece, score) for piece, score in vocab if mark not in piece])
 
 
 @dataclass(frozen=True)
@@ -229,9 +219,7 @@ def tokenize(texts, tokenizer, max_length=256, limit=None):
             kept.append(text)
     if not kept:
         raise ValueError("there is no text in this split: every line is empty")
-    for text, tokens in zip(
-        kept, tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"], strict=True
-    ):
+    for text, tokens in zip(kept, tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"], strict=True):
         if len(tokens) > max_length - 1:
             tokens = tokens[: max_length - 1]
             text = tokenizer.decode(tokens)  # noqa: PLW2901
@@ -265,9 +253,7 @@ def latent_noise(latent_dim, seed, epoch, index, use=LATENT):
     """Yields eps of Eq. 4 for the texts `index` (B,), without end: (B, Z), float32, N(0, 1)."""
     streams = [stream(seed, epoch, i, use) for i in index.tolist()]
     while True:
-        yield torch.from_numpy(
-            np.stack([s.standard_normal(latent_dim, np.float32) for s in streams])
-        )
+        yield torch.from_numpy(np.stack([s.standard_normal(latent_dim, np.float32) for s in streams]))
 
 
 def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0):
@@ -290,9 +276,7 @@ def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0)
     end = torch.arange(length, device=real.device) == real.sum(1, keepdim=True) - 1
     may_go = real & ~end
     luck = uniform.masked_fill(~may_go, -1)
-    survivor = luck == luck.amax(
-        1, keepdim=True
-    )  # with an end mark alone, -1 everywhere: & real, below
+    survivor = luck == luck.amax(1, keepdim=True)  # with an end mark alone, -1 everywhere: & real, below
     keep = real & (end | survivor | (uniform >= prob))
     order = (~keep).int().argsort(dim=1, stable=True)  # kept tokens to the left, as they stood
     mask = keep.gather(1, order)[:, : keep.sum(1).max()]
@@ -351,9 +335,7 @@ def pad(rows, pad_id):
 
 def make_batch(corpus, index):
     """The texts `index` of a corpus, without noise."""
-    ids, mask = pad(
-        [corpus.ids[corpus.offsets[i] : corpus.offsets[i + 1]] for i in index], corpus.pad_id
-    )
+    ids, mask = pad([corpus.ids[corpus.offsets[i] : corpus.offsets[i + 1]] for i in index], corpus.pad_id)
     return Batch(ids, mask, ids, torch.as_tensor(index))
 
 
@@ -378,9 +360,7 @@ def denoising_batch(corpus, index, denoise, seed, epoch):
     batch = make_batch(corpus, index)
     if not denoise:
         return batch
-    ids, mask = delete_tokens(
-        batch.ids, batch.mask, denoise, seed, epoch, batch.index, corpus.pad_id
-    )
+    ids, mask = delete_tokens(batch.ids, batch.mask, denoise, seed, epoch, batch.index, corpus.pad_id)
     return batch._replace(ids=ids, mask=mask)
 
 

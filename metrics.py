@@ -42,9 +42,7 @@ def mutual_information(mu, logvar, generator=None, z=None, chunk=1024):
     """
     mu, logvar = mu.double(), logvar.double()
     if z is None:
-        z = mu + (logvar / 2).exp() * torch.randn(
-            mu.shape, generator=generator, dtype=mu.dtype, device=mu.device
-        )
+        z = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
     neg_entropy = -0.5 * (math.log(2 * math.pi) + 1 + logvar).sum(1).mean()
     # -2 log q(z_i|x_j) = sum over dimensions of (z_i - mu_j)^2 / var_j + logvar_j + ln 2 pi: two matrix products.
     precision = (-logvar).exp()  # (n, Z)
@@ -78,7 +76,7 @@ def importance_weighted_nll(model, batch, num_samples, seed=0):
     """
     mu, logvar = model.encode(batch.ids, batch.mask)
     noise = data.latent_noise(mu.shape[1], seed, 0, batch.index, data.POSTERIOR)
-    total = torch.full_like(mu[:, 0], -torch.inf)
+    total = torch.full((len(mu),), -torch.inf, device=mu.device)
     for _, _, log_weight in posterior_samples(model, mu, logvar, batch.labels, noise, num_samples):
         total = torch.logaddexp(total, log_weight)
     return math.log(num_samples) - total
@@ -100,9 +98,7 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, seed=0,
     model.eval()
     n, latent_dim = len(corpus), model.latent_dim
     names = ("rec", "kl", "nll_iw", "rec_other", "rec_prior", "hits", "exact")
-    table = {
-        name: torch.zeros(n, dtype=torch.float64) for name in names
-    }  # a column a measure, a row a sentence
+    table = {name: torch.zeros(n, dtype=torch.float64) for name in names}  # a column a measure, a row a sentence
     mu_all, logvar_all, z_all = (torch.zeros(n, latent_dim) for _ in range(3))
 
     def put(name, index, values):
@@ -112,10 +108,9 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, seed=0,
         batch = batch.to(device)
         mu, logvar = model.encode(batch.ids, batch.mask)
         noise = data.latent_noise(latent_dim, seed, 0, batch.index, data.POSTERIOR)
-        samples, rec_sum, log_sum = max(1, iw_samples), 0.0, torch.full_like(mu[:, 0], -torch.inf)
-        for k, (z, rec, log_weight) in enumerate(
-            posterior_samples(model, mu, logvar, batch.labels, noise, samples)
-        ):
+        samples, rec_sum = max(1, iw_samples), 0.0
+        log_sum = torch.full((len(mu),), -torch.inf, device=device)
+        for k, (z, rec, log_weight) in enumerate(posterior_samples(model, mu, logvar, batch.labels, noise, samples)):
             if k == 0:
                 z_all[batch.index.cpu()] = z.float().cpu()
             rec_sum, log_sum = rec_sum + rec.double(), torch.logaddexp(log_sum, log_weight)
@@ -133,9 +128,7 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, seed=0,
         z_other = torch.empty_like(z_all)
         z_other[order] = z_all[order.roll(1)]
         for batch in data.evaluation_batches(corpus, batch_size):
-            z_prior = next(data.latent_noise(latent_dim, seed, 0, batch.index, data.PRIOR)).to(
-                device
-            )
+            z_prior = next(data.latent_noise(latent_dim, seed, 0, batch.index, data.PRIOR)).to(device)
             other, mean = z_other[batch.index].to(device), mu_all[batch.index].to(device)
             batch = batch.to(device)
             put("rec_other", batch.index, model.rec(other, batch.labels))
@@ -205,17 +198,14 @@ COLUMNS = {  # heading: key of metrics.json, digits
 
 def format_table(runs):
     """{name: metrics} -> text, a row a run; a column that no run fills is left out."""
-    keys = [
-        h for h, (key, _) in COLUMNS.items() if any(m.get(key) is not None for m in runs.values())
-    ]
+    keys = [h for h, (key, _) in COLUMNS.items() if any(m.get(key) is not None for m in runs.values())]
     rows = [["run", *keys]]
     for name, m in runs.items():
         cells = [(m.get(COLUMNS[h][0]), COLUMNS[h][1]) for h in keys]
         rows.append([name] + ["-" if v is None else f"{v:.{digits}f}" for v, digits in cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        row[0].ljust(widths[0])
-        + "".join("  " + c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
+        row[0].ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
         for row in rows
     )
 
@@ -223,18 +213,10 @@ def format_table(runs):
 def main(argv=None):
     from vae import T5VAE
 
-    parser = argparse.ArgumentParser(
-        description="Evaluate runs on their test split and print one table."
-    )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folder of train.py, phase 1 or 2"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=64, help="sentences (64); no number depends on it"
-    )
-    parser.add_argument(
-        "--iw-samples", type=int, default=100, help="K of the importance-weighted NLL (100)"
-    )
+    parser = argparse.ArgumentParser(description="Evaluate runs on their test split and print one table.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py, phase 1 or 2")
+    parser.add_argument("--batch-size", type=int, default=64, help="sentences (64); no number depends on it")
+    parser.add_argument("--iw-samples", type=int, default=100, help="K of the importance-weighted NLL (100)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     results = {}
@@ -247,9 +229,7 @@ def main(argv=None):
         except (OSError, ValueError, KeyError) as error:
             sys.exit(f"metrics.py: {run} is no finished run of phase 1 or 2: {error}")
         entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None
-        results[run] = evaluate(
-            model, corpus, args.batch_size, args.iw_samples, True, entropy=entropy
-        )
+        results[run] = evaluate(model, corpus, args.batch_size, args.iw_samples, True, entropy=entropy)
         Path(run, "metrics.json").write_text(json.dumps(results[run], indent=2) + "\n")
     print(format_table(results))
 

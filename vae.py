@@ -89,30 +89,22 @@ class T5VAE(nn.Module, ModelHubMixin):
         pool_layers: "last" pools the encoder's output, "all" the outputs of all its layers.
     """
 
-    def __init__(
-        self, t5_config: dict, latent_dim: int = 32, pooling: str = "max", pool_layers: str = "last"
-    ):
+    def __init__(self, t5_config: dict, latent_dim: int = 32, pooling: str = "max", pool_layers: str = "last"):
         super().__init__()
         if latent_dim < 0:
             raise ValueError(f"latent_dim is {latent_dim}; it must be 0 (a language model) or more")
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}")
         if pool_layers not in POOL_LAYERS:
-            raise ValueError(
-                f"pool_layers is {pool_layers!r}; it must be one of {', '.join(POOL_LAYERS)}"
-            )
+            raise ValueError(f"pool_layers is {pool_layers!r}; it must be one of {', '.join(POOL_LAYERS)}")
         self.pooling, self.pool_layers, self.tokenizer = pooling, pool_layers, None
         config = AutoConfig.for_model(**t5_config)
         self.t5 = _with_latent_cross_attention(AutoModelForSeq2SeqLM.from_config(config))
-        if (
-            not config.scale_decoder_outputs
-        ):  # T5 v1.1 and its kin: a head of its own, which transformers 5 would tie
+        if not config.scale_decoder_outputs:  # T5 v1.1 and its kin: a head of its own, which transformers 5 would tie
             self.t5.lm_head.weight = nn.Parameter(self.t5.lm_head.weight.detach().clone())
         self.w_mu = nn.Linear(config.d_model, latent_dim, bias=False)
         self.w_logvar = nn.Linear(config.d_model, latent_dim, bias=False)
-        self.w_proj = nn.Linear(
-            latent_dim, config.num_decoder_layers * config.num_heads * config.d_kv, bias=False
-        )
+        self.w_proj = nn.Linear(latent_dim, config.num_decoder_layers * config.num_heads * config.d_kv, bias=False)
 
     @classmethod
     def from_t5(cls, name_or_path, latent_dim=32, pooling="max", pool_layers="last"):
@@ -123,9 +115,7 @@ class T5VAE(nn.Module, ModelHubMixin):
         """
         t5 = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=torch.float32)
         if not hasattr(getattr(t5, "decoder", None), "block"):
-            raise ValueError(
-                f"name_or_path is {name_or_path!r}, a {t5.config.model_type}; it must be of the T5 family"
-            )
+            raise ValueError(f"name_or_path is {name_or_path!r}, a {t5.config.model_type}; it must be of the T5 family")
         vae = cls(t5.config.to_dict(), latent_dim, pooling, pool_layers)
         vae.t5 = _with_latent_cross_attention(t5)
         vae.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
@@ -146,16 +136,10 @@ class T5VAE(nn.Module, ModelHubMixin):
         """
         if self.latent_dim == 0:  # a language model has nothing to encode
             return (self.w_mu.weight.new_zeros(len(input_ids), 0),) * 2
-        out = self.t5.encoder(
-            input_ids, attention_mask, output_hidden_states=self.pool_layers == "all"
-        )
+        out = self.t5.encoder(input_ids, attention_mask, output_hidden_states=self.pool_layers == "all")
         if self.pool_layers == "all":
-            layers = torch.stack(
-                [pool(h, attention_mask, self.pooling) for h in out.hidden_states[1:]]
-            )
-            h = (
-                layers.amax(0) if self.pooling == "max" else layers.mean(0)
-            )  # (layers, B, D) -> (B, D)
+            layers = torch.stack([pool(h, attention_mask, self.pooling) for h in out.hidden_states[1:]])
+            h = layers.amax(0) if self.pooling == "max" else layers.mean(0)  # (layers, B, D) -> (B, D)
         else:
             h = pool(out.last_hidden_state, attention_mask, self.pooling)
         return self.w_mu(h), self.w_logvar(h)
@@ -197,9 +181,7 @@ class T5VAE(nn.Module, ModelHubMixin):
     def rec(self, z, labels):
         """-log p(x|z) (Eq. 1): (B,), nats, positive, summed over a sentence's tokens, </s> included, padding not."""
         real = labels != self.t5.config.pad_token_id  # (B, T)
-        logits = self.t5.lm_head(
-            self._hidden(z, labels)[real]
-        )  # (N, V), N real tokens in the batch
+        logits = self.t5.lm_head(self._hidden(z, labels)[real])  # (N, V), N real tokens in the batch
         nats = F.cross_entropy(logits.float(), labels[real], reduction="none")  # (N,)
         return nats.new_zeros(labels.shape).masked_scatter(real, nats).sum(1)
 
@@ -225,20 +207,14 @@ class T5VAE(nn.Module, ModelHubMixin):
             module.requires_grad_(False)
         return self
 
-    def _save_pretrained(
-        self, save_directory
-    ):  # config.json, the arguments of __init__, is ModelHubMixin's work
+    def _save_pretrained(self, save_directory):  # config.json, the arguments of __init__, is ModelHubMixin's work
         # `named_parameters` names a tied weight once, always by the same name: equal models make equal files.
-        safetensors.torch.save_file(
-            dict(self.named_parameters()), Path(save_directory, "model.safetensors")
-        )
+        safetensors.torch.save_file(dict(self.named_parameters()), Path(save_directory, "model.safetensors"))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
 
     @classmethod
-    def _from_pretrained(
-        cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **init
-    ):
+    def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **init):
         if not Path(model_id).is_dir():
             model_id = snapshot_download(
                 model_id,
@@ -254,13 +230,9 @@ class T5VAE(nn.Module, ModelHubMixin):
                 f"{model_id} holds no T5VAE: it needs a config.json with t5_config and a model.safetensors"
             )
         vae = cls(**init)
-        _, unexpected = vae.load_state_dict(
-            saved := safetensors.torch.load_file(weights), strict=False
-        )
+        _, unexpected = vae.load_state_dict(saved := safetensors.torch.load_file(weights), strict=False)
         if unexpected or (missing := dict(vae.named_parameters()).keys() - saved):
-            raise ValueError(
-                f"{weights} is of another model: {sorted(unexpected or missing)[0]} does not belong"
-            )
+            raise ValueError(f"{weights} is of another model: {sorted(unexpected or missing)[0]} does not belong")
         if Path(model_id, "tokenizer_config.json").exists():
             vae.tokenizer = AutoTokenizer.from_pretrained(model_id)
         return vae.eval()
