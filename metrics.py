@@ -56,7 +56,7 @@ def mutual_information(mu, logvar, generator=None, z=None, chunk=1024):
 
 def active_units(mu, threshold=0.01):
     """How many dimensions of the posterior mean vary (with n - 1) by more than `threshold` over a split (n, Z)."""
-    return int((mu.double().var(0) > threshold).sum()) if len(mu) > 1 else 0
+    return int((mu.double().var(0) > threshold).sum()) if len(mu) > 1 and mu.numel() else 0
 
 
 def posterior_samples(model, mu, logvar, labels, noise, num_samples):
