@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def log_normal(z, mu=None, logvar=None):
     return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 / logvar.exp()).sum(-1)
 
 
-def mutual_information(mu, logvar, generator=None, z=None, chunk=1024):
+def mutual_information(mu, logvar, generator=None, z=None, chunk=256):
     """I(x; z) under q, with q(z) the mixture of the posteriors given: E[log q(z|x)] - E[log q(z)], a scalar, nats.
 
     Hoffman & Johnson 2016; as in He et al. 2019, with one z a sentence. It cannot exceed ln n, whatever the
@@ -59,7 +60,7 @@ def mutual_information(mu, logvar, generator=None, z=None, chunk=1024):
 
 def active_units(mu, threshold=0.01):
     """How many dimensions of the posterior mean vary (with n - 1) by more than `threshold` over a split (n, Z)."""
-    return int((mu.double().var(0) > threshold).sum()) if len(mu) > 1 else 0
+    return int((mu.double().var(0) > threshold).sum()) if len(mu) > 1 and mu.numel() else 0
 
 
 @torch.no_grad()
@@ -239,7 +240,7 @@ def number(value, digits=2):
     """A cell: counts whole, others with `digits`, huge ones as powers of ten, a missing one as a dash."""
     if value is None or isinstance(value, int):
         return "-" if value is None else f"{value:,}"
-    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.1e}"
+    return f"{value:z.{digits}f}" if abs(value) < 1e6 else f"{value:.1e}"
 
 
 def cell(measured, key, digits):
@@ -393,34 +394,46 @@ NOT_IN_LABELS = {*NOT_THE_RECIPE, "data_sha256", "pool", "phases"} - {"seed"}  #
 
 
 def run_labels(configs):
-    """{run: what sets it apart from the others}: the settings that differ, or its folder where that says nothing."""
+    """{run: what sets it apart from the others}: the settings that differ, and its folder where they do not tell."""
     keys = dict.fromkeys(key for config in configs.values() for key in config if key not in NOT_IN_LABELS)
     differ = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
-    labels = {
-        run: ", ".join(f"{key} {config[key]}" for key in differ if config.get(key) is not None)
-        for run, config in configs.items()
+    labels = {run: ", ".join(f"{k} {c[k]}" for k in differ if c.get(k) is not None) for run, c in configs.items()}
+    seen = list(labels.values())
+    return {
+        run: label if label and seen.count(label) == 1 else ", ".join(filter(None, (label, Path(run).name)))
+        for run, label in labels.items()
     }
-    unique = len(set(labels.values())) == len(labels) and all(labels.values())
-    return labels if unique else {run: ", ".join(filter(None, (label, run))) for run, label in labels.items()}
 
 
 def draw(logs):
     """A matplotlib Figure of {label: validation records}: a panel a measure, a line a run, against steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    wide = max(map(len, logs)) > 50
+    figure = Figure(figsize=(10, 7 + 0.25 * len(logs) / (1 if wide else 2)), layout="constrained")
     for axes, (title, key) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for i, (label, records) in enumerate(logs.items()):
             # Thinner ones on top: lines that coincide still show, one around the other.
             width = 1.5 + 3 * (len(logs) - 1 - i) / len(logs)
             steps, values = ([record[k] for record in records] for k in ("step", key))
             axes.plot(steps, values, marker="o", markersize=width + 1.5, linewidth=width, label=label)
-        axes.set_title(title)
-        axes.set_xlabel("step")
+        axes.set(title=title, xlabel="step", ylim=panel_range(key, logs.values()))
         axes.grid(alpha=0.3)
-        axes.set_yscale("log" if key == "ppl_word" else "linear")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        if axes.get_ylim()[1] > 1000:
+            axes.set(yscale="log", ylim=(1, None))
+    text = ["\n".join(textwrap.wrap(label, 110)) for label in logs]
+    figure.legend(axes.get_lines(), text, loc="outside lower center", ncols=1 if wide else 2)
     return figure
+
+
+def panel_range(key, logs):
+    """The y-axis of a panel: from 0, or from 1 for PPL, to the largest value after the first record, which for KL
+    and PPL can be so large (an untrained W_logvar) that nothing else could be told apart."""
+    values = [record[key] for records in logs for record in (records[1:] or records)]
+    if key in ("mi", "au"):
+        values += [records[0][key] for records in logs]
+    low, high = min(1 if key == "ppl_word" else 0, *values), max(values)
+    return low - 0.03 * (high - low), high + 0.05 * (high - low) + 1e-3
 
 
 # ---------------------------------------------------------------------------------------- command line
