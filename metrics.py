@@ -414,7 +414,7 @@ def draw(logs):
     for axes, (title, key) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for i, (label, records) in enumerate(logs.items()):
             # Thinner ones on top: lines that coincide still show, one around the other.
-            width = 1.5 + 3 * (len(logs) - 1 - i) / len(logs)
+            width = 1.5 + 4 * (len(logs) - 1 - i) / len(logs)
             steps, values = ([record[k] for record in records] for k in ("step", key))
             axes.plot(steps, values, marker="o", markersize=width + 1.5, linewidth=width, label=label)
         axes.set(title=title, xlabel="step", ylim=panel_range(key, logs.values()))

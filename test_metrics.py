@@ -133,10 +133,11 @@ def test_evaluate_finds_the_closed_forms_where_q_is_the_posterior():
 
 
 def test_efficiency_is_zero_where_the_decoder_ignores_z():
-    model = LinearGaussian(500, deaf=True)
-    result = metrics.evaluate(model, toy_corpus(500), 256, iw_samples=2000, thorough=True)
-    assert result["kl"] > 2  # paid
-    assert abs(result["efficiency"]) < 0.05, result["efficiency"]
+    # Posteriors not much narrower than the prior: otherwise K = 500 would not do, and the bound hide the waste.
+    model = LinearGaussian(500, latent_dim=2, scale=1.0, deaf=True)
+    result = metrics.evaluate(model, toy_corpus(500), 256, iw_samples=500, thorough=True)
+    assert result["kl"] > 0.4  # paid
+    assert abs(result["efficiency"]) < 0.05, (result["efficiency"], result["kl"])
     assert result["rec"] == result["rec_other"] == result["rec_prior"]
     heard = metrics.evaluate(LinearGaussian(500), toy_corpus(500), 256, iw_samples=1, thorough=True)
     assert heard["rec_other"] > heard["rec"] + 1
@@ -213,7 +214,7 @@ def test_no_number_depends_on_the_batch_size(tokenizer, corpus):
     one, many = (metrics.evaluate(model, corpus, size, iw_samples=3, thorough=True) for size in (1, 64))
     assert one.keys() == many.keys()
     for name, value in one.items():
-        assert value == pytest.approx(many[name], rel=1e-4), name
+        assert value is None or value == pytest.approx(many[name], rel=1e-4), name
     other_noise = metrics.evaluate(model, corpus, 64, iw_samples=3, thorough=True, seed=1)
     assert other_noise["rec"] != pytest.approx(many["rec"], rel=1e-4)
 
@@ -321,7 +322,7 @@ def test_runs_of_several_seeds_are_summarised(tokenizer, tmp_path, capsys):
     assert capsys.readouterr().out == printed
     assert [json.loads(Path(run, "metrics.json").read_text()) for run in seeds] == numbers
     metrics.main([other, seeds[0], "--iw-samples", "2"])
-    assert "seeds" not in capsys.readouterr().out
+    assert "2 seeds" not in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -330,7 +331,7 @@ def test_mistakes_are_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"phase": 0}')
     with pytest.raises(SystemExit, match="phase 0"):
         metrics.main([str(tmp_path)])
-    for argv in [], ["run", "--iw-samples", "0"], ["--plot", "x.png"]:
+    for argv in [], ["run", "--iw-samples", "0"], ["--plot", "x.png"], ["--bogus"]:
         with pytest.raises(SystemExit):
             metrics.main(argv)
 
