@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
@@ -138,7 +139,8 @@ def test_efficiency_is_zero_where_the_decoder_ignores_z():
     result = metrics.evaluate(model, toy_corpus(500), 256, iw_samples=500, thorough=True)
     assert result["kl"] > 0.4  # paid
     assert abs(result["efficiency"]) < 0.05, (result["efficiency"], result["kl"])
-    assert result["rec"] == result["rec_other"] == result["rec_prior"]
+    assert result["rec_other"] == pytest.approx(result["rec"], rel=1e-9)
+    assert result["rec_prior"] == pytest.approx(result["rec"], rel=1e-9)
     heard = metrics.evaluate(LinearGaussian(500), toy_corpus(500), 256, iw_samples=1, thorough=True)
     assert heard["rec_other"] > heard["rec"] + 1
     assert heard["rec_prior"] > heard["rec"] + 1
@@ -262,7 +264,8 @@ def test_a_language_model_has_no_use_of_z(tokenizer, corpus):
     result = metrics.evaluate(small_vae(tokenizer, latent_dim=0), corpus, iw_samples=5, thorough=True)
     assert result["kl"] == result["gain"] == result["au"] == 0
     assert result["mi"] == pytest.approx(0, abs=1e-9)
-    assert result["nll_iw"] == result["rec"] == result["rec_other"]
+    assert result["nll_iw"] == pytest.approx(result["rec"], rel=1e-9)
+    assert result["rec_other"] == pytest.approx(result["rec"], rel=1e-9)
     table = metrics.format_table({"some/run": result, "another": result | {"latent_dim": 4}})
     assert "some/run (LM)" in table
     assert "another (LM)" not in table
@@ -411,10 +414,11 @@ def test_the_figure_holds_every_series(tokenizer, tmp_path, capsys):
     metrics.main(["--plot", str(path), *runs])
     assert str(path) in capsys.readouterr().out
     assert not Path(runs[0], "metrics.json").exists()  # drawing evaluates nothing
-    pixels = matplotlib.image.imread(path)[..., :3]
-    middle = pixels.shape[1] // 2
-    for color in [line.get_color() for line in figure.axes[0].get_lines()]:
-        is_it = np.abs(pixels - matplotlib.colors.to_rgb(color)).max(2) < 0.02
-        # The left half has MI above KL, the right half AU above PPL; the legend alone has far fewer pixels.
-        assert is_it[:, :middle].sum() > 500, color
-        assert is_it[:, middle:].sum() > 500, color
+    pixels = matplotlib.image.imread(path)[::-1, :, :3]  # from the bottom, as axes count
+    figure.draw_without_rendering()  # the layout is made here
+    for axes in figure.axes:
+        (left, bottom), (right, top) = axes.get_position().get_points() * pixels.shape[1::-1]
+        panel = pixels[int(bottom) : int(top), int(left) : int(right)]
+        for line in axes.get_lines():
+            seen = (np.abs(panel - matplotlib.colors.to_rgb(line.get_color())).max(2) < 0.02).sum()
+            assert seen > 200, (axes.get_title(), line.get_label(), seen)
