@@ -427,11 +427,11 @@ def draw(logs):
 
 
 def panel_range(key, logs):
-    """The y-axis of a panel: from 0, or from 1 for PPL, to the largest value after the first record, which for KL
-    and PPL can be so large (an untrained W_logvar) that nothing else could be told apart."""
+    """The y-axis of a panel: from 0, or from 1 for PPL. KL and PPL of the first record count only if they leave
+    the others legible: those of an untrained W_logvar can be a hundred times as large."""
     values = [record[key] for records in logs for record in (records[1:] or records)]
-    if key in ("mi", "au"):
-        values += [records[0][key] for records in logs]
+    limit = 3 * max(values) if key in ("kl", "ppl_word") else math.inf
+    values += [records[0][key] for records in logs if records[0][key] <= limit]
     low, high = min(1 if key == "ppl_word" else 0, *values), max(values)
     return low - 0.03 * (high - low), high + 0.05 * (high - low) + 1e-3
 
@@ -489,6 +489,8 @@ def main(argv=None):
             if args.plot:
                 records = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
                 logs[run] = [record for record in records if record["split"] == "valid"]
+                if not logs[run]:
+                    raise ValueError("its log.jsonl has no record of the validation split")
             elif args.paper and args.iw_samples is None and stored.exists():
                 results[run] = json.loads(stored.read_text())
             else:

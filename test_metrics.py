@@ -298,13 +298,8 @@ def write_run(folder, model, name, **config):
     (run / "config.json").write_text(json.dumps(config | {"out": name}))
     with open(run / "log.jsonl", "w") as log:
         for step in 0, 10, 20:
-            record = {
-                "step": step,
-                "mi": step / 10 + config["seed"],
-                "au": 3,
-                "kl": 9 - step / 4,
-                "ppl_word": 30 - step,
-            }
+            values = np.array([step / 10, 3 + step / 10, 9 - step / 4, 30 - step]) + config["seed"]
+            record = {"step": step} | dict(zip(("mi", "au", "kl", "ppl_word"), values.tolist(), strict=True))
             log.write(json.dumps({"split": "train", "loss": 1.0} | {"step": step}) + "\n")
             log.write(json.dumps({"split": "valid"} | record) + "\n")
     return str(run)
