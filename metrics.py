@@ -203,36 +203,13 @@ def summarize(columns, tokens, words):
 
 # ---------------------------------------------------------------------------------------- tables
 
-BLOCKS = (  # heading: key of metrics.json, digits
-    {
-        "rec": ("rec", 2),
-        "KL": ("kl", 2),
-        "-ELBO": ("neg_elbo", 2),
-        "NLL (IW-K)": ("nll_iw", 2),
-        "K": ("iw_samples", 0),
-        "entropy": ("entropy", 2),
-        "sentences": ("sentences", 0),
-    },
-    {
-        "PPL/token of -ELBO": ("ppl_token", 2),
-        "of NLL": ("ppl_token_iw", 2),
-        "tokens": ("tokens", 0),
-        "unk %": ("unk_share", 2),
-        "PPL/word of -ELBO": ("ppl_word", 2),
-        "of NLL ": ("ppl_word_iw", 2),
-        "words": ("words", 0),
-    },
-    {
-        "gain": ("gain", 2),
-        "gain/KL": ("efficiency", 2),
-        "rec, other z": ("rec_other", 2),
-        "prior z": ("rec_prior", 2),
-        "MI": ("mi", 2),
-        "n": ("mi_n", 0),
-        "AU": ("au", 1),
-        "exact %": ("exact_match", 1),
-        "token %": ("token_accuracy", 1),
-    },
+BLOCKS = (  # heading: key of metrics.json
+    {"rec": "rec", "KL": "kl", "-ELBO": "neg_elbo", "NLL (IW-K)": "nll_iw", "K": "iw_samples"}
+    | {"entropy": "entropy", "sentences": "sentences"},
+    {"PPL/token, -ELBO": "ppl_token", "PPL/token, NLL": "ppl_token_iw", "tokens": "tokens", "unk %": "unk_share"}
+    | {"PPL/word, -ELBO": "ppl_word", "PPL/word, NLL": "ppl_word_iw", "words": "words"},
+    {"gain": "gain", "efficiency": "efficiency", "rec, other z": "rec_other", "rec, prior z": "rec_prior", "MI": "mi"}
+    | {"n": "mi_n", "AU": "au", "exact %": "exact_match", "token %": "token_accuracy"},
 )
 
 
@@ -243,13 +220,12 @@ def number(value, digits=2):
     return f"{value:z.{digits}f}" if abs(value) < 1e6 else f"{value:.1e}"
 
 
-def cell(measured, key, digits):
+def cell(measured, key):
     """One number of `evaluate`'s dict, with its ± and, for AU, the dimensions that there are."""
-    scale = 100 if key == "unk_share" else 1
     value, spread = measured.get(key), measured.get(key + "_se")
-    text = number(value and value * scale, digits)
-    if spread is not None:
-        text += f"±{number(spread * scale, digits)}"
+    if key == "unk_share" and value is not None:  # the one share that is not kept in %
+        value, spread = 100 * value, spread and 100 * spread
+    text = number(value) + (f"±{number(spread)}" if spread is not None else "")
     return f"{text}/{measured['latent_dim']}" if key == "au" else text
 
 
@@ -265,15 +241,14 @@ def align(rows):
 
 def format_table(runs, spread="standard error of the mean over sentences"):
     """{name: metrics} -> text, in three blocks with a row a run; a column that no run fills is left out."""
-    names = [name + " (LM)" * (measured.get("latent_dim") == 0) for name, measured in runs.items()]
     blocks = []
     for block in BLOCKS:
-        columns = {h: key for h, key in block.items() if any(m.get(key[0]) is not None for m in runs.values())}
-        if columns:
-            rows = [[cell(measured, *key) for key in columns.values()] for measured in runs.values()]
-            blocks.append(
-                align([["run", *map(str.strip, columns)], *([n, *r] for n, r in zip(names, rows, strict=True))])
-            )
+        heads = [head for head, key in block.items() if any(m.get(key) is not None for m in runs.values())]
+        rows = [["run", *heads]]
+        for name, measured in runs.items():
+            label = name + " (LM)" * (measured["latent_dim"] == 0)
+            rows.append([label, *(cell(measured, block[head]) for head in heads)])
+        blocks.append(align(rows))
     return "\n\n".join(blocks) + f"\n\nNats a sentence; ±: {spread}; unk: tokens outside the vocabulary."
 
 
@@ -304,13 +279,9 @@ def seed_groups(configs, results):
 # Tables 1 to 4 as they are printed: PPL, KL, "-ELBO", MI, AU. Two rows of PTB have a cell too few; its place is by
 # their size: MI is the one missing. Words a test sentence, one end mark included: counted for PTB; 96 + 1 for Yelp.
 PAPER_ROWS = (  # name, what its PPL is per
-    ("Optimus (lambda 0.5)", "GPT-2 token"),
-    ("GPT-2", "GPT-2 token"),
-    ("Li et al. (lambda 3)", "word"),
-    ("Max pool", "T5 token"),
-    ("Max pool + Denoise", "T5 token"),
-    ("Max pool + Denoise + KLT", "T5 token"),
-    ("Max pool + Denoise + KLT + Deep", "T5 token"),
+    (("Optimus (lambda 0.5)", "GPT-2 token"), ("GPT-2", "GPT-2 token"), ("Li et al. (lambda 3)", "word"))
+    + (("Max pool", "T5 token"), ("Max pool + Denoise", "T5 token"), ("Max pool + Denoise + KLT", "T5 token"))
+    + (("Max pool + Denoise + KLT + Deep", "T5 token"),)
 )
 PAPER = {  # data set: number of the table, words a sentence, rows
     "yahoo": (1, 79.867, """23.11 17.45 301.21 8.85 32 | 22.00 - - - - | 59.24 7.44 328.73 6.41 32
@@ -328,10 +299,11 @@ PAPER = {  # data set: number of the table, words a sentence, rows
 }  # fmt: skip
 PAPER_NOTE = """\
 N: tokens (words, for Li et al.) a sentence, as PPL = exp(-ELBO / N) implies them. A data set has one N. Taken at its
-word, the column "-ELBO" gives each row of the paper another; read as rec - KL, it gives all rows the same. So the true
--ELBO is "-ELBO" + 2 KL. (SNLI's Deep row has lost a minus: no other sign gives its N.) The baselines print a true
--ELBO; their PPL is of an importance-weighted NLL, so their N comes out a little high. PPL of different units do not
-compare; nats a sentence and PPL/word = exp(-ELBO / words a sentence), one end mark among the words, do.
+word, the column "-ELBO" gives each row of the paper another; read as rec - KL, it gives all rows the same, the true N
+(with </s>; ptb without). So the true -ELBO is "-ELBO" + 2 KL. SNLI's Deep row has lost a minus: no other sign gives
+its N. The baselines print a true -ELBO, but their PPL is of an importance-weighted NLL: their N is a little high.
+rec of the 6-layer rows does not move while KL goes from 0 to 182 nats: z costs them much and gives nothing.
+PPL of different units do not compare; nats a sentence do, and so does PPL/word = exp(true -ELBO / words a sentence).
 The paper cuts texts at 256 tokens. Its MI is a mean over batches of 256 at most: it cannot exceed ln 256 = 5.55."""
 
 
@@ -366,30 +338,25 @@ def format_paper(datasets, runs, configs):
     """The paper's tables of `datasets`, and under each the runs on that data set."""
     tables = []
     for dataset in datasets:
-        table, words, _ = PAPER[dataset]
-        heads = [dataset, "PPL", "per", "KL", '"-ELBO"', "N", "MI", "AU", "true N", "rec", "-ELBO", "PPL/word"]
+        number_of_table, words, _ = PAPER[dataset]
+        heads = [dataset, "PPL", "per", "KL", '"-ELBO"', "N", "MI", "AU", "true N", "rec", "true -ELBO", "PPL/word"]
         rows = [heads]
         for r in reread(dataset):
-            cells = [r[key] for key in ("name", "ppl", "unit", "kl", "printed")] + [number(r["n_printed"])]
-            cells += [r["mi"], r["au"]] + [number(r[key]) for key in ("n", "rec", "neg_elbo")]
-            rows.append([*cells, number(r["ppl_word"], 1)])
+            derived = [number(r[key]) for key in ("n", "rec", "neg_elbo")] + [number(r["ppl_word"], 1)]
+            printed = [r[key] for key in ("name", "ppl", "unit", "kl", "printed")]
+            rows.append([*printed, number(r["n_printed"]), r["mi"], r["au"], *derived])
         for run in (run for run in runs if configs[run]["dataset"] == dataset):
             m = runs[run]
-            cells = [run, number(m["ppl_token"]), "T5 token", cell(m, "kl", 2), "-", "-", number(m["mi"])]
-            cells += [str(m["au"]), number(m["tokens"] / m["sentences"]), cell(m, "rec", 2), cell(m, "neg_elbo", 2)]
-            rows.append([*cells, number(m["ppl_word"], 1)])
-        tables.append(f"Table {table}, {dataset}: {words:g} words a sentence\n{align(rows)}")
+            row = [run, number(m["ppl_token"]), "T5 token", cell(m, "kl"), "-", "-", number(m["mi"]), str(m["au"])]
+            row += [number(m["tokens"] / m["sentences"]), cell(m, "rec"), cell(m, "neg_elbo")]
+            rows.append([*row, number(m["ppl_word"], 1)])
+        tables.append(f"Table {number_of_table}, {dataset}: {words:g} words a sentence\n{align(rows)}")
     return "\n\n".join([*tables, PAPER_NOTE])
 
 
 # ---------------------------------------------------------------------------------------- figures
 
-PANELS = {  # title: key of the validation records
-    "MI, nats": "mi",
-    "AU": "au",
-    "KL, nats a sentence": "kl",
-    "PPL a word, of -ELBO": "ppl_word",
-}
+PANELS = {"MI, nats": "mi", "AU": "au", "KL, nats a sentence": "kl", "PPL/word, of -ELBO": "ppl_word"}
 NOT_IN_LABELS = {*NOT_THE_RECIPE, "data_sha256", "pool", "phases"} - {"seed"}  # "pooling" says it all
 
 
@@ -419,7 +386,7 @@ def draw(logs):
             axes.plot(steps, values, marker="o", markersize=width + 1.5, linewidth=width, label=label)
         axes.set(title=title, xlabel="step", ylim=panel_range(key, logs.values()))
         axes.grid(alpha=0.3)
-        if axes.get_ylim()[1] > 1000:
+        if key == "ppl_word" and axes.get_ylim()[1] > 1000:
             axes.set(yscale="log", ylim=(1, None))
     text = ["\n".join(textwrap.wrap(label, 110)) for label in logs]
     figure.legend(axes.get_lines(), text, loc="outside lower center", ncols=1 if wide else 2)

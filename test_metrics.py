@@ -184,6 +184,21 @@ def test_active_units_around_the_threshold_with_n_minus_1():
     assert metrics.active_units(torch.ones(1, 4)) == 0
 
 
+def test_the_entropy_of_grammar_is_what_its_own_probabilities_cost():
+    nats = torch.tensor(
+        [
+            sum(
+                math.log(2) * (name in data.OPTIONAL) + math.log(len(data.FACTORS[name])) * (value is not None)
+                for name, value in factors.items()
+            )
+            for factors in data.grammar_factors("test")
+        ]
+    )
+    columns = {"rec": nats, "kl": torch.zeros_like(nats)}
+    oracle = metrics.summarize(columns, tokens=1000, words=1000)
+    assert abs(oracle["rec"] - data.GRAMMAR_ENTROPY) < 4 * oracle["rec_se"] < 0.3
+
+
 # ---------------------------------------------------------------------------------------- a small T5VAE
 
 TEXTS = ("the old king sold a boat", "a queen", "the happy witch hid a red drum by the lake", "monks \u4e2d lost it")
