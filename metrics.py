@@ -222,10 +222,11 @@ def number(value, digits=2):
 
 def cell(measured, key):
     """One number of `evaluate`'s dict, with its ± and, for AU, the dimensions that there are."""
+    scale = 100 if key == "unk_share" else 1  # the one share that is not kept in %
     value, spread = measured.get(key), measured.get(key + "_se")
-    if key == "unk_share" and value is not None:  # the one share that is not kept in %
-        value, spread = 100 * value, spread and 100 * spread
-    text = number(value) + (f"±{number(spread)}" if spread is not None else "")
+    if value is None:
+        return "-"
+    text = number(scale * value) + (f"±{number(scale * spread)}" if spread is not None else "")
     return f"{text}/{measured['latent_dim']}" if key == "au" else text
 
 
@@ -246,7 +247,7 @@ def format_table(runs, spread="standard error of the mean over sentences"):
         heads = [head for head, key in block.items() if any(m.get(key) is not None for m in runs.values())]
         rows = [["run", *heads]]
         for name, measured in runs.items():
-            label = name + " (LM)" * (measured["latent_dim"] == 0)
+            label = name + " (LM)" * (measured.get("latent_dim") == 0)
             rows.append([label, *(cell(measured, block[head]) for head in heads)])
         blocks.append(align(rows))
     return "\n\n".join(blocks) + f"\n\nNats a sentence; ±: {spread}; unk: tokens outside the vocabulary."
