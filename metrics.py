@@ -362,13 +362,13 @@ NOT_IN_LABELS = {*NOT_THE_RECIPE, "data_sha256", "pool", "phases"} - {"seed"}  #
 
 
 def run_labels(configs):
-    """{run: what sets it apart from the others}: the settings that differ, and its folder where they do not tell."""
+    """{run: what sets it apart from the others}: the settings that differ, and the run where they do not tell."""
     keys = dict.fromkeys(key for config in configs.values() for key in config if key not in NOT_IN_LABELS)
     differ = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
     labels = {run: ", ".join(f"{k} {c[k]}" for k in differ if c.get(k) is not None) for run, c in configs.items()}
     seen = list(labels.values())
     return {
-        run: label if label and seen.count(label) == 1 else ", ".join(filter(None, (label, Path(run).name)))
+        run: label if label and seen.count(label) == 1 else ", ".join(filter(None, (label, run)))
         for run, label in labels.items()
     }
 
@@ -430,15 +430,12 @@ def parse_args(argv):
     flag("--batch-size", type=int, default=64, metavar="N", help="sentences (64); no number depends on it")
     flag("--iw-samples", type=int, metavar="K", help="of the importance-weighted NLL (100)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    flag(
-        "--paper",
-        action="store_true",
-        help="the paper's tables, re-read; with a RUN the table of its data set and the run's row under it, "
-        "from its metrics.json unless --iw-samples asks for a new evaluation",
-    )
+    flag = parser.add_mutually_exclusive_group().add_argument
+    text = "the paper's tables, re-read; RUNs go under their data set's, from metrics.json if --iw-samples is not given"
+    flag("--paper", action="store_true", help=text)
     flag("--plot", metavar="PNG", help="draw MI, AU, KL and PPL on the validation split against steps; no evaluation")
     args = parser.parse_args(argv)
-    if not args.runs and not args.paper or args.plot and not args.runs:
+    if not args.runs and not args.paper:
         parser.error("name at least one RUN (only --paper goes without)")
     if args.batch_size < 1 or args.iw_samples is not None and args.iw_samples < 1:
         parser.error("--batch-size and --iw-samples must be at least 1")
@@ -452,7 +449,9 @@ def main(argv=None):
         try:
             configs[run] = config = json.loads(Path(run, "config.json").read_text())
             if config["phase"] == 0:
-                raise ValueError("it is of phase 0")
+                raise ValueError("a T5 of phase 0 is no VAE")
+            if args.paper and config["dataset"] not in PAPER:
+                raise ValueError(f"the paper has tables of {', '.join(PAPER)}, not of {config['dataset']}")
             stored = Path(run, "metrics.json")
             if args.plot:
                 records = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
@@ -464,16 +463,17 @@ def main(argv=None):
             else:
                 results[run] = evaluate_run(run, config, args)
         except (OSError, ValueError, KeyError) as error:
-            sys.exit(f"metrics.py: {run} is no run of phase 1 or 2 that can be read: {error}")
+            sys.exit(f"metrics.py: cannot use {run}: {error}")
     if args.plot:
         labels = run_labels(configs)
-        draw({labels[run]: records for run, records in logs.items()}).savefig(args.plot, dpi=150)
+        try:
+            draw({labels[run]: records for run, records in logs.items()}).savefig(args.plot, dpi=150)
+        except (OSError, ValueError) as error:  # no such folder, no such format
+            sys.exit(f"metrics.py: --plot {args.plot}: {error}")
         print(f"wrote {args.plot}")
     elif args.paper:
-        datasets = [name for name in PAPER if name in {c["dataset"] for c in configs.values()} or not configs]
-        if configs and not datasets:
-            sys.exit(f"metrics.py: the paper has tables of {', '.join(PAPER)}, not of {config['dataset']}")
-        print(format_paper(datasets, results, configs))
+        used = {config["dataset"] for config in configs.values()} or PAPER
+        print(format_paper([dataset for dataset in PAPER if dataset in used], results, configs))
     else:
         print(format_table(results))
         if summaries := seed_groups(configs, results):

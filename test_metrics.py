@@ -339,12 +339,12 @@ def test_runs_of_several_seeds_are_summarised(tokenizer, tmp_path, capsys):
 
 
 def test_mistakes_are_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="nowhere is no run"):
+    with pytest.raises(SystemExit, match="cannot use .*nowhere"):
         metrics.main([str(tmp_path / "nowhere")])
     (tmp_path / "config.json").write_text('{"phase": 0}')
     with pytest.raises(SystemExit, match="phase 0"):
         metrics.main([str(tmp_path)])
-    for argv in [], ["run", "--iw-samples", "0"], ["--plot", "x.png"], ["--bogus"]:
+    for argv in [], ["run", "--iw-samples", "0"], ["--plot", "x.png"], ["run", "--paper", "--plot", "x.png"]:
         with pytest.raises(SystemExit):
             metrics.main(argv)
 
@@ -403,7 +403,7 @@ def test_labels_are_what_differs():
         "r/b": "lr 0.2, seed 0",
         "r/c": "lr 0.2, seed 1",
     }
-    assert metrics.run_labels({"r/a": base, "r/b": base | {"start": "y"}}) == {"r/a": "a", "r/b": "b"}
+    assert metrics.run_labels({"r/a": base, "r/b": base | {"start": "y"}}) == {"r/a": "r/a", "r/b": "r/b"}
 
 
 def test_the_figure_holds_every_series(tokenizer, tmp_path, capsys):
