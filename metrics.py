@@ -8,7 +8,10 @@ and divided once. Everything random is drawn per sentence, so no number depends 
 import argparse
 import json
 import math
+import statistics
 import sys
+import textwrap
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +32,12 @@ def log_normal(z, mu=None, logvar=None):
     return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 / logvar.exp()).sum(-1)
 
 
-def mutual_information(mu, logvar, generator=None, z=None, chunk=1024):
+def mutual_information(mu, logvar, generator=None, z=None, chunk=256):
     """I(x; z) under q, with q(z) the mixture of the posteriors given: E[log q(z|x)] - E[log q(z)], a scalar, nats.
 
-    Hoffman & Johnson 2016, estimated as by He et al. 2019: the first term in closed form, the second with one z
-    a sentence. It cannot exceed ln n, whatever the posteriors: never report it without n.
+    Hoffman & Johnson 2016; as in He et al. 2019, with one z a sentence. It cannot exceed ln n, whatever the
+    posteriors: never report it without n. Both terms are taken at the same z (He et al. take the first in closed
+    form): their noise cancels, and the ceiling holds for the estimate, not only for its mean.
 
     Args:
         mu, logvar: (n, Z) of a whole split.
@@ -43,15 +47,15 @@ def mutual_information(mu, logvar, generator=None, z=None, chunk=1024):
     mu, logvar = mu.double(), logvar.double()
     if z is None:
         z = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
-    neg_entropy = -0.5 * (math.log(2 * math.pi) + 1 + logvar).sum(1).mean()
     # -2 log q(z_i|x_j) = sum over dimensions of (z_i - mu_j)^2 / var_j + logvar_j + ln 2 pi: two matrix products.
     precision = (-logvar).exp()  # (n, Z)
+    factors = torch.cat([precision, -2 * mu * precision], 1).T  # (2Z, n)
     constant = (mu**2 * precision + logvar + math.log(2 * math.pi)).sum(1)  # (n,)
     log_q_z = 0.0
     for rows in z.double().split(chunk):
-        distance = rows**2 @ precision.T - 2 * rows @ (mu * precision).T + constant  # (chunk, n)
-        log_q_z += torch.logsumexp(-0.5 * distance, 1).sum()
-    return neg_entropy - (log_q_z / len(mu) - math.log(len(mu)))
+        distance = torch.addmm(constant, torch.cat([rows**2, rows], 1), factors)  # (chunk, n)
+        log_q_z += torch.logsumexp(distance.mul_(-0.5), 1).sum()
+    return log_normal(z.double(), mu, logvar).mean() - (log_q_z / len(mu) - math.log(len(mu)))
 
 
 def active_units(mu, threshold=0.01):
@@ -59,27 +63,39 @@ def active_units(mu, threshold=0.01):
     return int((mu.double().var(0) > threshold).sum()) if len(mu) > 1 and mu.numel() else 0
 
 
-def posterior_samples(model, mu, logvar, labels, noise, num_samples):
-    """Yields, for each of `num_samples` draws z ~ q(z|x): z (B, Z), rec (B,) and log p(x, z) / q(z|x) (B,)."""
-    for _, eps in zip(range(num_samples), noise, strict=False):
-        z = model.reparameterize(mu, logvar, eps=eps.to(mu))
-        rec = model.rec(z, labels)
-        yield z, rec, log_normal(z) - log_normal(z, mu, logvar) - rec
-
-
 @torch.no_grad()
+def sample_posterior(model, batch, num_samples, seed=0):
+    """What K samples z ~ q(z|x) say of each sentence, from one run of the encoder and K of the decoder.
+
+    Memory does not depend on K. A sentence's noise depends on (seed, batch.index) alone.
+    Returns: mu, logvar and the first z: (B, Z); rec, the mean over K, and the importance-weighted NLL: (B,), nats.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    mu, logvar = model.encode(batch.ids, batch.mask)
+    noise = data.latent_noise(mu.shape[1], seed, 0, batch.index, data.POSTERIOR)
+    rec_sum = torch.zeros(len(mu), dtype=torch.float64, device=mu.device)
+    log_sum = torch.full_like(rec_sum, -torch.inf)  # log of the sum of the weights p(x|z) p(z) / q(z|x)
+    first = None
+    for _ in range(num_samples):
+        z = model.reparameterize(mu, logvar, eps=next(noise).to(mu))
+        first = z if first is None else first
+        rec = model.rec(z, batch.labels).double()
+        rec_sum += rec
+        log_sum = torch.logaddexp(log_sum, log_normal(z) - log_normal(z, mu, logvar) - rec)
+    return mu, logvar, first, rec_sum / num_samples, math.log(num_samples) - log_sum
+
+
 def importance_weighted_nll(model, batch, num_samples, seed=0):
     """-log p(x), bounded from above by K importance-weighted samples (Burda et al. 2016, eq. 8): (B,), nats.
 
     -log of the mean over K of p(x|z) p(z) / q(z|x). K = 1 is -ELBO with one sample; on average it falls with K towards
     the truth. One run of the encoder, K of the decoder; memory does not depend on K.
     """
-    mu, logvar = model.encode(batch.ids, batch.mask)
-    noise = data.latent_noise(mu.shape[1], seed, 0, batch.index, data.POSTERIOR)
-    total = torch.full((len(mu),), -torch.inf, device=mu.device)
-    for _, _, log_weight in posterior_samples(model, mu, logvar, batch.labels, noise, num_samples):
-        total = torch.logaddexp(total, log_weight)
-    return math.log(num_samples) - total
+    return sample_posterior(model, batch, num_samples, seed)[-1]
+
+
+# ---------------------------------------------------------------------------------------- a split
 
 
 @torch.no_grad()
@@ -93,73 +109,29 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, seed=0,
             otherwise rec (and with it -ELBO) is the mean over the same K samples.
         thorough: also rec with other latents, and the greedy reconstruction.
         entropy: of the data's distribution, nats a sentence, where it is known.
+    Returns: means over sentences, each with its standard error under `<name>_se`; ratios; and the counts they rest on.
     """
     training, device = model.training, model.w_mu.weight.device
     model.eval()
     n, latent_dim = len(corpus), model.latent_dim
-    names = ("rec", "kl", "nll_iw", "rec_other", "rec_prior", "hits", "exact")
-    table = {name: torch.zeros(n, dtype=torch.float64) for name in names}  # a column a measure, a row a sentence
+    columns = {name: torch.zeros(n, dtype=torch.float64) for name in ("rec", "kl", "nll_iw")}  # a row a sentence
     mu_all, logvar_all, z_all = (torch.zeros(n, latent_dim) for _ in range(3))
-
-    def put(name, index, values):
-        table[name][index.cpu()] = values.double().cpu()
-
+    samples = max(1, iw_samples) if latent_dim else 1  # without a latent all samples are one
     for batch in data.evaluation_batches(corpus, batch_size):
-        batch = batch.to(device)
-        mu, logvar = model.encode(batch.ids, batch.mask)
-        noise = data.latent_noise(latent_dim, seed, 0, batch.index, data.POSTERIOR)
-        samples, rec_sum = max(1, iw_samples), 0.0
-        log_sum = torch.full((len(mu),), -torch.inf, device=device)
-        for k, (z, rec, log_weight) in enumerate(posterior_samples(model, mu, logvar, batch.labels, noise, samples)):
-            if k == 0:
-                z_all[batch.index.cpu()] = z.float().cpu()
-            rec_sum, log_sum = rec_sum + rec.double(), torch.logaddexp(log_sum, log_weight)
-        put("rec", batch.index, rec_sum / samples)
-        put("kl", batch.index, kl_divergence(mu, logvar).sum(1))
-        put("nll_iw", batch.index, math.log(samples) - log_sum)
-        mu_all[batch.index.cpu()], logvar_all[batch.index.cpu()] = (
-            mu.float().cpu(),
-            logvar.float().cpu(),
-        )
-
+        mu, logvar, z, rec, nll_iw = sample_posterior(model, batch.to(device), samples, seed)
+        kl = kl_divergence(mu.double(), logvar.double()).sum(1)
+        for column, values in zip(columns.values(), (rec, kl, nll_iw), strict=True):
+            column[batch.index] = values.cpu()
+        for whole, values in (mu_all, mu), (logvar_all, logvar), (z_all, z):
+            whole[batch.index] = values.float().cpu()
+    if not iw_samples:
+        del columns["nll_iw"]
     if thorough:
-        # One cycle through all sentences in random order: everybody gets somebody else's z.
-        order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
-        z_other = torch.empty_like(z_all)
-        z_other[order] = z_all[order.roll(1)]
-        for batch in data.evaluation_batches(corpus, batch_size):
-            z_prior = next(data.latent_noise(latent_dim, seed, 0, batch.index, data.PRIOR)).to(device)
-            other, mean = z_other[batch.index].to(device), mu_all[batch.index].to(device)
-            batch = batch.to(device)
-            put("rec_other", batch.index, model.rec(other, batch.labels))
-            put("rec_prior", batch.index, model.rec(z_prior, batch.labels))
-            length = batch.labels.shape[1]
-            ids = model.generate(mean, max_new_tokens=length)[:, 1:]  # the start token goes
-            ids = torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=corpus.pad_id)
-            right = (ids == batch.labels) & (batch.labels != corpus.pad_id)
-            put("hits", batch.index, right.sum(1))
-            put("exact", batch.index, right.sum(1) == (batch.labels != corpus.pad_id).sum(1))
+        columns |= other_latents(model, corpus, batch_size, seed, mu_all, z_all)
     model.train(training)
 
-    tokens, words = int(corpus.offsets[-1]), int(corpus.words.sum())
-    table["neg_elbo"] = table["rec"] + table["kl"]
-    table["gain"] = table["nll_iw"] - table["rec"]
-    means = ["rec", "kl", "neg_elbo"]
-    means += ["nll_iw", "gain"] * (iw_samples > 0) + ["rec_other", "rec_prior"] * thorough
-    result = {}
-    for name in means:
-        result[name] = table[name].mean().item()
-        result[name + "_se"] = (table[name].std() / math.sqrt(n)).item() if n > 1 else None
-    for bound, suffix in ("neg_elbo", ""), ("nll_iw", "_iw"):
-        if bound in means:
-            result["ppl_token" + suffix] = math.exp(min(700, result[bound] * n / tokens))
-            result["ppl_word" + suffix] = math.exp(min(700, result[bound] * n / words))
-    if iw_samples:
-        result["efficiency"] = result["gain"] / result["kl"] if result["kl"] > 0 else None
-    if thorough:
-        result["exact_match"] = 100 * table["exact"].mean().item()
-        result["token_accuracy"] = 100 * table["hits"].sum().item() / tokens
-    return result | {
+    tokens, unk_tokens = int(corpus.offsets[-1]), int((corpus.ids == corpus.unk_id).sum())
+    return summarize(columns, tokens, int(corpus.words.sum())) | {
         "mi": mutual_information(mu_all, logvar_all, z=z_all).item(),
         "mi_n": n,
         "au": active_units(mu_all),
@@ -167,71 +139,345 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, seed=0,
         "iw_samples": iw_samples,
         "sentences": n,
         "tokens": tokens,
-        "words": words,
-        "unk_share": float((corpus.ids == corpus.unk_id).mean()),
+        "words": int(corpus.words.sum()),
+        "unk_tokens": unk_tokens,
+        "unk_share": unk_tokens / tokens,
         "entropy": entropy,
     }
 
 
+def other_latents(model, corpus, batch_size, seed, mu, z):
+    """rec of each sentence given another's z and given the prior's, and its greedy reconstruction from the mean.
+
+    Args:
+        mu, z: (n, Z) posterior means and samples of the whole corpus.
+    Returns: columns (n,): rec_other (with two sentences or more), rec_prior: nats; hits: tokens right in their
+        place; exact: 1 where all are.
+    """
+    n, device = len(corpus), model.w_mu.weight.device
+    # One cycle through all sentences in random order: everybody gets somebody else's z.
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
+    z_other = torch.empty_like(z)
+    z_other[order] = z[order.roll(1)]
+    columns = {name: torch.zeros(n, dtype=torch.float64) for name in ("rec_other", "rec_prior", "hits", "exact")}
+    for batch in data.evaluation_batches(corpus, batch_size):
+        index, labels = batch.index, batch.labels.to(device)
+        z_prior = next(data.latent_noise(z.shape[1], seed, 0, index, data.PRIOR))
+        columns["rec_other"][index] = model.rec(z_other[index].to(device), labels).double().cpu()
+        columns["rec_prior"][index] = model.rec(z_prior.to(device), labels).double().cpu()
+        length, real = labels.shape[1], labels != corpus.pad_id
+        ids = model.generate(mu[index].to(device), max_new_tokens=length)[:, 1:]  # the start token goes
+        ids = torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=corpus.pad_id)
+        hits = ((ids == labels) & real).sum(1)
+        columns["hits"][index] = hits.double().cpu()
+        columns["exact"][index] = (hits == real.sum(1)).double().cpu()
+    if n == 1:
+        del columns["rec_other"]
+    return columns
+
+
+def summarize(columns, tokens, words):
+    """Columns of a value a sentence -> means, their standard errors, and the ratios, each divided once."""
+    columns, result = dict(columns), {}
+    columns["neg_elbo"] = columns["rec"] + columns["kl"]
+    hits = columns.pop("hits", None)
+    if "nll_iw" in columns:
+        columns["gain"] = columns["nll_iw"] - columns["rec"]
+    if "exact" in columns:
+        columns["exact_match"] = 100 * columns.pop("exact")
+    for name, values in columns.items():
+        n = len(values)
+        result[name] = values.mean().item()
+        result[name + "_se"] = (values.std() / math.sqrt(n)).item() if n > 1 else None
+    for bound, suffix in ("neg_elbo", ""), ("nll_iw", "_iw"):
+        if bound in columns:
+            total = columns[bound].sum().item()
+            result["ppl_token" + suffix] = math.exp(min(700, total / tokens))  # e^709 is the largest float
+            result["ppl_word" + suffix] = math.exp(min(700, total / words))
+    if "gain" in columns:
+        result["efficiency"] = result["gain"] / result["kl"] if result["kl"] > 0 else None
+    if hits is not None:
+        result["token_accuracy"] = 100 * hits.sum().item() / tokens
+    return result
+
+
 # ---------------------------------------------------------------------------------------- tables
 
-COLUMNS = {  # heading: key of metrics.json, digits
-    "rec": ("rec", 2),
-    "KL": ("kl", 2),
-    "-ELBO": ("neg_elbo", 2),
-    "NLL": ("nll_iw", 2),
-    "K": ("iw_samples", 0),
-    "entropy": ("entropy", 2),
-    "PPL/token": ("ppl_token", 2),
-    "PPL/word": ("ppl_word", 2),
-    "MI": ("mi", 2),
-    "n": ("mi_n", 0),
-    "AU": ("au", 0),
-    "gain": ("gain", 2),
-    "eff.": ("efficiency", 2),
-    "rec other z": ("rec_other", 2),
-    "rec prior z": ("rec_prior", 2),
-    "exact %": ("exact_match", 1),
-    "token %": ("token_accuracy", 1),
-}
+BLOCKS = (  # heading: key of metrics.json
+    {"rec": "rec", "KL": "kl", "-ELBO": "neg_elbo", "NLL (IW-K)": "nll_iw", "K": "iw_samples"}
+    | {"entropy": "entropy", "sentences": "sentences"},
+    {"PPL/token, -ELBO": "ppl_token", "PPL/token, NLL": "ppl_token_iw", "tokens": "tokens", "unk %": "unk_share"}
+    | {"PPL/word, -ELBO": "ppl_word", "PPL/word, NLL": "ppl_word_iw", "words": "words"},
+    {"gain": "gain", "efficiency": "efficiency", "rec, other z": "rec_other", "rec, prior z": "rec_prior", "MI": "mi"}
+    | {"n": "mi_n", "AU": "au", "exact %": "exact_match", "token %": "token_accuracy"},
+)
 
 
-def format_table(runs):
-    """{name: metrics} -> text, a row a run; a column that no run fills is left out."""
-    keys = [h for h, (key, _) in COLUMNS.items() if any(m.get(key) is not None for m in runs.values())]
-    rows = [["run", *keys]]
-    for name, m in runs.items():
-        cells = [(m.get(COLUMNS[h][0]), COLUMNS[h][1]) for h in keys]
-        rows.append([name] + ["-" if v is None else f"{v:.{digits}f}" for v, digits in cells])
+def number(value, digits=2):
+    """A cell: counts whole, others with `digits`, huge ones as powers of ten, a missing one as a dash."""
+    if value is None or isinstance(value, int):
+        return "-" if value is None else f"{value:,}"
+    return f"{value:z.{digits}f}" if abs(value) < 1e6 else f"{value:.1e}"
+
+
+def cell(measured, key):
+    """One number of `evaluate`'s dict, with its ± and, for AU, the dimensions that there are."""
+    scale = 100 if key == "unk_share" else 1  # the one share that is not kept in %
+    value, spread = measured.get(key), measured.get(key + "_se")
+    if value is None:
+        return "-"
+    text = number(scale * value) + (f"±{number(scale * spread)}" if spread is not None else "")
+    return f"{text}/{measured['latent_dim']}" if key == "au" else text
+
+
+def align(rows):
+    """Rows of cells -> text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
+    lines = (
         row[0].ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
         for row in rows
     )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def format_table(runs, spread="standard error of the mean over sentences"):
+    """{name: metrics} -> text, in three blocks with a row a run; a column that no run fills is left out."""
+    blocks = []
+    for block in BLOCKS:
+        heads = [head for head, key in block.items() if any(m.get(key) is not None for m in runs.values())]
+        rows = [["run", *heads]]
+        for name, measured in runs.items():
+            label = name + " (LM)" * (measured.get("latent_dim") == 0)
+            rows.append([label, *(cell(measured, block[head]) for head in heads)])
+        blocks.append(align(rows))
+    return "\n\n".join(blocks) + f"\n\nNats a sentence; ±: {spread}; unk: tokens outside the vocabulary."
+
+
+NOT_THE_RECIPE = ("seed", "out", "command", "argv", "start", "init", "versions", "overwrite")
+
+
+def seed_groups(configs, results):
+    """{name: metrics} of the runs that differ in nothing but the seed: means, with the sample standard deviation
+    over seeds as their ±. Counts that are the same in all stay counts."""
+    groups, summaries = defaultdict(dict), {}
+    for run, config in configs.items():
+        recipe = {key: value for key, value in config.items() if key not in NOT_THE_RECIPE}
+        groups[json.dumps(recipe, sort_keys=True)].setdefault(config["seed"], run)  # a seed counts once
+    for runs in filter(lambda runs: len(runs) > 1, groups.values()):
+        group, mean = [results[run] for run in runs.values()], {}
+        for key in (key for key in group[0] if not key.endswith("_se")):
+            values = [measured.get(key) for measured in group]
+            if None in values or (isinstance(values[0], int) and len(set(values)) == 1):
+                mean[key] = values[0] if len(set(values)) == 1 else None
+            else:
+                mean |= {key: statistics.fmean(values), key + "_se": statistics.stdev(values)}
+        summaries[f"{len(runs)} seeds ({', '.join(map(str, runs))}) of {next(iter(runs.values()))}"] = mean
+    return summaries
+
+
+# ---------------------------------------------------------------------------------------- the paper's tables
+
+# Tables 1 to 4 as they are printed: PPL, KL, "-ELBO", MI, AU. Two rows of PTB have a cell too few; its place is by
+# their size: MI is the one missing. Words a test sentence, one end mark included: counted for PTB; 96 + 1 for Yelp.
+PAPER_ROWS = (  # name, what its PPL is per
+    (("Optimus (lambda 0.5)", "GPT-2 token"), ("GPT-2", "GPT-2 token"), ("Li et al. (lambda 3)", "word"))
+    + (("Max pool", "T5 token"), ("Max pool + Denoise", "T5 token"), ("Max pool + Denoise + KLT", "T5 token"))
+    + (("Max pool + Denoise + KLT + Deep", "T5 token"),)
+)
+PAPER = {  # data set: number of the table, words a sentence, rows
+    "yahoo": (1, 79.867, """23.11 17.45 301.21 8.85 32 | 22.00 - - - - | 59.24 7.44 328.73 6.41 32
+        | 20.90 0.21 343.02 0.04 0 | 30.13 41.49 301.86 1.32 24 | 60.44 119.89 223.69 4.73 29
+        | 54.40 155.50 140.57 5.43 28"""),
+    "ptb": (2, 21.917, """26.69 15.72 96.82 7.64 32 | 24.23 - - - - | 96.75 3.85 101.56 3.19 32
+        | 51.60 0.09 104.14 0 0 | 57.69 3.05 101.17 - 11 | 250.44 41.93 62.25 2.17 24
+        | 705.73 84.28 4.95 - 13"""),
+    "yelp": (3, 97.0, """22.79 15.09 344.10 9.13 32 | 23.40 - - - - | - - - - -
+        | 21.65 0.25 404.54 0 0 | 39.09 77.85 327.17 1.06 26 | 86.71 182.24 223.34 5.46 27
+        | 53.05 178.48 166.15 5.55 10"""),
+    "snli": (4, 10.758, """16.67 16.35 38.50 8.89 32 | 20.24 - - - - | 21.23 5.86 33.87 5.25 32
+        | 12.79 0.11 34.61 0.06 0 | 15.16 2.41 32.32 0.194 7 | 85.88 26.12 8.62 0.88 13
+        | 2358.31 74.95 43.77 5.27 17"""),
+}  # fmt: skip
+PAPER_NOTE = """\
+N: tokens (words, for Li et al.) a sentence, as PPL = exp(-ELBO / N) implies them. A data set has one N. Taken at its
+word, the column "-ELBO" gives each row of the paper another; read as rec - KL, it gives all rows the same, the true N
+(with </s>; ptb without). So the true -ELBO is "-ELBO" + 2 KL. SNLI's Deep row has lost a minus: no other sign gives
+its N. The baselines print a true -ELBO, but their PPL is of an importance-weighted NLL: their N is a little high.
+rec of the 6-layer rows does not move while KL goes from 0 to 182 nats: z costs them much and gives nothing.
+PPL of different units do not compare; nats a sentence do, and so does PPL/word = exp(true -ELBO / words a sentence).
+The paper cuts texts at 256 tokens. Its MI is a mean over batches of 256 at most: it cannot exceed ln 256 = 5.55."""
+
+
+def reread(dataset):
+    """The rows of the paper's table for a data set, with what their printed digits imply, as a list of dicts.
+
+    name, unit, and the printed ppl, kl, printed, mi, au (text); rec, n_printed, n, neg_elbo, ppl_word (None where
+    nothing implies them).
+    """
+    _, words, text = PAPER[dataset]
+    rows, true_n = [], None
+    for (name, unit), line in zip(PAPER_ROWS, text.split("|"), strict=True):
+        row = dict(zip(("ppl", "kl", "printed", "mi", "au"), line.split(), strict=True), name=name, unit=unit)
+        row |= dict.fromkeys(("rec", "n_printed", "n", "neg_elbo", "ppl_word"))
+        if row["printed"] != "-":
+            nats, kl, printed = math.log(float(row["ppl"])), float(row["kl"]), float(row["printed"])
+            row["n_printed"] = printed / nats
+            row["neg_elbo"] = printed
+            if unit == "T5 token":
+                # The first row's KL is next to nothing: it has the true N, however its column is read.
+                true_n = true_n or (printed + 2 * kl) / nats
+                sign = min((1, -1), key=lambda s: abs((s * printed + 2 * kl) / nats - true_n))
+                row["neg_elbo"] = sign * printed + 2 * kl
+                row["n"] = row["neg_elbo"] / nats
+            row["rec"] = row["neg_elbo"] - kl
+            row["ppl_word"] = math.exp(row["neg_elbo"] / words)
+        rows.append(row)
+    return rows
+
+
+def format_paper(datasets, runs, configs):
+    """The paper's tables of `datasets`, and under each the runs on that data set."""
+    tables = []
+    for dataset in datasets:
+        number_of_table, words, _ = PAPER[dataset]
+        heads = [dataset, "PPL", "per", "KL", '"-ELBO"', "N", "MI", "AU", "true N", "rec", "true -ELBO", "PPL/word"]
+        rows = [heads]
+        for r in reread(dataset):
+            derived = [number(r[key]) for key in ("n", "rec", "neg_elbo")] + [number(r["ppl_word"], 1)]
+            printed = [r[key] for key in ("name", "ppl", "unit", "kl", "printed")]
+            rows.append([*printed, number(r["n_printed"]), r["mi"], r["au"], *derived])
+        for run in (run for run in runs if configs[run]["dataset"] == dataset):
+            m = runs[run]
+            row = [run, number(m["ppl_token"]), "T5 token", cell(m, "kl"), "-", "-", number(m["mi"]), str(m["au"])]
+            row += [number(m["tokens"] / m["sentences"]), cell(m, "rec"), cell(m, "neg_elbo")]
+            rows.append([*row, number(m["ppl_word"], 1)])
+        tables.append(f"Table {number_of_table}, {dataset}: {words:g} words a sentence\n{align(rows)}")
+    return "\n\n".join([*tables, PAPER_NOTE])
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+PANELS = {"MI, nats": "mi", "AU": "au", "KL, nats a sentence": "kl", "PPL/word, of -ELBO": "ppl_word"}
+NOT_IN_LABELS = {*NOT_THE_RECIPE, "data_sha256", "pool", "phases"} - {"seed"}  # "pooling" says it all
+
+
+def run_labels(configs):
+    """{run: what sets it apart from the others}: the settings that differ, and the run where they do not tell."""
+    keys = dict.fromkeys(key for config in configs.values() for key in config if key not in NOT_IN_LABELS)
+    differ = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
+    labels = {run: ", ".join(f"{k} {c[k]}" for k in differ if c.get(k) is not None) for run, c in configs.items()}
+    seen = list(labels.values())
+    return {
+        run: label if label and seen.count(label) == 1 else ", ".join(filter(None, (label, run)))
+        for run, label in labels.items()
+    }
+
+
+def draw(logs):
+    """A matplotlib Figure of {label: validation records}: a panel a measure, a line a run, against steps."""
+    from matplotlib.figure import Figure
+
+    wide = max(map(len, logs)) > 50
+    figure = Figure(figsize=(10, 7 + 0.25 * len(logs) / (1 if wide else 2)), layout="constrained")
+    for axes, (title, key) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        for i, (label, records) in enumerate(logs.items()):
+            # Thinner ones on top: lines that coincide still show, one around the other.
+            width = 1.5 + 4 * (len(logs) - 1 - i) / len(logs)
+            steps, values = ([record[k] for record in records] for k in ("step", key))
+            axes.plot(steps, values, marker="o", markersize=width + 1.5, linewidth=width, label=label)
+        axes.set(title=title, xlabel="step", ylim=panel_range(key, logs.values()))
+        axes.grid(alpha=0.3)
+        if key == "ppl_word" and axes.get_ylim()[1] > 1000:
+            axes.set(yscale="log", ylim=(1, None))
+    text = ["\n".join(textwrap.wrap(label, 110)) for label in logs]
+    figure.legend(axes.get_lines(), text, loc="outside lower center", ncols=1 if wide else 2)
+    return figure
+
+
+def panel_range(key, logs):
+    """The y-axis of a panel: from 0, or from 1 for PPL. KL and PPL of the first record count only if they leave
+    the others legible: those of an untrained W_logvar can be a hundred times as large."""
+    values = [record[key] for records in logs for record in (records[1:] or records)]
+    limit = 3 * max(values) if key in ("kl", "ppl_word") else math.inf
+    values += [records[0][key] for records in logs if records[0][key] <= limit]
+    low, high = min(1 if key == "ppl_word" else 0, *values), max(values)
+    return low - 0.03 * (high - low), high + 0.05 * (high - low) + 1e-3
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+
+def evaluate_run(run, config, args):
+    """`evaluate` on the test split of a run folder; its metrics.json is written anew."""
+    from vae import T5VAE
+
+    model = T5VAE.from_pretrained(Path(run, "model")).to(args.device)
+    texts = data.read_texts(config["dataset"], "test", config["data_dir"])
+    corpus = data.tokenize(texts, model.tokenizer, config["max_length"])
+    entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None
+    result = evaluate(model, corpus, args.batch_size, args.iw_samples or 100, True, entropy=entropy)
+    path = Path(run, "metrics.json")
+    if path.exists():  # what an evaluation cannot know
+        result |= {k: v for k, v in json.loads(path.read_text()).items() if k == "train_seconds"}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description="Evaluate runs on their test split and print one table.")
+    flag = parser.add_argument
+    flag("runs", nargs="*", metavar="RUN", help="run folder of train.py, phase 1 or 2")
+    flag("--batch-size", type=int, default=64, metavar="N", help="sentences (64); no number depends on it")
+    flag("--iw-samples", type=int, metavar="K", help="of the importance-weighted NLL (100)")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag = parser.add_mutually_exclusive_group().add_argument
+    text = "the paper's tables, re-read; RUNs go under their data set's, from metrics.json if --iw-samples is not given"
+    flag("--paper", action="store_true", help=text)
+    flag("--plot", metavar="PNG", help="draw MI, AU, KL and PPL on the validation split against steps; no evaluation")
+    args = parser.parse_args(argv)
+    if not args.runs and not args.paper:
+        parser.error("name at least one RUN (only --paper goes without)")
+    if args.batch_size < 1 or args.iw_samples is not None and args.iw_samples < 1:
+        parser.error("--batch-size and --iw-samples must be at least 1")
+    return args
 
 
 def main(argv=None):
-    from vae import T5VAE
-
-    parser = argparse.ArgumentParser(description="Evaluate runs on their test split and print one table.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py, phase 1 or 2")
-    parser.add_argument("--batch-size", type=int, default=64, help="sentences (64); no number depends on it")
-    parser.add_argument("--iw-samples", type=int, default=100, help="K of the importance-weighted NLL (100)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    results = {}
+    args = parse_args(argv)
+    configs, results, logs = {}, {}, {}
     for run in args.runs:
         try:
-            config = json.loads(Path(run, "config.json").read_text())
-            model = T5VAE.from_pretrained(Path(run, "model")).to(args.device)
-            texts = data.read_texts(config["dataset"], "test", config["data_dir"])
-            corpus = data.tokenize(texts, model.tokenizer, config["max_length"])
+            configs[run] = config = json.loads(Path(run, "config.json").read_text())
+            if config["phase"] == 0:
+                raise ValueError("a T5 of phase 0 is no VAE")
+            if args.paper and config["dataset"] not in PAPER:
+                raise ValueError(f"the paper has tables of {', '.join(PAPER)}, not of {config['dataset']}")
+            stored = Path(run, "metrics.json")
+            if args.plot:
+                records = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
+                logs[run] = [record for record in records if record["split"] == "valid"]
+                if not logs[run]:
+                    raise ValueError("its log.jsonl has no record of the validation split")
+            elif args.paper and args.iw_samples is None and stored.exists():
+                results[run] = json.loads(stored.read_text())
+            else:
+                results[run] = evaluate_run(run, config, args)
         except (OSError, ValueError, KeyError) as error:
-            sys.exit(f"metrics.py: {run} is no finished run of phase 1 or 2: {error}")
-        entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None
-        results[run] = evaluate(model, corpus, args.batch_size, args.iw_samples, True, entropy=entropy)
-        Path(run, "metrics.json").write_text(json.dumps(results[run], indent=2) + "\n")
-    print(format_table(results))
+            sys.exit(f"metrics.py: cannot use {run}: {error}")
+    if args.plot:
+        labels = run_labels(configs)
+        try:
+            draw({labels[run]: records for run, records in logs.items()}).savefig(args.plot, dpi=150)
+        except (OSError, ValueError) as error:  # no such folder, no such format
+            sys.exit(f"metrics.py: --plot {args.plot}: {error}")
+        print(f"wrote {args.plot}")
+    elif args.paper:
+        used = {config["dataset"] for config in configs.values()} or PAPER
+        print(format_paper([dataset for dataset in PAPER if dataset in used], results, configs))
+    else:
+        print(format_table(results))
+        if summaries := seed_groups(configs, results):
+            print("\n" + format_table(summaries, "standard deviation over seeds"))
 
 
 if __name__ == "__main__":
