@@ -224,8 +224,14 @@ def main(argv=None):
         try:
             config = json.loads(Path(run, "config.json").read_text())
             model = T5VAE.from_pretrained(Path(run, "model")).to(args.device)
-            texts = data.read_texts(config["dataset"], "test", config["data_dir"])
-            corpus = data.tokenize(texts, model.tokenizer, config["max_length"])
+            corpus = data.load_corpus(
+                config["dataset"],
+                "test",
+                model.tokenizer,
+                config["data_dir"],
+                config["max_length"],
+                shares=tuple(config["split"]),
+            )
         except (OSError, ValueError, KeyError) as error:
             sys.exit(f"metrics.py: {run} is no finished run of phase 1 or 2: {error}")
         entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None
