@@ -224,14 +224,8 @@ def main(argv=None):
         try:
             config = json.loads(Path(run, "config.json").read_text())
             model = T5VAE.from_pretrained(Path(run, "model")).to(args.device)
-            corpus = data.load_corpus(
-                config["dataset"],
-                "test",
-                model.tokenizer,
-                config["data_dir"],
-                config["max_length"],
-                shares=tuple(config["split"]),
-            )
+            where, shares = (config["dataset"], "test"), config.get("split", data.SHARES)
+            corpus = data.load_corpus(*where, model.tokenizer, config["data_dir"], config["max_length"], shares=shares)
         except (OSError, ValueError, KeyError) as error:
             sys.exit(f"metrics.py: {run} is no finished run of phase 1 or 2: {error}")
         entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None
