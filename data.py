@@ -48,20 +48,12 @@ TENSES = {  # tense: the times that go with it
     "present": ("today", "this week", "these days", "right now"),
     "future": ("tomorrow", "next week", "next spring", "soon"),
 }
-VERBS = {  # base form: (third person singular, past)
-    "paint": ("paints", "painted"),
-    "carry": ("carries", "carried"),
-    "find": ("finds", "found"),
-    "sell": ("sells", "sold"),
-    "buy": ("buys", "bought"),
-    "break": ("breaks", "broke"),
-    "hide": ("hides", "hid"),
-    "clean": ("cleans", "cleaned"),
-    "steal": ("steals", "stole"),
-    "draw": ("draws", "drew"),
-    "repair": ("repairs", "repaired"),
-    "lose": ("loses", "lost"),
-}
+VERBS = (  # base form, third person singular, past
+    ("paint paints painted", "carry carries carried", "find finds found", "sell sells sold", "buy buys bought")
+    + ("break breaks broke", "hide hides hid", "clean cleans cleaned", "steal steals stole", "draw draws drew")
+    + ("repair repairs repaired", "lose loses lost")
+)
+VERBS = {base: (third, past) for base, third, past in map(str.split, VERBS)}
 FACTORS = {
     "who": MEN + WOMEN,
     "number": ("one", "many"),
@@ -251,15 +243,35 @@ def unpack(archive, name, paths, expected):
             accept(part, path, expected.get(split))
 
 
-def fetch(name, data_dir="data"):
-    """Download the splits of a benchmark that `data_dir`/`name` lacks, each checked, from the first mirror that has it.
+def fetch_from(mirror, name, todo, expected):
+    """Fetch the splits `todo`, {split: path}, from one mirror. Raises one of BROKEN."""
+    folder = next(iter(todo.values())).parent
+    for split, path in todo.items() if "{split}" in mirror else [(None, folder / "archive")]:
+        url, want = mirror.format(split=split), expected.get(split)
+        part = folder / f".{path.stem}.{hashlib.md5(url.encode()).hexdigest()[:8]}.part"
+        resumed = part.is_file()
+        download(url, part)
+        if split is None:
+            try:
+                unpack(part, name, todo, expected)
+            finally:
+                part.unlink()
+            continue
+        if resumed and want and checksum(part, want.split(":")[0]) != want:
+            part.unlink()  # what was there was the beginning of something else
+            download(url, part)
+        accept(part, path, want)
 
-    Raises FileNotFoundError, in one line, where no mirror has them.
+
+def fetch(name, data_dir="data"):
+    """Download what `data_dir`/`name` lacks of a benchmark's splits, from the first mirror that has it, and check it.
+
+    Raises FileNotFoundError, in one line, where no mirror has it.
     """
     source, folder, failures = SOURCES[name], Path(data_dir, name), []
-    expected = dict(source.checksums)
-    if not expected and (folder / "SHA256SUMS").is_file():  # what an earlier download found
-        lines = (line.split() for line in (folder / "SHA256SUMS").read_text().splitlines())
+    expected, sums = dict(source.checksums), folder / "SHA256SUMS"
+    if not expected and sums.is_file():  # what an earlier download found
+        lines = (line.split() for line in sums.read_text().splitlines())
         expected = {file.removesuffix(".txt"): f"sha256:{digest}" for digest, file in lines}
 
     def missing():
@@ -267,35 +279,21 @@ def fetch(name, data_dir="data"):
 
     if missing():
         print(f"fetching {name} into {folder}. {source.terms}")
-    for mirror in source.urls if missing() else ():
+    for mirror in source.urls:
         try:
-            todo = missing()
-            for split, path in todo.items() if "{split}" in mirror else [(None, folder / "archive")]:
-                url = mirror.format(split=split)
-                part = folder / f".{path.stem}.{hashlib.md5(url.encode()).hexdigest()[:8]}.part"
-                old = part.is_file()
-                download(url, part)
-                if split is None:
-                    try:
-                        unpack(part, name, todo, expected)
-                    finally:
-                        part.unlink()
-                else:
-                    want = expected.get(split)
-                    if old and want and checksum(part, want.split(":")[0]) != want:
-                        part.unlink()  # the old beginning was of something else
-                        download(url, part)
-                    accept(part, path, want)
+            if missing():
+                fetch_from(mirror, name, missing(), expected)
         except BROKEN as error:
             failures.append(f"{mirror}: {error}")
-        if not missing():
-            return
-    if missing():
+    why = "; ".join(failures)
+    if todo := missing():
         raise FileNotFoundError(
-            f"data set {name!r}: no {' or '.join(path.name for path in missing().values())} in {folder.resolve()}, and "
-            f"no mirror gave it ({'; '.join(failures)}); put the files there, point --data-dir at the folder that "
-            f"holds {name}/, or use --dataset grammar"
+            f"data set {name!r}: no {' or '.join(path.name for path in todo.values())} in {folder.resolve()}, and no "
+            f"mirror gave it ({why}); put the files there, point --data-dir at the folder that holds {name}/, "
+            "or use --dataset grammar"
         )
+    if failures:
+        print(f"{name} is complete, after a failure: {why}")
 
 
 # ---------------------------------------------------------------------------------------- texts
@@ -334,6 +332,10 @@ def split_path(dataset, split, data_dir="data"):
     )
 
 
+def text_hash(text):
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 def parse_shares(text):
     """ "0.9,0.05,0.05" -> (0.9, 0.05, 0.05): an argparse type."""
     shares = ()
@@ -349,13 +351,16 @@ def read_lines(dataset, split, data_dir="data", shares=SHARES):
 
     Labels are looked for in LABELLED data sets alone: in all lines of a file or in none, as its first line has it.
     One file as a data set: a line's split depends on its text alone, so that no text is in two splits.
-    Raises ValueError that names file, line and byte where the text is not UTF-8, or where a label is missing.
+    Raises ValueError that names the file where there is no text, line and byte too where it is not UTF-8, and the line
+    where a label is missing.
     """
     if dataset == "grammar":
         yield from ((None, grammar_sentence(factors)) for factors in grammar_factors(split))
         return
     path, labelled = split_path(dataset, split, data_dir), None
-    limits = np.cumsum((0, *shares))[SPLITS.index(split) :][:2] * 2**64 if path == Path(dataset) else None
+    place = SPLITS.index(split)
+    low, high = (2**64 * sum(shares[:i]) for i in (place, place + 1)) if path == Path(dataset) else (0, math.inf)
+    empty = True
     with open(path, "rb") as lines:
         for number, raw in enumerate(lines, 1):
             try:
@@ -372,11 +377,13 @@ def read_lines(dataset, split, data_dir="data", shares=SHARES):
                 if labelled and not tab:
                     raise ValueError(f"{path}, line {number}: no label and tab before the text, unlike the first line")
                 label, text = (first.strip(), rest.strip()) if labelled else (None, text)
-            if limits is not None:
-                number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-                if not limits[0] <= number < limits[1]:
-                    continue
-            yield label, text
+            if low <= text_hash(text) < high:
+                empty = empty and not text
+                yield label, text
+    if empty:
+        raise ValueError(
+            f"{path}: no text for {split!r}: the file is empty, or all its lines, or its share is too small"
+        )
 
 
 def read_texts(dataset, split, data_dir="data", shares=SHARES):
@@ -523,7 +530,7 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
     """The `Corpus` of a split: fetched if need be, tokenized once, and kept in `.cache` beside the text.
 
     Args: see `split_path` and `tokenize`; shares: of train, valid and test, where the data set is one file.
-    Raises OSError where there is no file, ValueError that names the file where there is no text in it.
+    Raises OSError where there is no file, ValueError where there is no text in it (see `read_lines`).
     """
     path, cache = None if dataset == "grammar" else split_path(dataset, split, data_dir), None
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -542,10 +549,7 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
                 labels.append(label)
             yield text
 
-    try:
-        corpus = tokenize(texts(), tokenizer, max_length, limit)
-    except ValueError as error:
-        raise ValueError(f"data set {dataset!r}, split {split!r}: {error}") from None
+    corpus = tokenize(texts(), tokenizer, max_length, limit)
     if labels:
         corpus = replace(corpus, labels=np.array(labels[: len(corpus)]))
     if cache:
@@ -705,8 +709,7 @@ def describe(dataset, tokenizer, data_dir="data", max_length=256, shares=SHARES)
     corpora = {s: load_corpus(dataset, s, tokenizer, data_dir, max_length, None, shares) for s in SPLITS}
     for split in SPLITS:
         texts = filter(None, read_texts(dataset, split, data_dir, shares))
-        hashes = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-        seen[split] = np.unique(np.fromiter(map(int.from_bytes, hashes), np.uint64))
+        seen[split] = np.unique(np.fromiter(map(text_hash, texts), np.uint64))
     for split, corpus in corpora.items():
         row = f"{split:8}{len(corpus):10,}{corpus.skipped:8,}"
         for counts, widths in ((corpus.lengths, (13, 8, 6)), (corpus.words - 1, (12, 8, 6))):  # without the end mark
@@ -725,6 +728,24 @@ def describe(dataset, tokenizer, data_dir="data", max_length=256, shares=SHARES)
         ids, _ = delete_tokens(batch.ids, batch.mask, prob, 0, 0, batch.index, corpora["train"].pad_id)
         for text in tokenizer.batch_decode(ids):
             yield f"{prob:.0%} deleted:".ljust(14) + text.partition("</s>")[0]
+
+
+def load_tokenizer(name):
+    """A T5's tokenizer, from a directory or the hub. Raises OSError: at once, where the hub would be asked six times."""
+    import huggingface_hub
+    from transformers import AutoTokenizer
+
+    with suppress(OSError):
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    try:
+        hub = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+        with suppress(urllib.error.HTTPError), urllib.request.urlopen(hub, timeout=TIMEOUT):
+            pass
+        return AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise OSError(
+            f"tokenizer {name!r} is no directory with a tokenizer, and not to be had from the hub: {error}"
+        ) from error
 
 
 def main(argv=None):
@@ -748,7 +769,7 @@ def main(argv=None):
         if args.dataset == "grammar" and not args.tokenizer:
             tokenizer = train_tokenizer(read_texts("grammar", "train"), 4000)
         else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer or "t5-small")
+            tokenizer = load_tokenizer(args.tokenizer or "t5-small")
         print(*describe(args.dataset, tokenizer, args.data_dir, args.max_length, args.split), sep="\n")
     except (OSError, ValueError) as error:
         sys.exit(f"data.py: {str(error).splitlines()[0]}")

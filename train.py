@@ -380,7 +380,7 @@ def parse_args(argv):
         "--dataset",
         required=True,
         metavar="NAME|DIR",
-        help=f"{', '.join(data.DATASETS)}, or your own: a directory with train.txt, valid.txt and test.txt, or one file",
+        help=f"{', '.join(data.DATASETS)}, or your own: a directory with train.txt, valid.txt and test.txt, or a file",
     )
     flag(
         "--split",
