@@ -364,7 +364,7 @@ def read_lines(dataset, split, data_dir="data", shares=SHARES):
     with open(path, "rb") as lines:
         for number, raw in enumerate(lines, 1):
             try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                text = raw.decode().removeprefix("\ufeff" if number == 1 else "").strip()
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path}, line {number}, byte {error.start + 1} (0x{raw[error.start]:02x}): "
@@ -731,18 +731,18 @@ def describe(dataset, tokenizer, data_dir="data", max_length=256, shares=SHARES)
 
 
 def load_tokenizer(name):
-    """A T5's tokenizer, from a directory or the hub. Raises OSError: at once, where the hub would be asked six times."""
+    """A T5's tokenizer, from a directory or the hub. Raises OSError, at once: the hub's client would ask six times."""
     import huggingface_hub
     from transformers import AutoTokenizer
 
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     try:
         hub = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
         with suppress(urllib.error.HTTPError), urllib.request.urlopen(hub, timeout=TIMEOUT):
             pass
         return AutoTokenizer.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(
             f"tokenizer {name!r} is no directory with a tokenizer, and not to be had from the hub: {error}"
         ) from error
