@@ -156,6 +156,7 @@ SOURCES = {
         "Yelp reviews of 2015, the sample of Yang et al. 2017: Yelp dataset terms; for research, not to be passed on",
         (
             f"{DELLA}/yelp/yelp.{{split}}.txt",
+            # no commit is known; the checksums pin the files all the same
             f"{GITHUB}/fangleai/Implicit-LVM/master/lang_model_yelp/data/yelp.{{split}}.txt",
         ),
         {
@@ -175,7 +176,7 @@ BROKEN = (OSError, ValueError, EOFError, http.client.HTTPException, tarfile.TarE
 
 
 def checksum(path, kind="sha256"):
-    """ "sha256:...", "md5:..." or "blob:..." of a file; blob is the id that git gives to its content."""
+    """What a file should match: "sha256:...", "md5:..." or "blob:...", the id that git gives to its content."""
     start = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if kind == "blob" else hashlib.new(kind)
     with open(path, "rb") as file:
         return f"{kind}:{hashlib.file_digest(file, lambda: start).hexdigest()}"
@@ -303,9 +304,7 @@ def find(folder, dataset, split):
     """The file of a split in a folder, `<split>.txt` or `<dataset>.<split>.txt`, or None."""
     for path in (folder / f"{split}.txt", folder / f"{dataset}.{split}.txt"):
         if path.is_dir():
-            raise IsADirectoryError(
-                f"data set {dataset!r}: {path} is a directory; it should be a file, one text a line"
-            )
+            raise IsADirectoryError(f"data set {dataset!r}: {path} is a directory; it should be a file of texts")
         if path.is_file():
             return path
     return None
@@ -337,7 +336,7 @@ def text_hash(text):
 
 
 def parse_shares(text):
-    """ "0.9,0.05,0.05" -> (0.9, 0.05, 0.05): an argparse type."""
+    """An argparse type: "0.9,0.05,0.05" -> (0.9, 0.05, 0.05)."""
     shares = ()
     with suppress(ValueError):
         shares = tuple(map(float, text.split(",")))
@@ -346,44 +345,44 @@ def parse_shares(text):
     return shares
 
 
+def split_label(line):
+    """label, text of a line that begins with a word and a tab; None, text of any other."""
+    first, tab, rest = line.partition("\t")
+    return (first.strip(), rest.strip()) if tab and len(first.split()) == 1 else (None, line.strip())
+
+
 def read_lines(dataset, split, data_dir="data", shares=SHARES):
     """Yields label (or None) and stripped text of each line of a split, empty ones too.
 
     Labels are looked for in LABELLED data sets alone: in all lines of a file or in none, as its first line has it.
     One file as a data set: a line's split depends on its text alone, so that no text is in two splits.
-    Raises ValueError that names the file where there is no text, line and byte too where it is not UTF-8, and the line
-    where a label is missing.
+    Raises ValueError that names the file where there is no text, line and byte where it is not UTF-8, the line where
+    a label is missing.
     """
     if dataset == "grammar":
         yield from ((None, grammar_sentence(factors)) for factors in grammar_factors(split))
         return
-    path, labelled = split_path(dataset, split, data_dir), None
-    place = SPLITS.index(split)
-    low, high = (2**64 * sum(shares[:i]) for i in (place, place + 1)) if path == Path(dataset) else (0, math.inf)
-    empty = True
+    path, labelled, empty = split_path(dataset, split, data_dir), None, True
+    one_file, place = path == Path(dataset), SPLITS.index(split)
+    low, high = (0, shares[0], shares[0] + shares[1], math.inf)[place : place + 2]
     with open(path, "rb") as lines:
         for number, raw in enumerate(lines, 1):
             try:
-                text = raw.decode().removeprefix("\ufeff" if number == 1 else "").strip()
+                line = raw.decode().removeprefix("\ufeff" if number == 1 else "")
             except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}, byte {error.start + 1} (0x{raw[error.start]:02x}): "
-                    f"not UTF-8 ({error.reason}); save the file as UTF-8"
-                ) from None
-            label = None
-            if text and dataset in LABELLED:
-                first, tab, rest = text.partition("\t")
-                labelled = bool(tab) if labelled is None else labelled
-                if labelled and not tab:
+                place = f"{path}, line {number}, byte {error.start + 1} (0x{raw[error.start]:02x})"
+                raise ValueError(f"{place}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+            label, text = None, line.strip()
+            if text and dataset in LABELLED and labelled is not False:
+                label, text = split_label(line)
+                if labelled and label is None:
                     raise ValueError(f"{path}, line {number}: no label and tab before the text, unlike the first line")
-                label, text = (first.strip(), rest.strip()) if labelled else (None, text)
-            if low <= text_hash(text) < high:
+                labelled = label is not None
+            if not one_file or low <= text_hash(text) / 2**64 < high:
                 empty = empty and not text
                 yield label, text
     if empty:
-        raise ValueError(
-            f"{path}: no text for {split!r}: the file is empty, or all its lines, or its share is too small"
-        )
+        raise ValueError(f"{path}: no text for {split!r}: no line but empty ones, or a share too small for it")
 
 
 def read_texts(dataset, split, data_dir="data", shares=SHARES):
@@ -501,7 +500,7 @@ def read_cache(cache, key):
                 return Corpus(
                     **json.loads(str(arrays["rest"])), **{name: arrays[name] for name in arrays if name != "rest"}
                 )
-    except OSError:
+    except (*BROKEN, KeyError, TypeError):
         return None
 
 
@@ -535,7 +534,13 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
     path, cache = None if dataset == "grammar" else split_path(dataset, split, data_dir), None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if path and backend:  # the grammar has no folder, and a tokenizer in Python no fingerprint
-        how = [backend.to_str(), tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
+        how = [
+            list(Corpus.__dataclass_fields__),
+            backend.to_str(),
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+            tokenizer.unk_token_id,
+        ]
         how += [dataset in LABELLED, split, shares if path == Path(dataset) else None, max_length, limit]
         how = hashlib.sha256(json.dumps(how).encode()).hexdigest()
         cache, key = path.parent / ".cache" / f"{path.stem}.{how[:16]}.npz", f"{how} {checksum(path)}".encode()
@@ -728,6 +733,10 @@ def describe(dataset, tokenizer, data_dir="data", max_length=256, shares=SHARES)
         ids, _ = delete_tokens(batch.ids, batch.mask, prob, 0, 0, batch.index, corpora["train"].pad_id)
         for text in tokenizer.batch_decode(ids):
             yield f"{prob:.0%} deleted:".ljust(14) + text.partition("</s>")[0]
+    for split, want in SOURCES[dataset].checksums.items() if dataset in SOURCES else ():
+        path = split_path(dataset, split, data_dir)
+        if checksum(path, want.split(":")[0]) != want:
+            yield f"{path} is not the published file: its checksum is not {want}"
 
 
 def load_tokenizer(name):
@@ -737,32 +746,30 @@ def load_tokenizer(name):
 
     with suppress(OSError, ValueError):
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    hub = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
     try:
-        hub = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
-        with suppress(urllib.error.HTTPError), urllib.request.urlopen(hub, timeout=TIMEOUT):
-            pass
+        with suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(hub, timeout=TIMEOUT).close()
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise OSError(
-            f"tokenizer {name!r} is no directory with a tokenizer, and not to be had from the hub: {error}"
-        ) from error
+        what = f"tokenizer {name!r} is no directory with a tokenizer, and not to be had from the hub"
+        raise OSError(f"{what} ({str(error).splitlines()[0]}); give --tokenizer one") from error
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Fetch a data set if it is not there, and describe it.")
-    parser.add_argument("dataset", metavar="NAME|DIR|FILE", help=f"{', '.join(DATASETS)}, or your own")
-    parser.add_argument("--data-dir", default="data", metavar="DIR", help="where named data sets live (data)")
-    parser.add_argument(
-        "--tokenizer", metavar="NAME|DIR", help="of a T5 (t5-small; for grammar, one of its own vocabulary)"
-    )
-    parser.add_argument("--max-length", type=int, default=256, metavar="TOKENS", help="</s> included (256)")
-    parser.add_argument(
-        "--split", type=parse_shares, default=SHARES, metavar="A,B,C", help="of one file (0.9,0.05,0.05)"
-    )
+    flag = parser.add_argument
+    flag("dataset", metavar="NAME|DIR|FILE", help=f"{', '.join(DATASETS)}, or your own")
+    flag("--data-dir", default="data", metavar="DIR", help="where the folders of named data sets live (data)")
+    flag("--tokenizer", metavar="NAME|DIR", help="of a T5 (t5-small; for grammar, one of its own vocabulary)")
+    flag("--max-length", type=int, default=256, metavar="TOKENS", help="texts are cut here, </s> included (256)")
+    flag("--split", type=parse_shares, default=SHARES, metavar="A,B,C", help="of one file (0.9,0.05,0.05)")
     args = parser.parse_args(argv)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    if args.dataset in SOURCES:
+        print(SOURCES[args.dataset].terms)
     try:
         for split in SPLITS if args.dataset != "grammar" else ():
             split_path(args.dataset, split, args.data_dir)

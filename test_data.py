@@ -306,8 +306,12 @@ def test_labels_are_split_off_where_they_are_and_nowhere_else(tokenizer, tmp_pat
     own = write(tmp_path / "own", content=content)
     assert list(data.read_texts(own, "train"))[0] == "4\ta king paints"
     assert data.load_corpus(own, "train", tokenizer).labels is None
-    write(tmp_path / "yahoo", content=b"no label here\nbut a\ttab\n")
-    assert list(data.read_texts("yahoo", "train", tmp_path)) == ["no label here", "but a\ttab"]
+    for first in (b"no label here", b"no\ttext\n4\ttext", b"\ta tab", b"a long \ttext"):
+        write(tmp_path / "yahoo", content=b"\n" + first + b"\nbut\ttab\n")
+        labels = {label for label, _ in data.read_lines("yahoo", "train", tmp_path)}
+        assert labels == ({None, "no", "4", "but"} if first.startswith(b"no\t") else {None})
+    write(tmp_path / "yelp", "test.txt", b"4\ta king\n3\t\n")
+    assert list(data.read_lines("yelp", "test", tmp_path)) == [("4", "a king"), ("3", "")]
     write(tmp_path / "yelp", content=b"4\ta king\nno label\n")
     with pytest.raises(ValueError, match="train.txt, line 2: no label"):
         list(data.read_texts("yelp", "train", tmp_path))
@@ -371,7 +375,17 @@ def test_cache_is_used_and_keyed_by_tokenizer_settings_and_content(tokenizer, tm
     assert len(list((tmp_path / ".cache").iterdir())) == 4  # the stale one was replaced
 
 
-def test_a_damaged_cache_is_rebuilt(tokenizer, tmp_path):
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_damaged_cache_is_rebuilt(tokenizer, tmp_path, monkeypatch):
     own = write(tmp_path)
     first = data.load_corpus(own, "train", tokenizer)
     (cache,) = (tmp_path / ".cache").iterdir()
@@ -384,9 +398,11 @@ def test_a_damaged_cache_is_rebuilt(tokenizer, tmp_path):
         assert same(data.load_corpus(own, "train", tokenizer), first)
         assert cache.read_bytes()[:32] == good[:32]
     evil = io.BytesIO()
-    np.savez(evil, rest=np.array([{"a": 1}], dtype=object))
-    cache.write_bytes(bytes(32) + evil.getvalue())  # a pickle is never opened
+    np.savez(evil, rest=np.array([Evil(tmp_path / "opened")], dtype=object))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *a: hashlib.sha256())
+    cache.write_bytes(hashlib.sha256().digest() + evil.getvalue())  # a pickle is not opened even if all else fits
     assert same(data.load_corpus(own, "train", tokenizer), first)
+    assert not (tmp_path / "opened").exists()
 
 
 def test_where_no_cache_can_be_written_there_is_none(tokenizer, tmp_path):
@@ -403,13 +419,14 @@ def test_description(tokenizer, tmp_path, capsys):
     write(tmp_path / "yelp", "test.txt", b"1\tthe \xe2\x82\xac\n")
     data.main(["yelp", "--data-dir", str(tmp_path), "--tokenizer", str(tmp_path / "tokenizer")])
     lines = capsys.readouterr().out.splitlines()
-    train, valid, test = (line.split() for line in lines[1:4])
+    train, valid, test = (line.split() for line in lines[2:5])
     assert train[1:3] == ["3", "1"]
     assert train[6:9] == ["2.67", "3", "3"]  # words: mean, median, max
     assert train[11:] == ["1", "1", "in", "valid,", "0", "in", "test", "1:", "2,", "2:", "1"]
     assert valid[11:] == ["0", "1", "in", "train,", "0", "in", "test", "1:", "1"]
     assert float(test[10][:-1]) > 0 == float(train[10][:-1])  # unknown ids
     assert sum(line.startswith("40% deleted") for line in lines) == 3
+    assert sum("is not the published file" in line for line in lines) == 3
     with pytest.raises(SystemExit, match="data.py: "):
         data.main([str(tmp_path / "nothing"), "--tokenizer", str(tmp_path / "tokenizer")])
 
