@@ -497,16 +497,15 @@ def read_cache(cache, key):
                 return None
             file.seek(32)
             with np.load(file, allow_pickle=False) as arrays:
-                return Corpus(
-                    **json.loads(str(arrays["rest"])), **{name: arrays[name] for name in arrays if name != "rest"}
-                )
+                rest = json.loads(str(arrays["rest"]))
+                return Corpus(**rest, **{name: arrays[name] for name in arrays if name != "rest"})
     except (*BROKEN, KeyError, TypeError):
         return None
 
 
 def write_cache(cache, key, corpus):
     """Written beside and renamed, so that nobody sees half of it; a folder that cannot be written stays without."""
-    fields = {name: value for name, value in vars(corpus).items() if value is not None}
+    fields = {name: getattr(corpus, name) for name in Corpus.__dataclass_fields__}
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
     rest = {name: value for name, value in fields.items() if name not in arrays}
     half = cache.with_suffix(f".{os.getpid()}.tmp")
@@ -534,13 +533,7 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
     path, cache = None if dataset == "grammar" else split_path(dataset, split, data_dir), None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if path and backend:  # the grammar has no folder, and a tokenizer in Python no fingerprint
-        how = [
-            list(Corpus.__dataclass_fields__),
-            backend.to_str(),
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-            tokenizer.unk_token_id,
-        ]
+        how = [list(Corpus.__dataclass_fields__), backend.to_str(), str(tokenizer.special_tokens_map)]
         how += [dataset in LABELLED, split, shares if path == Path(dataset) else None, max_length, limit]
         how = hashlib.sha256(json.dumps(how).encode()).hexdigest()
         cache, key = path.parent / ".cache" / f"{path.stem}.{how[:16]}.npz", f"{how} {checksum(path)}".encode()
@@ -723,9 +716,8 @@ def describe(dataset, tokenizer, data_dir="data", max_length=256, shares=SHARES)
         row += f"{len(corpus) - len(seen[split]):8,}  "
         row += ", ".join(f"{np.isin(seen[split], seen[o]).sum():,} in {o}" for o in SPLITS if o != split)
         if corpus.labels is not None:
-            row += "  " + ", ".join(
-                f"{k}: {n:,}" for k, n in zip(*np.unique(corpus.labels, return_counts=True), strict=True)
-            )
+            labels = zip(*np.unique(corpus.labels, return_counts=True), strict=True)
+            row += "  " + ", ".join(f"{label}: {count:,}" for label, count in labels)
         yield row
     yield f"tokens: with </s>; cut: share of texts, at {max_length}; unknown: share of tokens; twice: texts seen before"
     batch = make_batch(corpora["train"], np.arange(min(3, len(corpora["train"]))))
