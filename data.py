@@ -391,7 +391,10 @@ def read_texts(dataset, split, data_dir="data", shares=SHARES):
 
 
 def train_tokenizer(texts, vocab_size):
-    """T5's kind of tokenizer (sentencepiece unigram, 100 sentinels) with a vocabulary of its own."""
+    """T5's kind of tokenizer (sentencepiece unigram, 100 sentinels) with a vocabulary of its own.
+
+    Raises ValueError where the texts do not give such a vocabulary; what reading them raises comes through.
+    """
     import io
 
     import sentencepiece
@@ -400,20 +403,34 @@ def train_tokenizer(texts, vocab_size):
     # The trainer takes for pieces only what stands in two different words. So it sees each word twice, bare and
     # with a mark: whole words can become pieces, and the mark's own pieces are dropped.
     mark, model = "\u0298", io.BytesIO()  # a letter: sentencepiece would cut the word before a symbol
-    texts = (text.replace("<unk>", " ") for text in texts)  # a special token, not letters to learn
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(f"{text} {text.replace(' ', mark + ' ')}" for text in texts),
-        model_writer=model,
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,  # a small corpus has fewer pieces than asked for
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
+    failures = []
+
+    def marked():
+        try:
+            for text in texts:
+                text = text.replace("<unk>", " ")  # a special token, not letters to learn
+                yield f"{text} {text.replace(' ', mark + ' ')}"
+        except (OSError, ValueError) as error:
+            failures.append(error)  # the trainer would hide it in one of its own
+            raise
+
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=marked(),
+            model_writer=model,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # a small corpus has fewer pieces than asked for
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        wrong = f"vocab_size is {vocab_size}, and the texts do not go with it: {' '.join(str(error).split())}"
+        raise failures[0] if failures else ValueError(wrong) from None
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, len(pieces))]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import re
 import socket
 import tarfile
 import threading
@@ -258,6 +259,15 @@ def test_a_directory_where_a_file_should_be(tmp_path):
 def test_what_is_not_utf8_is_refused_with_its_place(tmp_path, content, place):
     with pytest.raises(ValueError, match=place):
         list(data.read_texts(write(tmp_path, content=content), "train"))
+    with pytest.raises(ValueError, match="^" + re.escape(str(tmp_path)) + ".*" + place):
+        data.train_tokenizer(data.read_texts(str(tmp_path), "train"), 100)
+
+
+def test_a_vocabulary_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="vocab_size is 5"):
+        data.train_tokenizer(["a king paints"], 5)
+    with pytest.raises(ValueError, match="vocab_size is 100"):
+        data.train_tokenizer([], 100)
 
 
 def test_overlong_lines_are_cut_and_counted(tokenizer, tmp_path):
