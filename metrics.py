@@ -412,8 +412,10 @@ def evaluate_run(run, config, args):
     from vae import T5VAE
 
     model = T5VAE.from_pretrained(Path(run, "model")).to(args.device)
-    texts = data.read_texts(config["dataset"], "test", config["data_dir"])
-    corpus = data.tokenize(texts, model.tokenizer, config["max_length"])
+    shares = tuple(config.get("split", data.SHARES))
+    corpus = data.load_corpus(
+        config["dataset"], "test", model.tokenizer, config["data_dir"], config["max_length"], shares=shares
+    )
     entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None
     result = evaluate(model, corpus, args.batch_size, args.iw_samples or 100, True, entropy=entropy)
     path = Path(run, "metrics.json")

@@ -110,7 +110,7 @@ def no_kl(step, steps_per_epoch):
 
 def make_t5(args):
     """Phase 0: a small T5 with random weights and a vocabulary of the training text."""
-    texts = data.read_texts(args.dataset, "train", args.data_dir)
+    texts = data.read_texts(args.dataset, "train", args.data_dir, args.split)
     tokenizer = data.train_tokenizer(filter(None, texts), args.vocab_size)
     config = transformers.T5Config(
         vocab_size=len(tokenizer),
@@ -228,9 +228,10 @@ def prepare(args, phase, out):
     made.model.to(args.device)
     corpora = {}
     for split in data.SPLITS:
-        texts = data.read_texts(args.dataset, split, args.data_dir)
         limit = args.limit if split == "train" else None
-        corpora[split] = corpus = data.tokenize(texts, made.tokenizer, args.max_length, limit)
+        corpora[split] = corpus = data.load_corpus(
+            args.dataset, split, made.tokenizer, args.data_dir, args.max_length, limit, args.split
+        )
         print(
             f"{split}: {len(corpus):,} texts, {corpus.ids.size:,} tokens, "
             f"{corpus.truncated:,} texts cut at {args.max_length}, {corpus.skipped:,} empty lines"
@@ -381,7 +382,14 @@ def parse_args(argv):
         "--dataset",
         required=True,
         metavar="NAME|DIR",
-        help=f"{', '.join(data.DATASETS)}, or a directory of your own with train.txt, valid.txt and test.txt",
+        help=f"{', '.join(data.DATASETS)}, or your own: a directory with train.txt, valid.txt and test.txt, or a file",
+    )
+    flag(
+        "--split",
+        type=data.parse_shares,
+        default=data.SHARES,
+        metavar="A,B,C",
+        help="shares of train, valid and test where --dataset is one file (0.9,0.05,0.05)",
     )
     flag(
         "--data-dir",
