@@ -368,185 +368,147 @@ def at_least(low, kind=int):
     return number
 
 
+FLAGS = {  # group: {flag: arguments of add_argument}
+    "data": {
+        "--dataset": {
+            "required": True,
+            "metavar": "NAME|DIR",
+            "help": f"{', '.join(data.DATASETS)}, or a directory of your own with train.txt, valid.txt and test.txt",
+        },
+        "--data-dir": {"default": "data", "metavar": "DIR", "help": "where the folders of named data sets live (data)"},
+        "--limit": {"type": at_least(1), "metavar": "N", "help": "first N training texts only"},
+        "--max-length": {
+            "type": at_least(2),
+            "default": 256,
+            "metavar": "TOKENS",
+            "help": "texts are cut here, </s> included (256)",
+        },
+        "--denoise": {
+            "type": float,
+            "default": 0.15,
+            "metavar": "P",
+            "help": "share of tokens deleted from the encoder's input in training (0.15)",
+        },
+    },
+    "model": {
+        "--model": {
+            "default": "t5-small",
+            "help": "T5 to start from: hub name, directory, or tiny: phase 0's (t5-small)",
+        },
+        "--latent-dim": {
+            "type": at_least(1),
+            "metavar": "Z",
+            "help": "dimensions of z (32, or those of the model started from)",
+        },
+        "--no-latent": {
+            "dest": "latent_dim",
+            "action": "store_const",
+            "const": 0,
+            "help": "language model: the same decoder with nothing encoded",
+        },
+        "--pool": {"choices": vae.POOLINGS, "help": "how a sentence's states become one (max)"},
+        "--pool-layers": {"choices": vae.POOL_LAYERS, "help": "the encoder's output, or that of all its layers (last)"},
+    },
+    "model of phase 0": {
+        "--d-model": {
+            "type": at_least(1),
+            "default": 128,
+            "help": "width (128); feed-forward layers are four times as wide",
+        },
+        "--layers": {"type": at_least(1), "default": 2, "help": "encoder layers, and as many decoder layers (2)"},
+        "--heads": {"type": at_least(1), "default": 4, "help": "attention heads (4)"},
+        "--vocab-size": {"type": at_least(1), "default": 4000, "help": "sentencepiece vocabulary, at most (4000)"},
+    },
+    "phases": {
+        "--phase": {
+            "type": int,
+            "nargs": "+",
+            "choices": (0, 1, 2),
+            "default": [1, 2],
+            "help": "one or several, run in this order (1 2)",
+        },
+        "--epochs": {
+            "type": at_least(0),
+            "nargs": "+",
+            "metavar": "N",
+            "help": "of each phase named (0: 10, 1: 5, 2: 3)",
+        },
+        "--init": {"metavar": "RUN|DIR", "help": "model that the first phase named starts from (the phase before)"},
+        "--freeze-decoder": {"action": argparse.BooleanOptionalAction, "default": True, "help": "in phase 1 (yes)"},
+        "--kl-schedule": {
+            "choices": ("linear", "cyclical", "constant"),
+            "default": "linear",
+            "help": "of the KL weight in phase 2 (linear)",
+        },
+        "--kl-anneal-epochs": {
+            "type": at_least(0, float),
+            "default": 50,
+            "metavar": "N",
+            "help": "epochs until the weight is 1 (50)",
+        },
+        "--kl-cycles": {"type": at_least(1), "default": 4, "metavar": "N", "help": "of the cyclical schedule (4)"},
+        "--kl-threshold": {
+            "type": at_least(0, float),
+            "default": 0.5,
+            "metavar": "NATS",
+            "help": "lambda, the floor of each dimension's KL in phase 2 (0.5)",
+        },
+    },
+    "optimization": {
+        "--batch-size": {"type": at_least(1), "default": 32, "metavar": "N", "help": "sentences a step (32)"},
+        "--lr": {"type": at_least(0, float), "default": 0.001, "help": "AdamW's learning rate (1e-3)"},
+        "--lr-schedule": {
+            "choices": ("constant", "linear"),
+            "default": "constant",
+            "help": "linear: to 0 at the end of the phase (constant)",
+        },
+        "--adam-eps": {"type": at_least(0, float), "default": 0.001, "help": "AdamW's epsilon (1e-3)"},
+        "--clip": {
+            "type": at_least(0, float),
+            "default": 100.0,
+            "metavar": "NORM",
+            "help": "largest gradient norm, nats a sentence (100)",
+        },
+        "--amp": {
+            "choices": ("bf16", "fp16", "off"),
+            "help": "automatic mixed precision (bf16 on a GPU, off on a CPU)",
+        },
+    },
+    "run": {
+        "--out": {
+            "metavar": "DIR",
+            "help": "run folder (runs/<dataset>/phase<k>); with several phases, the folder of theirs",
+        },
+        "--overwrite": {"action": "store_true", "help": "a finished run in that folder"},
+        "--seed": {"type": at_least(0), "default": 0},
+        "--device": {"choices": ("cpu", "cuda"), "default": "cuda" if torch.cuda.is_available() else "cpu"},
+        "--log-every": {"type": at_least(1), "default": 20, "metavar": "STEPS", "help": "steps a training record (20)"},
+        "--eval-batch-size": {
+            "type": at_least(1),
+            "default": 64,
+            "metavar": "N",
+            "help": "sentences (64); no number depends on it",
+        },
+        "--iw-samples": {
+            "type": at_least(1),
+            "default": 100,
+            "metavar": "K",
+            "help": "of the importance-weighted NLL on the test split (100)",
+        },
+    },
+}
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"Without --dataset, the demonstration: python train.py {DEMO}",
     )
-    flag = parser.add_argument_group("data").add_argument
-    flag(
-        "--dataset",
-        required=True,
-        metavar="NAME|DIR",
-        help=f"{', '.join(data.DATASETS)}, or a directory of your own with train.txt, valid.txt and test.txt",
-    )
-    flag(
-        "--data-dir",
-        default="data",
-        metavar="DIR",
-        help="where the folders of named data sets live (data)",
-    )
-    flag("--limit", type=at_least(1), metavar="N", help="first N training texts only")
-    flag(
-        "--max-length",
-        type=at_least(2),
-        default=256,
-        metavar="TOKENS",
-        help="texts are cut here, </s> included (256)",
-    )
-    flag(
-        "--denoise",
-        type=float,
-        default=0.15,
-        metavar="P",
-        help="share of tokens deleted from the encoder's input in training (0.15)",
-    )
-    flag = parser.add_argument_group("model").add_argument
-    flag(
-        "--model",
-        default="t5-small",
-        help="T5 to start from: hub name, directory, or tiny: phase 0's (t5-small)",
-    )
-    flag(
-        "--latent-dim",
-        type=at_least(1),
-        metavar="Z",
-        help="dimensions of z (32, or those of the model started from)",
-    )
-    flag(
-        "--no-latent",
-        dest="latent_dim",
-        action="store_const",
-        const=0,
-        help="language model: the same decoder with nothing encoded",
-    )
-    flag("--pool", choices=vae.POOLINGS, help="how a sentence's states become one (max)")
-    flag(
-        "--pool-layers",
-        choices=vae.POOL_LAYERS,
-        help="the encoder's output, or that of all its layers (last)",
-    )
-    flag = parser.add_argument_group("model of phase 0").add_argument
-    flag(
-        "--d-model",
-        type=at_least(1),
-        default=128,
-        help="width (128); feed-forward layers are four times as wide",
-    )
-    flag(
-        "--layers",
-        type=at_least(1),
-        default=2,
-        help="encoder layers, and as many decoder layers (2)",
-    )
-    flag("--heads", type=at_least(1), default=4, help="attention heads (4)")
-    flag(
-        "--vocab-size",
-        type=at_least(1),
-        default=4000,
-        help="sentencepiece vocabulary, at most (4000)",
-    )
-    flag = parser.add_argument_group("phases").add_argument
-    flag(
-        "--phase",
-        type=int,
-        nargs="+",
-        choices=(0, 1, 2),
-        default=[1, 2],
-        help="one or several, run in this order (1 2)",
-    )
-    flag(
-        "--epochs",
-        type=at_least(0),
-        nargs="+",
-        metavar="N",
-        help="of each phase named (0: 10, 1: 5, 2: 3)",
-    )
-    flag(
-        "--init",
-        metavar="RUN|DIR",
-        help="model that the first phase named starts from (the phase before)",
-    )
-    flag(
-        "--freeze-decoder",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="in phase 1 (yes)",
-    )
-    flag(
-        "--kl-schedule",
-        choices=("linear", "cyclical", "constant"),
-        default="linear",
-        help="of the KL weight in phase 2 (linear)",
-    )
-    flag(
-        "--kl-anneal-epochs",
-        type=at_least(0, float),
-        default=50,
-        metavar="N",
-        help="epochs until the weight is 1 (50)",
-    )
-    flag("--kl-cycles", type=at_least(1), default=4, metavar="N", help="of the cyclical schedule (4)")
-    flag(
-        "--kl-threshold",
-        type=at_least(0, float),
-        default=0.5,
-        metavar="NATS",
-        help="lambda, the floor of each dimension's KL in phase 2 (0.5)",
-    )
-    flag = parser.add_argument_group("optimization").add_argument
-    flag("--batch-size", type=at_least(1), default=32, metavar="N", help="sentences a step (32)")
-    flag("--lr", type=at_least(0, float), default=1e-3, help="AdamW's learning rate (1e-3)")
-    flag(
-        "--lr-schedule",
-        choices=("constant", "linear"),
-        default="constant",
-        help="linear: to 0 at the end of the phase (constant)",
-    )
-    flag("--adam-eps", type=at_least(0, float), default=1e-3, help="AdamW's epsilon (1e-3)")
-    flag(
-        "--clip",
-        type=at_least(0, float),
-        default=100.0,
-        metavar="NORM",
-        help="largest gradient norm, nats a sentence (100)",
-    )
-    flag(
-        "--amp",
-        choices=("bf16", "fp16", "off"),
-        help="automatic mixed precision (bf16 on a GPU, off on a CPU)",
-    )
-    flag = parser.add_argument_group("run").add_argument
-    flag(
-        "--out",
-        metavar="DIR",
-        help="run folder (runs/<dataset>/phase<k>); with several phases, the folder of theirs",
-    )
-    flag("--overwrite", action="store_true", help="a finished run in that folder")
-    flag("--seed", type=at_least(0), default=0)
-    flag("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    flag(
-        "--log-every",
-        type=at_least(1),
-        default=20,
-        metavar="STEPS",
-        help="steps a training record (20)",
-    )
-    flag(
-        "--eval-batch-size",
-        type=at_least(1),
-        default=64,
-        metavar="N",
-        help="sentences (64); no number depends on it",
-    )
-    flag(
-        "--iw-samples",
-        type=at_least(1),
-        default=100,
-        metavar="K",
-        help="of the importance-weighted NLL on the test split (100)",
-    )
+    for group, flags in FLAGS.items():
+        add = parser.add_argument_group(group).add_argument
+        for flag, arguments in flags.items():
+            add(flag, **arguments)
     args = parser.parse_args(argv)
     epochs = args.epochs or [EPOCHS[phase] for phase in args.phase]
     args.epochs = epochs * len(args.phase) if len(epochs) == 1 else epochs
