@@ -6,6 +6,7 @@ and divided once. Everything random is drawn per sentence, so no number depends 
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -13,8 +14,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 
 import data
+
+
+def processes():
+    """(rank, world): the number of this process and how many there are, (0, 1) without torchrun."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def share(batches):
+    """This process's part of the batches of an evaluation."""
+    rank, world = processes()
+    return itertools.islice(batches, rank, None, world)
+
+
+def add_up(tensor):
+    """The sum of a tensor over the processes, in place."""
+    if processes()[1] > 1:
+        distributed.all_reduce(tensor)
+    return tensor
 
 
 def kl_divergence(mu, logvar):
@@ -104,7 +124,7 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, seed=0,
     def put(name, index, values):
         table[name][index.cpu()] = values.double().cpu()
 
-    for batch in data.evaluation_batches(corpus, batch_size):
+    for batch in share(data.evaluation_batches(corpus, batch_size)):
         batch = batch.to(device)
         mu, logvar = model.encode(batch.ids, batch.mask)
         noise = data.latent_noise(latent_dim, seed, 0, batch.index, data.POSTERIOR)
@@ -122,12 +142,14 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, seed=0,
             logvar.float().cpu(),
         )
 
+    for rows in (mu_all, logvar_all, z_all):  # zero where another process has the sentence
+        add_up(rows)
     if thorough:
         # One cycle through all sentences in random order: everybody gets somebody else's z.
         order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
         z_other = torch.empty_like(z_all)
         z_other[order] = z_all[order.roll(1)]
-        for batch in data.evaluation_batches(corpus, batch_size):
+        for batch in share(data.evaluation_batches(corpus, batch_size)):
             z_prior = next(data.latent_noise(latent_dim, seed, 0, batch.index, data.PRIOR)).to(device)
             other, mean = z_other[batch.index].to(device), mu_all[batch.index].to(device)
             batch = batch.to(device)
@@ -139,6 +161,8 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, seed=0,
             right = (ids == batch.labels) & (batch.labels != corpus.pad_id)
             put("hits", batch.index, right.sum(1))
             put("exact", batch.index, right.sum(1) == (batch.labels != corpus.pad_id).sum(1))
+    for column in table.values():
+        add_up(column)
     model.train(training)
 
     tokens, words = int(corpus.offsets[-1]), int(corpus.words.sum())

@@ -5,14 +5,22 @@
     phase 2  full finetuning: everything trains, rec + w(step) * KL
 
 A phase is data for one loop: a model, an objective, the noise of its batches, a weight, an evaluation.
+
+A run that ends before its time goes on with --resume, the rest of its command unchanged, and ends with the same
+weights and the same log. `torchrun --nproc_per_node=N train.py ...` trains with N processes, to the same result.
 """
 
 import argparse
 import contextlib
+import fcntl
+import hashlib
+import io
 import json
 import math
+import os
 import platform
 import shlex
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -24,7 +32,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -128,13 +137,14 @@ def make_t5(args):
     @torch.no_grad()
     def evaluate(corpus, final):
         model.eval()
-        sums = defaultdict(float)
-        for whole in data.evaluation_batches(corpus, args.eval_batch_size):
+        sums = torch.zeros(2, dtype=torch.float64, device=args.device)
+        for whole in metrics.share(data.evaluation_batches(corpus, args.eval_batch_size)):
             noisy = batch(corpus, whole.index.numpy(), epoch=0).to(args.device)
-            for name, values in objective(noisy, None, 0.0).items():
-                sums[name] += values.sum().item()
+            terms = objective(noisy, None, 0.0)
+            sums += torch.stack([terms["loss"].double().sum(), terms["targets"].double().sum()])
+        metrics.add_up(sums)
         model.train()
-        return {"nats_per_target": sums["loss"] / sums["targets"], "targets": int(sums["targets"])}
+        return {"nats_per_target": (sums[0] / sums[1]).item(), "targets": int(sums[1])}
 
     return Phase(model, tokenizer, objective, batch, no_kl, evaluate)
 
@@ -157,8 +167,8 @@ def make_vae(args, phase, start):
     if phase == 1 and args.freeze_decoder:
         model.freeze_decoder()
     if model.latent_dim == 0:  # a language model does not encode: its encoder has nothing to learn
-        model.t5.encoder.block.requires_grad_(False)
-        model.t5.encoder.final_layer_norm.requires_grad_(False)
+        for module in (model.t5.encoder.block, model.t5.encoder.final_layer_norm, model.w_mu, model.w_logvar):
+            module.requires_grad_(False)
     batch = partial(data.denoising_batch, denoise=args.denoise, seed=args.seed)
     entropy = data.GRAMMAR_ENTROPY if args.dataset == "grammar" else None
 
@@ -202,10 +212,8 @@ def starting_point(args, phase):
     return str(start)
 
 
-def prepare(args, phase, out):
-    """Everything that can go wrong before training: (Phase, {split: Corpus}), the folder `out` with config.json."""
-    if (out / "metrics.json").exists() and not args.overwrite:
-        raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
+def prepare(args, phase):
+    """What a run is made of: (Phase, {split: Corpus}, what config.json says of it)."""
     if args.dataset != "grammar":
         for split in data.SPLITS:  # before a model is loaded or made for them
             data.split_path(args.dataset, split, args.data_dir)
@@ -223,6 +231,8 @@ def prepare(args, phase, out):
                 f"({str(error).splitlines()[0]}); give --model a directory with a T5, "
                 "or make a small one: --phase 0 --model tiny"
             ) from error
+        except RuntimeError as error:  # of load_state_dict
+            raise ValueError(f"{start} holds other weights than its config.json says: {error}") from error
     made.model.to(args.device)
     corpora = {}
     for split in data.SPLITS:
@@ -237,6 +247,7 @@ def prepare(args, phase, out):
         "phase": phase,
         "phases": args.phase,
         "command": "python train.py " + shlex.join(args.argv),
+        "processes": metrics.processes()[1],
         "data_sha256": {split: corpus.checksum for split, corpus in corpora.items()},
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, np)}
         | {"python": platform.python_version()},
@@ -244,75 +255,259 @@ def prepare(args, phase, out):
     if phase:
         config["start"] = start
         config |= {name: getattr(made.model, name) for name in ("latent_dim", "pooling", "pool_layers")}
+    return made, corpora, config
+
+
+# --------------------------------------------------------------------------------- the run folder
+
+# What may differ between a run and its --resume, because no weight and no record depends on it.
+MAY_DIFFER = ("argv", "command", "versions", "processes", "device", "out", "data_dir", "overwrite", "resume")
+MAY_DIFFER += ("save_every", "grad_accum", "eval_batch_size", "iw_samples")
+
+
+def write_whole(path, content):
+    """Write `content` (bytes) so that `path` holds all of it or what it held before, whatever happens meanwhile."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        beside.unlink(missing_ok=True)  # a full disk needs the room
+        raise
+    os.replace(beside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_json(path, values):
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def checkpoints(out):
+    return sorted(out.glob("checkpoint-*"))  # oldest first: the step stands first in the name
+
+
+def save_checkpoint(out, state, previous=None):
+    """Write `out`/checkpoint-<step>-<sha256>.pt; of the others keep only the `previous` one. Returns its path."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    path = out / f"checkpoint-{state['step']:09d}-{hashlib.sha256(content).hexdigest()}.pt"
+    write_whole(path, content)
+    for other in checkpoints(out):
+        if other not in (path, previous):
+            other.unlink()
+    return path
+
+
+def load_checkpoint(out):
+    """(path, state) of the newest checkpoint that is what its name says, or (None, None). Warns of the others."""
+    for path in reversed(checkpoints(out)):
+        content = path.read_bytes()
+        if path.suffix == ".pt" and path.stem.endswith(hashlib.sha256(content).hexdigest()):
+            return path, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        print(f"train.py: {path} is incomplete or damaged: ignored", file=sys.stderr)
+    return None, None
+
+
+def check_folder(args, out):
+    """Raises FileExistsError where a run would be overwritten that nobody said to overwrite."""
+    if args.overwrite or args.resume:
+        return
+    if (out / "metrics.json").exists():
+        raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
+    if checkpoints(out):
+        raise FileExistsError(f"{out} holds an unfinished run: go on with --resume, or --overwrite")
+
+
+def open_run(args, out, config):
+    """Take the folder `out` for this process: (its log, checkpoint as `load_checkpoint` has it).
+
+    log.jsonl is the lock, too. It is cut where the checkpoint was made; a new run starts with an empty one.
+    Raises ValueError where the checkpoint is of another run, BlockingIOError where another process trains into `out`.
+    """
+    if metrics.processes()[0]:  # the first process alone writes
+        return io.StringIO(), *(load_checkpoint(out) if args.resume else (None, None))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return made, corpora
+    log = open(out / "log.jsonl", "a+")  # noqa: SIM115  # open, and so locked, until the run ends
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"another process trains into {out}") from None
+    check_folder(args, out)
+    path, saved = load_checkpoint(out) if args.resume else (None, None)
+    if saved:
+        before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(config))
+        for name in sorted(before.keys() | now.keys() - {*MAY_DIFFER}):
+            if before.get(name) != now.get(name) and name not in MAY_DIFFER:
+                raise ValueError(
+                    f"{out} was started with {name} {before.get(name)!r}, not {now.get(name)!r}: "
+                    "--resume goes with the command of the run"
+                )
+        if saved["log_bytes"] > log.seek(0, os.SEEK_END):
+            raise ValueError(f"{out}/log.jsonl is shorter than it was at {path.name}")
+        print(f"{out} goes on from step {saved['step']}")
+    else:
+        for phase in args.phase[args.phase.index(config["phase"]) :]:  # later phases of an older run are void
+            for file in (run_folder(args, phase) / "metrics.json", *checkpoints(run_folder(args, phase))):
+                file.unlink(missing_ok=True)
+        write_json(out / "config.json", config)
+    log.truncate(saved["log_bytes"] if saved else 0)
+    return log, path, saved
+
+
+class Stop:
+    """SIGTERM and Ctrl-C end the program with 128 + their number, as a shell expects; while `hold`, they wait."""
+
+    hold, number = False, 0
+
+    def __call__(self, number, frame):
+        self.number = number
+        if not self.hold:
+            sys.exit(128 + number)
+
+    def release(self, stopping):
+        """The end of a step, and of the program where it has to: of several processes all or none (`stopping`)."""
+        self.hold = False
+        if stopping or (self.number and metrics.processes()[1] == 1):
+            sys.exit(128 + (self.number or signal.SIGTERM))
+
+    @contextlib.contextmanager
+    def saving(self, save):
+        """Call `save` before the program ends by a signal."""
+        try:
+            yield
+        except SystemExit:
+            self.hold = True
+            save()
+            raise
+        finally:
+            self.hold = False
+
+
+stop = Stop()
 
 
 # --------------------------------------------------------------------------------- the loop
 
+PLACE = ("step", "sums", "log_bytes", "seconds")  # where a run is, beside its weights
 SHOWN = ("nats_per_target", "rec", "kl", "neg_elbo", "ppl_word", "mi", "au")
 
 
-def train(phase, corpora, epochs, args, out):
-    """The loop, the same for all phases. Records go to `out`/log.jsonl; returns the seconds it took."""
-    trainable = [p for p in phase.model.parameters() if p.requires_grad]
-    total = sum(p.numel() for p in phase.model.parameters())
-    print(f"trains {sum(p.numel() for p in trainable):,} of {total:,} parameters")
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps)
+def backward(phase, objective, corpus, index, epoch, weight, scaler, args):
+    """Gradients of the mean loss over the texts `index`, the batch of all processes, in micro-batches.
+
+    Returns the sum of each term over the whole batch, {name: float}, and whether any process shall stop.
+    """
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
-    scaler = torch.amp.GradScaler(args.device, enabled=half is torch.float16)
-    latent_dim = getattr(phase.model, "latent_dim", 0)
+    rank, world = metrics.processes()
+    sums = defaultdict(float)
+    for i in range(args.grad_accum):
+        share = index[rank::world][i :: args.grad_accum]
+        # A process without a share computes a sentence that does not count: all meet in the backward pass.
+        batch = phase.batch(corpus, share if len(share) else index[:1], epoch=epoch).to(args.device)
+        latent_dim = getattr(phase.model, "latent_dim", 0)
+        eps = next(data.latent_noise(latent_dim, args.seed, epoch, batch.index)).to(args.device)
+        more = world > 1 and i + 1 < args.grad_accum
+        with objective.no_sync() if more else contextlib.nullcontext():
+            with torch.autocast(args.device, half) if half else contextlib.nullcontext():
+                terms = objective(batch, eps, weight)
+            terms = {name: values[: len(share)].sum() for name, values in terms.items()}
+            # Divided by the sentences of the whole batch. DistributedDataParallel takes the mean of the processes.
+            scaler.scale(terms["loss"] * (world / len(index))).backward()
+        for name, value in terms.items():
+            sums[name] += value.detach().double()
+    sums["stop"] = torch.tensor(float(stop.number > 0), device=args.device, dtype=torch.float64)
+    total = metrics.add_up(torch.stack(list(sums.values()))).tolist()
+    sums = dict(zip(sums, total, strict=True))
+    return sums, sums.pop("stop") > 0
+
+
+def step_seed(seed, step, rank):
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def check_finite(loss, grad_norm, scaler, step, index):
+    """Raises FloatingPointError before a NaN or an infinity reaches the weights."""
+    if not (math.isfinite(loss) and (math.isfinite(grad_norm) or scaler.is_enabled())):  # a scaler skips such steps
+        raise FloatingPointError(
+            f"the loss is {loss}, the norm of its gradient {grad_norm}, at step {step}, "
+            f"in the batch of texts {sorted(index.tolist())}; try a smaller --lr"
+        )
+
+
+def train(phase, corpora, epochs, args, out, log, last=None, saved=None):
+    """The loop, the same for all phases, from the beginning or from what was `saved` in the checkpoint `last`.
+
+    Records go to `log`, checkpoints to `out`. Returns the seconds it took.
+    """
+    trainable = [p for p in phase.model.parameters() if p.requires_grad]
+    rank, world = metrics.processes()
+    optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+    parts = {"model": phase.model, "optimizer": optimizer, "scaler": scaler}
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    objective = DistributedDataParallel(phase.objective) if world > 1 else phase.objective
+    step, sums, log_bytes, seconds = [saved[k] for k in PLACE] if saved else (0, {}, 0, 0.0)  # sums: since a record
     steps_per_epoch = math.ceil(len(corpora["train"]) / args.batch_size)
-    steps, step, epoch, started = epochs * steps_per_epoch, 0, 0, time.time()
-    sums = defaultdict(float)  # of the sentences since the last record
+    steps, started, saved_at = epochs * steps_per_epoch, time.time() - seconds, time.time()
 
-    with open(out / "log.jsonl", "w") as log, tqdm(total=steps, disable=None) as bar:
+    def record(**values):
+        log.write(json.dumps({"step": step, "epoch": max(0, step - 1) // steps_per_epoch} | values) + "\n")
+        log.flush()
 
-        def record(**values):
-            log.write(json.dumps({"step": step, "epoch": epoch} | values) + "\n")
-            log.flush()
+    def validate():
+        measured = phase.evaluate(corpora["valid"], False)
+        record(split="valid", **measured)
+        shown = (f"{k} {measured[k]:.2f}" for k in SHOWN if measured.get(k) is not None)
+        bar.write(f"step {step}, epoch {step / steps_per_epoch:g}, valid: {'  '.join(shown)}", file=sys.stdout)
 
-        def validate():
-            measured = phase.evaluate(corpora["valid"], False)
-            record(split="valid", **measured)
-            shown = (f"{k} {measured[k]:.2f}" for k in SHOWN if measured.get(k) is not None)
-            bar.write(f"step {step}, epoch {epoch}, valid: {'  '.join(shown)}", file=sys.stdout)
+    def save():
+        nonlocal last, saved_at
+        if rank == 0:
+            os.fsync(log.fileno())
+            place = dict(zip(PLACE, (step, sums, log_bytes, time.time() - started), strict=True))
+            last = save_checkpoint(out, place | {name: part.state_dict() for name, part in parts.items()}, last)
+            saved_at = time.time()
 
-        validate()
-        for epoch in range(epochs):
+    with tqdm(total=steps, initial=step, disable=None if rank == 0 else True) as bar, stop.saving(save):
+        for epoch in range(step // steps_per_epoch, epochs):
             order = data.epoch_order(corpora["train"].lengths, args.batch_size, args.seed, epoch)
-            for index in order:
-                batch = phase.batch(corpora["train"], index, epoch=epoch).to(args.device)
-                eps = next(data.latent_noise(latent_dim, args.seed, epoch, batch.index))
+            for index in order[step % steps_per_epoch :]:
+                if step % steps_per_epoch == 0:
+                    validate()
+                stop.hold = True  # until the step is whole
+                torch.manual_seed(step_seed(args.seed, step, rank))  # dropout depends on nothing else
                 weight = phase.weight(step, steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * (1 - step / steps if args.lr_schedule == "linear" else 1)
-                with torch.autocast(args.device, half) if half else contextlib.nullcontext():
-                    terms = phase.objective(batch, eps.to(args.device), weight)
-                loss = terms["loss"].mean()
-                if not loss.isfinite():
-                    raise FloatingPointError(
-                        f"the loss is {loss.item()} at step {step}, texts {sorted(index.tolist())}; try a smaller --lr"
-                    )
-                scaler.scale(loss).backward()
+                terms, stopping = backward(phase, objective, corpora["train"], index, epoch, weight, scaler, args)
                 scaler.unscale_(optimizer)
-                grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip)
+                grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip).item()
+                check_finite(terms["loss"] / len(index), grad_norm, scaler, step, index)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 bar.update()
-                sums["sentences"] += len(index)
-                for name, values in terms.items():
-                    sums[name] += values.detach().sum().item()
+                for name, value in ({"sentences": len(index)} | terms).items():
+                    sums[name] = sums.get(name, 0) + value
                 if step % args.log_every == 0 or step == steps:
                     sentences = sums.pop("sentences")
                     means = {name: value / sentences for name, value in sums.items()}
-                    record(split="train", **means, kl_weight=weight, grad_norm=grad_norm.item())
+                    record(split="train", **means, kl_weight=weight, grad_norm=grad_norm)
                     bar.set_postfix({name: f"{value:.2f}" for name, value in means.items()})
                     sums.clear()
-            validate()
+                log_bytes = log.tell()
+                if step == steps or time.time() - saved_at >= 60 * args.save_every:
+                    save()
+                stop.release(stopping)
+        validate()
     return time.time() - started
 
 
@@ -332,24 +527,51 @@ def show(model, corpus, device, count=3):
     return lines + [f"interpolated   {text}" for text in decode(model.generate(path))]
 
 
+def finish(made, corpora, args, phase, out, seconds):
+    """The model, what it measures on the test split, and samples; with metrics.json the run is finished."""
+    rank, world = metrics.processes()
+    if rank == 0:
+        made.model.save_pretrained(out / "model")
+        made.tokenizer.save_pretrained(out / "model")
+    result = made.evaluate(corpora["test"], True) | {"train_seconds": round(seconds, 1)}
+    if rank == 0:
+        if phase:
+            print(metrics.format_table({str(out): result}))
+            lines = show(made.model, corpora["test"], args.device)
+            (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            print(*lines, sep="\n")
+        else:
+            print(f"{out}: {result['nats_per_target']:.3f} nats a target token on the test split")
+        for file in (out / "model").iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        write_json(out / "metrics.json", result)
+        for path in checkpoints(out):
+            path.unlink()
+    if world > 1:
+        distributed.barrier()  # the next phase reads what the first process wrote
+
+
 def run_phase(args, phase, epochs):
     out = run_folder(args, phase)
+    if args.resume and (out / "metrics.json").exists():
+        print(f"{out} is finished")
+        return
     try:
-        made, corpora = prepare(args, phase, out)
+        check_folder(args, out)
+        made, corpora, config = prepare(args, phase)
+        log, last, saved = open_run(args, out, config)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
-    seconds = train(made, corpora, epochs, args, out)
-    made.model.save_pretrained(out / "model")
-    made.tokenizer.save_pretrained(out / "model")
-    result = made.evaluate(corpora["test"], True) | {"train_seconds": round(seconds, 1)}
-    if phase:
-        print(metrics.format_table({str(out): result}))
-        lines = show(made.model, corpora["test"], args.device)
-        (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(*lines, sep="\n")
-    else:
-        print(f"{out}: {result['nats_per_target']:.3f} nats a target token on the test split")
-    (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    trained, total = (sum(p.numel() for p in made.model.parameters() if p.requires_grad or every) for every in (0, 1))
+    print(f"trains {trained:,} of {total:,} parameters")
+    try:
+        with log:
+            seconds = train(made, corpora, epochs, args, out, log, last, saved)
+            finish(made, corpora, args, phase, out, seconds)
+    except (FloatingPointError, OSError) as error:
+        left = [path.name for path in checkpoints(out) if path.suffix == ".pt"]
+        sys.exit(f"train.py: {error}; {f'{left[-1]} is there to --resume from' if left else 'no checkpoint yet'}")
 
 
 # --------------------------------------------------------------------------------- command line
@@ -469,6 +691,12 @@ FLAGS = {  # group: {flag: arguments of add_argument}
             "metavar": "NORM",
             "help": "largest gradient norm, nats a sentence (100)",
         },
+        "--grad-accum": {
+            "type": at_least(1),
+            "default": 1,
+            "metavar": "N",
+            "help": "parts of a batch, computed one after the other (1)",
+        },
         "--amp": {
             "choices": ("bf16", "fp16", "off"),
             "help": "automatic mixed precision (bf16 on a GPU, off on a CPU)",
@@ -479,7 +707,14 @@ FLAGS = {  # group: {flag: arguments of add_argument}
             "metavar": "DIR",
             "help": "run folder (runs/<dataset>/phase<k>); with several phases, the folder of theirs",
         },
-        "--overwrite": {"action": "store_true", "help": "a finished run in that folder"},
+        "--overwrite": {"action": "store_true", "help": "the run in that folder, if there is one"},
+        "--resume": {"action": "store_true", "help": "go on with the run in that folder, from its last checkpoint"},
+        "--save-every": {
+            "type": at_least(0, float),
+            "default": 10,
+            "metavar": "MINUTES",
+            "help": "between checkpoints; 0: each step (10)",
+        },
         "--seed": {"type": at_least(0), "default": 0},
         "--device": {"choices": ("cpu", "cuda"), "default": "cuda" if torch.cuda.is_available() else "cpu"},
         "--log-every": {"type": at_least(1), "default": 20, "metavar": "STEPS", "help": "steps a training record (20)"},
@@ -524,6 +759,8 @@ def parse_args(argv):
         parser.error(f"--d-model {args.d_model} is not a multiple of --heads {args.heads}")
     if not 0 <= args.denoise < 1:
         parser.error(f"--denoise {args.denoise} is not in [0, 1)")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with what --overwrite would begin anew: leave one of them out")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     args.amp = args.amp or ("bf16" if args.device == "cuda" else "off")
@@ -539,8 +776,25 @@ def main(argv=None):
     args = parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for phase, epochs in zip(args.phase, args.epochs, strict=True):
-        run_phase(args, phase, epochs)
+    if "RANK" in os.environ:  # set by torchrun
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group()
+    stop.number = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    first = metrics.processes()[0] == 0
+    try:
+        with contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w")):
+            for phase, epochs in zip(args.phase, args.epochs, strict=True):
+                run_phase(args, phase, epochs)
+    except SystemExit:
+        if stop.number and first:
+            name = signal.Signals(stop.number).name
+            print(f"train.py: stopped by {name}; the same command with --resume goes on", file=sys.stderr)
+        raise
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
