@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -30,17 +31,16 @@ T5 = "transformers.models.t5"
 LATE = (f"{T5}.modeling_t5", f"{T5}.tokenization_t5", "transformers.generation.utils", "torch._dynamo", "sentencepiece")
 FORK.set_forkserver_preload(["train", "test_train", *LATE])
 
-TINY = "--model tiny --d-model 16 --layers 1 --heads 2 --vocab-size 40 --latent-dim 3 --iw-samples 2".split()
-SHORT = "--epochs 2 --batch-size 5 --log-every 3 --max-length 12 --device cpu --denoise 0.2".split()
+TINY = shlex.split("--model tiny --d-model 16 --layers 1 --heads 2 --vocab-size 40 --latent-dim 3 --iw-samples 2")
+SHORT = shlex.split("--epochs 2 --batch-size 5 --log-every 3 --max-length 12 --device cpu --denoise 0.2")
 
 
 def main(*args, report=None):
     """train.main in a process of its own, and quiet; `report` gets its standard error."""
     torch.set_num_threads(1)
-    with open(report or os.devnull, "w", buffering=1) as err, open(os.devnull, "w") as out:
-        sys.stdout, sys.stderr = out, err
-        train.show = lambda *_: []  # takes longer than all the rest
-        train.main([str(arg) for arg in args])
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(report or os.devnull, "w", buffering=1)  # noqa: SIM115
+    train.show = lambda *_: []  # takes longer than all the rest
+    train.main([str(arg) for arg in args])
 
 
 def start(target, *args, **kwargs):
@@ -57,6 +57,10 @@ def run(target, *args, **kwargs):
 
 def weights(out):
     return load_file(Path(out, "model", "model.safetensors"))
+
+
+def records(out):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
 def same(one, other):
@@ -108,6 +112,13 @@ def whole(home, command):
     return home / "whole"
 
 
+@pytest.fixture(scope="module")
+def plain(home, quiet):
+    """The same without dropout."""
+    assert run(main, *quiet, "--out", home / "plain") == 0
+    return home / "plain"
+
+
 # ------------------------------------------------------------------------------------ resume and faults
 
 
@@ -131,9 +142,7 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize(
-    "where", ["backward", "os.replace", "os.fsync", "torch.save", "metrics.evaluate", "write_json"]
-)
+@pytest.mark.parametrize("where", ["backward", "os.replace", "os.fsync", "metrics.evaluate", "write_json"])
 def test_killed_anywhere(tmp_path, command, whole, where):
     """SIGKILL in a step, within the write of a checkpoint, in an evaluation, before the last file."""
     command = [*command, "--out", tmp_path / "run", "--save-every", 0, "--resume"]
@@ -207,7 +216,7 @@ def test_damaged_checkpoint(tmp_path, command, stopped, whole, damage, capsys):
     out = shutil.copytree(stopped, tmp_path / "run")
     damage(train.checkpoints(out)[-1])
     assert train.load_checkpoint(out)[1]["step"] == 6
-    assert "damaged" in capsys.readouterr().out
+    assert "damaged" in capsys.readouterr().err
     assert run(main, *command, "--out", out, "--resume") == 0
     assert same(out, whole)
     assert same_log(out, whole)
@@ -330,9 +339,9 @@ def test_processes_give_the_same_result(tmp_path, home, phase, batch_size):
     assert run(main, *command, "--out", tmp_path / "one") == 0
     assert run_all(*[(main, *command, "--out", tmp_path / "two")] * 2) == [0, 0]
     assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
-    logs = [[json.loads(line) for line in open(tmp_path / out / "log.jsonl")] for out in ("one", "two")]
-    for one, two in zip(*logs, strict=True):
-        assert two == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in one.items()}
+    for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        numbers = {name for name, value in one.items() if isinstance(value, int | float)}
+        assert [two[name] for name in numbers] == pytest.approx([one[name] for name in numbers], rel=1e-3, abs=1e-4)
     assert run(main, *command, "--seed", 1, "--out", tmp_path / "other") == 0
     if phase:
         assert distance(tmp_path / "one", tmp_path / "other") > 1e-3
@@ -353,15 +362,14 @@ def test_language_model_in_two_processes(tmp_path, quiet):
     assert run_all(*[(main, *args)] * 2) == [0, 0]
 
 
-def test_a_dead_process_ends_the_others(tmp_path, quiet):
+def test_a_dead_process_ends_the_others(tmp_path, quiet, plain):
     args = [*quiet, "--save-every", 0, "--out", tmp_path / "run"]
     codes = run_all((main, *args), (cut, 7, "backward", partial(send, signal.SIGKILL), *args))
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, None)
     assert train.load_checkpoint(tmp_path / "run")[1]["step"] == 6
     assert run_all(*[(main, *args, "--resume")] * 2) == [0, 0]
-    assert run(main, *quiet, "--out", tmp_path / "whole") == 0
-    assert distance(tmp_path / "run", tmp_path / "whole") < 1e-5
+    assert distance(tmp_path / "run", plain) < 1e-5
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, quiet):
@@ -371,28 +379,25 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, quiet):
     assert train.load_checkpoint(tmp_path / "run")[1]["step"] == 7
 
 
-@pytest.mark.parametrize("parts", [2, 5, 7])
-def test_grad_accum_equals_the_whole_batch(tmp_path, quiet, parts):
-    assert run(main, *quiet, "--out", tmp_path / "one") == 0
+@pytest.mark.parametrize("parts", [2, 7])
+def test_grad_accum_equals_the_whole_batch(tmp_path, quiet, plain, parts):
     assert run(main, *quiet, "--grad-accum", parts, "--out", tmp_path / "parts") == 0
-    assert distance(tmp_path / "one", tmp_path / "parts") < 1e-5
-    assert not same(tmp_path / "one", tmp_path / "parts")  # so it was not the same computation
+    assert distance(plain, tmp_path / "parts") < 1e-5
+    assert not same(plain, tmp_path / "parts")  # so it was not the same computation
 
 
-def test_grad_accum_in_processes(tmp_path, quiet):
-    assert run(main, *quiet, "--out", tmp_path / "one") == 0
+def test_grad_accum_in_processes(tmp_path, quiet, plain):
     assert run_all(*[(main, *quiet, "--grad-accum", 2, "--out", tmp_path / "parts")] * 2) == [0, 0]
-    assert distance(tmp_path / "one", tmp_path / "parts") < 1e-5
+    assert distance(plain, tmp_path / "parts") < 1e-5
 
 
 # ------------------------------------------------------------------------------------ mixed precision
 
 
-def test_bf16_stays_close(tmp_path, quiet):
-    for amp in "off", "bf16":
-        assert run(main, *quiet, "--amp", amp, "--out", tmp_path / amp) == 0
-    off, bf16 = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("off", "bf16"))
-    assert not same(tmp_path / "off", tmp_path / "bf16")
+def test_bf16_stays_close(tmp_path, quiet, plain):
+    assert run(main, *quiet, "--amp", "bf16", "--out", tmp_path / "bf16") == 0
+    off, bf16 = (json.loads((out / "metrics.json").read_text()) for out in (plain, tmp_path / "bf16"))
+    assert not same(plain, tmp_path / "bf16")
     assert bf16["rec"] == pytest.approx(off["rec"], rel=0.02)
     assert bf16["kl"] == pytest.approx(off["kl"], rel=0.1)
 
@@ -467,7 +472,7 @@ def test_one_text_in_every_split(tmp_path, quiet):
     assert run(main, *quiet, "--dataset", tmp_path, "--out", tmp_path / "run") == 0
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert result["sentences"] == 1
-    assert result["mi"] == pytest.approx(0, abs=1e-6)
+    assert result["rec_se"] is None
 
 
 def test_edges_that_are_refused(tmp_path, home, quiet, whole):

@@ -309,7 +309,8 @@ def load_checkpoint(out):
         content = path.read_bytes()
         if path.suffix == ".pt" and path.stem.endswith(hashlib.sha256(content).hexdigest()):
             return path, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        print(f"train.py: {path} is incomplete or damaged: ignored", file=sys.stderr)
+        if metrics.processes()[0] == 0:
+            print(f"train.py: {path} is incomplete or damaged: ignored", file=sys.stderr)
     return None, None
 
 
@@ -469,7 +470,7 @@ def train(phase, corpora, epochs, args, out, log, last=None, saved=None):
 
     def save():
         nonlocal last, saved_at
-        if rank == 0:
+        if rank == 0 and not (last and f"-{step:09d}-" in last.name):
             os.fsync(log.fileno())
             place = dict(zip(PLACE, (step, sums, log_bytes, time.time() - started), strict=True))
             last = save_checkpoint(out, place | {name: part.state_dict() for name, part in parts.items()}, last)
@@ -590,146 +591,71 @@ def at_least(low, kind=int):
     return number
 
 
-FLAGS = {  # group: {flag: arguments of add_argument}
+def option(text, default=None, kind=None, metavar=None, **more):
+    """The arguments of add_argument for a flag with a value."""
+    return {"help": text, "default": default, "type": kind, "metavar": metavar} | more
+
+
+def switch(text, action="store_true", **more):
+    return {"help": text, "action": action} | more
+
+
+OWN = "a directory of your own with train.txt, valid.txt and test.txt"
+COUNT, AMOUNT = at_least(1), at_least(0, float)
+FLAGS = {
     "data": {
-        "--dataset": {
-            "required": True,
-            "metavar": "NAME|DIR",
-            "help": f"{', '.join(data.DATASETS)}, or a directory of your own with train.txt, valid.txt and test.txt",
-        },
-        "--data-dir": {"default": "data", "metavar": "DIR", "help": "where the folders of named data sets live (data)"},
-        "--limit": {"type": at_least(1), "metavar": "N", "help": "first N training texts only"},
-        "--max-length": {
-            "type": at_least(2),
-            "default": 256,
-            "metavar": "TOKENS",
-            "help": "texts are cut here, </s> included (256)",
-        },
-        "--denoise": {
-            "type": float,
-            "default": 0.15,
-            "metavar": "P",
-            "help": "share of tokens deleted from the encoder's input in training (0.15)",
-        },
+        "--dataset": option(f"{', '.join(data.DATASETS)}, or {OWN}", metavar="NAME|DIR", required=True),
+        "--data-dir": option("where the folders of named data sets live (data)", "data", metavar="DIR"),
+        "--limit": option("first N training texts only", None, COUNT, "N"),
+        "--max-length": option("texts are cut here, </s> included (256)", 256, at_least(2), "TOKENS"),
+        "--denoise": option("share of tokens deleted from the encoder's input in training (0.15)", 0.15, float, "P"),
     },
     "model": {
-        "--model": {
-            "default": "t5-small",
-            "help": "T5 to start from: hub name, directory, or tiny: phase 0's (t5-small)",
-        },
-        "--latent-dim": {
-            "type": at_least(1),
-            "metavar": "Z",
-            "help": "dimensions of z (32, or those of the model started from)",
-        },
-        "--no-latent": {
-            "dest": "latent_dim",
-            "action": "store_const",
-            "const": 0,
-            "help": "language model: the same decoder with nothing encoded",
-        },
-        "--pool": {"choices": vae.POOLINGS, "help": "how a sentence's states become one (max)"},
-        "--pool-layers": {"choices": vae.POOL_LAYERS, "help": "the encoder's output, or that of all its layers (last)"},
+        "--model": option("T5 to start from: hub name, directory, or tiny: phase 0's (t5-small)", "t5-small"),
+        "--latent-dim": option("dimensions of z (32, or those of the model started from)", None, COUNT, "Z"),
+        "--no-latent": switch("language model: no z, the same decoder", "store_const", dest="latent_dim", const=0),
+        "--pool": option("how a sentence's states become one (max)", choices=vae.POOLINGS),
+        "--pool-layers": option("the encoder's output, or that of all its layers (last)", choices=vae.POOL_LAYERS),
     },
     "model of phase 0": {
-        "--d-model": {
-            "type": at_least(1),
-            "default": 128,
-            "help": "width (128); feed-forward layers are four times as wide",
-        },
-        "--layers": {"type": at_least(1), "default": 2, "help": "encoder layers, and as many decoder layers (2)"},
-        "--heads": {"type": at_least(1), "default": 4, "help": "attention heads (4)"},
-        "--vocab-size": {"type": at_least(1), "default": 4000, "help": "sentencepiece vocabulary, at most (4000)"},
+        "--d-model": option("width (128); feed-forward layers are four times as wide", 128, COUNT),
+        "--layers": option("encoder layers, and as many decoder layers (2)", 2, COUNT),
+        "--heads": option("attention heads (4)", 4, COUNT),
+        "--vocab-size": option("sentencepiece vocabulary, at most (4000)", 4000, COUNT),
     },
     "phases": {
-        "--phase": {
-            "type": int,
-            "nargs": "+",
-            "choices": (0, 1, 2),
-            "default": [1, 2],
-            "help": "one or several, run in this order (1 2)",
-        },
-        "--epochs": {
-            "type": at_least(0),
-            "nargs": "+",
-            "metavar": "N",
-            "help": "of each phase named (0: 10, 1: 5, 2: 3)",
-        },
-        "--init": {"metavar": "RUN|DIR", "help": "model that the first phase named starts from (the phase before)"},
-        "--freeze-decoder": {"action": argparse.BooleanOptionalAction, "default": True, "help": "in phase 1 (yes)"},
-        "--kl-schedule": {
-            "choices": ("linear", "cyclical", "constant"),
-            "default": "linear",
-            "help": "of the KL weight in phase 2 (linear)",
-        },
-        "--kl-anneal-epochs": {
-            "type": at_least(0, float),
-            "default": 50,
-            "metavar": "N",
-            "help": "epochs until the weight is 1 (50)",
-        },
-        "--kl-cycles": {"type": at_least(1), "default": 4, "metavar": "N", "help": "of the cyclical schedule (4)"},
-        "--kl-threshold": {
-            "type": at_least(0, float),
-            "default": 0.5,
-            "metavar": "NATS",
-            "help": "lambda, the floor of each dimension's KL in phase 2 (0.5)",
-        },
+        "--phase": option("one or several, run in this order (1 2)", [1, 2], int, nargs="+", choices=(0, 1, 2)),
+        "--epochs": option("of each phase named (0: 10, 1: 5, 2: 3)", None, at_least(0), "N", nargs="+"),
+        "--init": option("model that the first phase named starts from (the phase before)", metavar="RUN|DIR"),
+        "--freeze-decoder": switch("in phase 1 (yes)", argparse.BooleanOptionalAction, default=True),
+        "--kl-schedule": option(
+            "of the KL weight in phase 2 (linear)", "linear", choices=("linear", "cyclical", "constant")
+        ),
+        "--kl-anneal-epochs": option("epochs until the weight is 1 (50)", 50, AMOUNT, "N"),
+        "--kl-cycles": option("of the cyclical schedule (4)", 4, COUNT, "N"),
+        "--kl-threshold": option("lambda, the floor of a dimension's KL in phase 2 (0.5)", 0.5, AMOUNT, "NATS"),
     },
     "optimization": {
-        "--batch-size": {"type": at_least(1), "default": 32, "metavar": "N", "help": "sentences a step (32)"},
-        "--lr": {"type": at_least(0, float), "default": 0.001, "help": "AdamW's learning rate (1e-3)"},
-        "--lr-schedule": {
-            "choices": ("constant", "linear"),
-            "default": "constant",
-            "help": "linear: to 0 at the end of the phase (constant)",
-        },
-        "--adam-eps": {"type": at_least(0, float), "default": 0.001, "help": "AdamW's epsilon (1e-3)"},
-        "--clip": {
-            "type": at_least(0, float),
-            "default": 100.0,
-            "metavar": "NORM",
-            "help": "largest gradient norm, nats a sentence (100)",
-        },
-        "--grad-accum": {
-            "type": at_least(1),
-            "default": 1,
-            "metavar": "N",
-            "help": "parts of a batch, computed one after the other (1)",
-        },
-        "--amp": {
-            "choices": ("bf16", "fp16", "off"),
-            "help": "automatic mixed precision (bf16 on a GPU, off on a CPU)",
-        },
+        "--batch-size": option("sentences a step, of all processes together (32)", 32, COUNT, "N"),
+        "--grad-accum": option("parts of a batch, computed one after the other (1)", 1, COUNT, "N"),
+        "--lr": option("AdamW's learning rate (1e-3)", 1e-3, AMOUNT),
+        "--lr-schedule": option("linear: to 0 at the end (constant)", "constant", choices=("constant", "linear")),
+        "--adam-eps": option("AdamW's epsilon (1e-3)", 1e-3, AMOUNT),
+        "--clip": option("largest gradient norm, nats a sentence (100)", 100.0, AMOUNT, "NORM"),
+        "--amp": option("mixed precision (bf16 on a GPU, off on a CPU)", choices=("bf16", "fp16", "off")),
     },
     "run": {
-        "--out": {
-            "metavar": "DIR",
-            "help": "run folder (runs/<dataset>/phase<k>); with several phases, the folder of theirs",
-        },
-        "--overwrite": {"action": "store_true", "help": "the run in that folder, if there is one"},
-        "--resume": {"action": "store_true", "help": "go on with the run in that folder, from its last checkpoint"},
-        "--save-every": {
-            "type": at_least(0, float),
-            "default": 10,
-            "metavar": "MINUTES",
-            "help": "between checkpoints; 0: each step (10)",
-        },
-        "--seed": {"type": at_least(0), "default": 0},
-        "--device": {"choices": ("cpu", "cuda"), "default": "cuda" if torch.cuda.is_available() else "cpu"},
-        "--log-every": {"type": at_least(1), "default": 20, "metavar": "STEPS", "help": "steps a training record (20)"},
-        "--eval-batch-size": {
-            "type": at_least(1),
-            "default": 64,
-            "metavar": "N",
-            "help": "sentences (64); no number depends on it",
-        },
-        "--iw-samples": {
-            "type": at_least(1),
-            "default": 100,
-            "metavar": "K",
-            "help": "of the importance-weighted NLL on the test split (100)",
-        },
+        "--out": option("run folder (runs/<dataset>/phase<k>); with several phases, the one of theirs", metavar="DIR"),
+        "--overwrite": switch("begin anew what that folder holds"),
+        "--resume": switch("go on from the last checkpoint in that folder, or begin where there is none"),
+        "--save-every": option("between checkpoints; 0: each step (10)", 10.0, AMOUNT, "MINUTES"),
+        "--seed": option("of everything random (0)", 0, at_least(0)),
+        "--device": option(
+            "cuda where there is one", "cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+        ),
+        "--log-every": option("steps a training record (20)", 20, COUNT, "STEPS"),
+        "--eval-batch-size": option("sentences (64); no number depends on it", 64, COUNT, "N"),
+        "--iw-samples": option("of the importance-weighted NLL on the test split (100)", 100, COUNT, "K"),
     },
 }
 
