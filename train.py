@@ -431,28 +431,34 @@ def step_seed(seed, step, rank):
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
-def check_finite(loss, grad_norm, scaler, step, index):
-    """Raises FloatingPointError before a NaN or an infinity reaches the weights."""
-    if not (math.isfinite(loss) and (math.isfinite(grad_norm) or scaler.is_enabled())):  # a scaler skips such steps
-        raise FloatingPointError(
-            f"the loss is {loss}, the norm of its gradient {grad_norm}, at step {step}, "
-            f"in the batch of texts {sorted(index.tolist())}; try a smaller --lr"
-        )
+def update(optimizer, scaler, lr, clip, loss, where):
+    """Clip the gradients and take a step; returns their norm, None where a scaler skips the step for it.
+
+    Raises FloatingPointError before a NaN or an infinity reaches the weights, and names the batch with `where`.
+    """
+    (group,) = optimizer.param_groups
+    group["lr"] = lr
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(group["params"], clip).item()
+    if not (math.isfinite(loss) and (math.isfinite(grad_norm) or scaler.is_enabled())):
+        raise FloatingPointError(f"the loss is {loss}, its gradient's norm {grad_norm}, at {where}; try a smaller --lr")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm if math.isfinite(grad_norm) else None
 
 
 def train(phase, corpora, epochs, args, out, log, last=None, saved=None):
-    """The loop, the same for all phases, from the beginning or from what was `saved` in the checkpoint `last`.
+    """The loop, the same for all phases, from the beginning or from what the checkpoint `last` has `saved`.
 
-    Records go to `log`, checkpoints to `out`. Returns the seconds it took.
-    """
-    trainable = [p for p in phase.model.parameters() if p.requires_grad]
+    Records go to `log`, checkpoints to `out`; returns the seconds it took."""
     rank, world = metrics.processes()
+    trainable = [p for p in phase.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps)
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     parts = {"model": phase.model, "optimizer": optimizer, "scaler": scaler}
-    if saved:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+    for name, part in parts.items() if saved else ():
+        part.load_state_dict(saved[name])
     objective = DistributedDataParallel(phase.objective) if world > 1 else phase.objective
     step, sums, log_bytes, seconds = [saved[k] for k in PLACE] if saved else (0, {}, 0, 0.0)  # sums: since a record
     steps_per_epoch = math.ceil(len(corpora["train"]) / args.batch_size)
@@ -485,25 +491,20 @@ def train(phase, corpora, epochs, args, out, log, last=None, saved=None):
                 stop.hold = True  # until the step is whole
                 torch.manual_seed(step_seed(args.seed, step, rank))  # dropout depends on nothing else
                 weight = phase.weight(step, steps_per_epoch)
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * (1 - step / steps if args.lr_schedule == "linear" else 1)
                 terms, stopping = backward(phase, objective, corpora["train"], index, epoch, weight, scaler, args)
-                scaler.unscale_(optimizer)
-                grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip).item()
-                check_finite(terms["loss"] / len(index), grad_norm, scaler, step, index)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                lr = args.lr * (1 - step / steps if args.lr_schedule == "linear" else 1)
+                where = f"step {step}, in the batch of texts {sorted(index.tolist())}"
+                grad_norm = update(optimizer, scaler, lr, args.clip, terms["loss"] / len(index), where)
                 step += 1
                 bar.update()
-                for name, value in ({"sentences": len(index)} | terms).items():
-                    sums[name] = sums.get(name, 0) + value
+                terms["sentences"] = len(index)
+                sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
                 if step % args.log_every == 0 or step == steps:
                     sentences = sums.pop("sentences")
                     means = {name: value / sentences for name, value in sums.items()}
                     record(split="train", **means, kl_weight=weight, grad_norm=grad_norm)
                     bar.set_postfix({name: f"{value:.2f}" for name, value in means.items()})
-                    sums.clear()
+                    sums = {}
                 log_bytes = log.tell()
                 if step == steps or time.time() - saved_at >= 60 * args.save_every:
                     save()
