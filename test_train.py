@@ -52,7 +52,7 @@ def start(target, *args, **kwargs):
 
 def run(target, *args, **kwargs):
     child = start(target, *args, **kwargs)
-    child.join()
+    child.join(60)
     return child.exitcode
 
 
@@ -174,8 +174,7 @@ def test_killed_at_random(tmp_path, command, whole):
     assert same_log(out, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("where", ["backward", "metrics.evaluate"])
+@pytest.mark.parametrize(("number", "where"), [(signal.SIGTERM, "backward"), (signal.SIGINT, "metrics.evaluate")])
 def test_signals_save_and_leave(tmp_path, command, whole, number, where):
     command, report = [*command, "--out", tmp_path / "run"], tmp_path / "report"
     calls = 7 if where == "backward" else 2  # in the middle of a step, or of the evaluation after the first epoch
@@ -333,7 +332,7 @@ def run_all(*jobs):
 
 
 @pytest.mark.parametrize(("phase", "batch_size"), [(0, 5), (1, 5), (2, 5), (2, 1)])
-def test_processes_give_the_same_result(tmp_path, home, phase, batch_size):
+def test_processes_give_the_same_result(tmp_path, home, plain, phase, batch_size):
     """After 20 steps; with 23 texts the last batch has 3, with one text a step the others have nothing to do."""
     init = ["--init", home / "phase0"] if phase else []
     command = ["--dataset", home, "--phase", phase, *init, *TINY, *SHORT]
@@ -345,9 +344,8 @@ def test_processes_give_the_same_result(tmp_path, home, phase, batch_size):
     for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
         numbers = {name for name, value in one.items() if isinstance(value, int | float)}
         assert [two[name] for name in numbers] == pytest.approx([one[name] for name in numbers], rel=1e-3, abs=1e-4)
-    assert run(main, *command, "--seed", 1, "--out", tmp_path / "other") == 0
-    if phase:
-        assert distance(tmp_path / "one", tmp_path / "other") > 1e-3
+    if phase == 2:
+        assert distance(plain, tmp_path / "two") > 1e-3  # of other epochs
 
 
 def test_evaluation_split_among_processes(tmp_path, quiet):

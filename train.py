@@ -333,7 +333,7 @@ def open_run(args, out, config):
     if metrics.processes()[0]:  # the first process alone writes
         return io.StringIO(), *(load_checkpoint(out) if args.resume else (None, None))
     out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl", "a+")  # noqa: SIM115  # open, and so locked, until the run ends
+    log = open(out / "log.jsonl", "a+", buffering=1)  # noqa: SIM115  # open, and so locked, until the run ends
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -416,6 +416,7 @@ def backward(phase, objective, corpus, index, epoch, weight, scaler, args):
         with objective.no_sync() if more else contextlib.nullcontext():
             with torch.autocast(args.device, half) if half else contextlib.nullcontext():
                 terms = objective(batch, eps, weight)
+            terms["sentences"] = torch.ones_like(terms["loss"])
             terms = {name: values[: len(share)].sum() for name, values in terms.items()}
             # Divided by the sentences of the whole batch. DistributedDataParallel takes the mean of the processes.
             scaler.scale(terms["loss"] * (world / len(index))).backward()
@@ -427,8 +428,9 @@ def backward(phase, objective, corpus, index, epoch, weight, scaler, args):
     return sums, sums.pop("stop") > 0
 
 
-def step_seed(seed, step, rank):
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+def seed_dropout(seed, step, rank):
+    """Makes dropout, all that draws from torch's generator, a function of these: there is no random state to keep."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def update(optimizer, scaler, lr, clip, loss, where):
@@ -449,9 +451,7 @@ def update(optimizer, scaler, lr, clip, loss, where):
 
 
 def train(phase, corpora, epochs, args, out, log, last=None, saved=None):
-    """The loop, the same for all phases, from the beginning or from what the checkpoint `last` has `saved`.
-
-    Records go to `log`, checkpoints to `out`; returns the seconds it took."""
+    """The loop, the same for all phases, from step 0 or from what the checkpoint `last` has `saved`: its seconds."""
     rank, world = metrics.processes()
     trainable = [p for p in phase.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps)
@@ -466,7 +466,6 @@ def train(phase, corpora, epochs, args, out, log, last=None, saved=None):
 
     def record(**values):
         log.write(json.dumps({"step": step, "epoch": max(0, step - 1) // steps_per_epoch} | values) + "\n")
-        log.flush()
 
     def validate():
         measured = phase.evaluate(corpora["valid"], False)
@@ -489,15 +488,14 @@ def train(phase, corpora, epochs, args, out, log, last=None, saved=None):
                 if step % steps_per_epoch == 0:
                     validate()
                 stop.hold = True  # until the step is whole
-                torch.manual_seed(step_seed(args.seed, step, rank))  # dropout depends on nothing else
+                seed_dropout(args.seed, step, rank)
                 weight = phase.weight(step, steps_per_epoch)
                 terms, stopping = backward(phase, objective, corpora["train"], index, epoch, weight, scaler, args)
                 lr = args.lr * (1 - step / steps if args.lr_schedule == "linear" else 1)
                 where = f"step {step}, in the batch of texts {sorted(index.tolist())}"
-                grad_norm = update(optimizer, scaler, lr, args.clip, terms["loss"] / len(index), where)
+                grad_norm = update(optimizer, scaler, lr, args.clip, terms["loss"] / terms["sentences"], where)
                 step += 1
                 bar.update()
-                terms["sentences"] = len(index)
                 sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
                 if step % args.log_every == 0 or step == steps:
                     sentences = sums.pop("sentences")
