@@ -50,10 +50,15 @@ def start(target, *args, **kwargs):
     return child
 
 
-def run(target, *args, **kwargs):
-    child = start(target, *args, **kwargs)
-    child.join(60)
+def end(child):
+    child.join(120)
+    child.kill()  # what hangs
+    child.join()
     return child.exitcode
+
+
+def run(target, *args, **kwargs):
+    return end(start(target, *args, **kwargs))
 
 
 def weights(out):
@@ -326,9 +331,7 @@ def run_all(*jobs):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [start(one_of, rank, len(jobs), port, *job) for rank, job in enumerate(jobs)]
-    for child in children:
-        child.join()
-    return [child.exitcode for child in children]
+    return [end(child) for child in children]
 
 
 @pytest.mark.parametrize(("phase", "batch_size"), [(0, 5), (1, 5), (2, 5), (2, 1)])

@@ -451,7 +451,7 @@ def update(optimizer, scaler, lr, clip, loss, where):
 
 
 def train(phase, corpora, epochs, args, out, log, last=None, saved=None):
-    """The loop, the same for all phases, from step 0 or from what the checkpoint `last` has `saved`: its seconds."""
+    """The loop, for all phases, from step 0 or from what the checkpoint `last` has `saved`. Returns the seconds."""
     rank, world = metrics.processes()
     trainable = [p for p in phase.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps)
