@@ -690,27 +690,25 @@ def denoising_batch(corpus, index, denoise, seed, epoch):
     return batch._replace(ids=ids, mask=mask)
 
 
-def epoch_order(lengths, batch_size, seed, epoch, rank=0, world=1):
+def epoch_order(lengths, batch_size, seed, epoch):
     """The batches of an epoch as arrays of text numbers: lengths alike within a batch, everything else shuffled.
 
     Texts are shuffled, sorted by length within pools of 50 batches, cut into batches, and those shuffled.
-    Each text comes exactly once; the last batch to be cut may be smaller. Process `rank` of `world` gets its share of
-    each batch: `batch_size` is that of all together. Its share of a batch smaller than `world` may be empty.
+    Each text comes exactly once; the last batch to be cut may be smaller.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     pools = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
     order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
     cut = np.split(order, range(batch_size, len(order), batch_size))
-    return [cut[i][rank::world] for i in rng.permutation(len(cut))]
+    return [cut[i] for i in rng.permutation(len(cut))]
 
 
-def evaluation_batches(corpus, batch_size, rank=0, world=1):
-    """Every text once, shortest first, without noise; of `world` processes, each gets its share of the texts."""
-    order = np.argsort(corpus.lengths, kind="stable")[rank::world]
+def evaluation_batches(corpus, batch_size):
+    """Every text once, shortest first, without noise."""
+    order = np.argsort(corpus.lengths, kind="stable")
     for index in np.split(order, range(batch_size, len(order), batch_size)):
-        if len(index):
-            yield make_batch(corpus, index)
+        yield make_batch(corpus, index)
 
 
 # ---------------------------------------------------------------------------------------- description

@@ -6,6 +6,7 @@ and divided once. Everything random is drawn per sentence, so no number depends 
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -16,8 +17,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 
 import data
+
+
+def processes():
+    """(rank, world): the number of this process and how many there are, (0, 1) without torchrun."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def share(batches):
+    """This process's part of the batches of an evaluation."""
+    rank, world = processes()
+    return itertools.islice(batches, rank, None, world)
+
+
+def add_up(tensor):
+    """The sum of a tensor over the processes, in place."""
+    if processes()[1] > 1:
+        distributed.all_reduce(tensor)
+    return tensor
 
 
 def kl_divergence(mu, logvar):
@@ -117,13 +137,15 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, seed=0,
     columns = {name: torch.zeros(n, dtype=torch.float64) for name in ("rec", "kl", "nll_iw")}  # a row a sentence
     mu_all, logvar_all, z_all = (torch.zeros(n, latent_dim) for _ in range(3))
     samples = max(1, iw_samples) if latent_dim else 1  # without a latent all samples are one
-    for batch in data.evaluation_batches(corpus, batch_size):
+    for batch in share(data.evaluation_batches(corpus, batch_size)):
         mu, logvar, z, rec, nll_iw = sample_posterior(model, batch.to(device), samples, seed)
         kl = kl_divergence(mu.double(), logvar.double()).sum(1)
         for column, values in zip(columns.values(), (rec, kl, nll_iw), strict=True):
             column[batch.index] = values.cpu()
         for whole, values in (mu_all, mu), (logvar_all, logvar), (z_all, z):
             whole[batch.index] = values.float().cpu()
+    for rows in (*columns.values(), mu_all, logvar_all, z_all):  # zero where another process has the sentence
+        add_up(rows)
     if not iw_samples:
         del columns["nll_iw"]
     if thorough:
@@ -160,7 +182,7 @@ def other_latents(model, corpus, batch_size, seed, mu, z):
     z_other = torch.empty_like(z)
     z_other[order] = z[order.roll(1)]
     columns = {name: torch.zeros(n, dtype=torch.float64) for name in ("rec_other", "rec_prior", "hits", "exact")}
-    for batch in data.evaluation_batches(corpus, batch_size):
+    for batch in share(data.evaluation_batches(corpus, batch_size)):
         index, labels = batch.index, batch.labels.to(device)
         z_prior = next(data.latent_noise(z.shape[1], seed, 0, index, data.PRIOR))
         columns["rec_other"][index] = model.rec(z_other[index].to(device), labels).double().cpu()
@@ -171,6 +193,8 @@ def other_latents(model, corpus, batch_size, seed, mu, z):
         hits = ((ids == labels) & real).sum(1)
         columns["hits"][index] = hits.double().cpu()
         columns["exact"][index] = (hits == real.sum(1)).double().cpu()
+    for column in columns.values():
+        add_up(column)
     if n == 1:
         del columns["rec_other"]
     return columns

@@ -424,7 +424,7 @@ def test_language_model(runs, corpus_dir, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--dataset", "ptb", "--data-dir", "nowhere"), "no train.txt or ptb.train.txt in .*nowhere"),
+        (("--dataset", "nowhere"), "no train.txt in .*nowhere; --dataset is"),
         (("--dataset", "{own}", "--model", "no/such-t5"), "no/such-t5.* neither a directory .*--model tiny"),
         (("--dataset", "{own}", "--phase", 2, "--out", "x"), "phase 2 starts from phase 1.*--phase 1"),
         (("--dataset", "{own}", "--phase", 1, "--init", "{runs}/phase1", "--latent-dim", 5), "latent_dim is 5.*32"),

@@ -5,14 +5,22 @@
     phase 2  full finetuning: everything trains, rec + w(step) * KL
 
 A phase is data for one loop: a model, an objective, the noise of its batches, a weight, an evaluation.
+
+A run that ends before its time goes on with --resume, the rest of its command unchanged, and ends with the same
+weights and the same log. `torchrun --nproc_per_node=N train.py ...` trains with N processes, to the same result.
 """
 
 import argparse
 import contextlib
+import fcntl
+import hashlib
+import io
 import json
 import math
+import os
 import platform
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -26,7 +34,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -35,8 +44,8 @@ import vae
 
 # What `python train.py` stands for: a demonstration that needs no download and a few minutes.
 DEMO = (
-    "--dataset grammar --phase 0 1 2 --model tiny --epochs 3 1 6 --batch-size 64 --lr 2e-3 --lr-schedule linear"
-    " --adam-eps 1e-8 --denoise 0 --kl-threshold 0.3 --kl-anneal-epochs 6"
+    "--dataset grammar --phase 0 1 2 --model tiny --epochs 3 1 6 --batch-size 64 --lr 1e-3 1e-3 2e-3"
+    " --lr-schedule linear --adam-eps 1e-8 --denoise 0 --kl-threshold 0.3 --kl-anneal-epochs 6"
 )
 EPOCHS = {0: 10, 1: 5, 2: 3}  # appendix B; phase 0 is not the paper's
 
@@ -130,13 +139,14 @@ def make_t5(args):
     @torch.no_grad()
     def evaluate(corpus, final):
         model.eval()
-        sums = defaultdict(float)
-        for whole in data.evaluation_batches(corpus, args.eval_batch_size):
+        sums = torch.zeros(2, dtype=torch.float64, device=args.device)
+        for whole in metrics.share(data.evaluation_batches(corpus, args.eval_batch_size)):
             noisy = batch(corpus, whole.index.numpy(), epoch=0).to(args.device)
-            for name, values in objective(noisy, None, 0.0).items():
-                sums[name] += values.sum().item()
+            terms = objective(noisy, None, 0.0)
+            sums += torch.stack([terms["loss"].double().sum(), terms["targets"].double().sum()])
+        metrics.add_up(sums)
         model.train()
-        return {"nats_per_target": sums["loss"] / sums["targets"], "targets": int(sums["targets"])}
+        return {"nats_per_target": (sums[0] / sums[1]).item(), "targets": int(sums[1])}
 
     return Phase(model, tokenizer, objective, batch, no_kl, evaluate)
 
@@ -159,8 +169,8 @@ def make_vae(args, phase, start):
     if phase == 1 and args.freeze_decoder:
         model.freeze_decoder()
     if model.latent_dim == 0:  # a language model does not encode: its encoder has nothing to learn
-        model.t5.encoder.block.requires_grad_(False)
-        model.t5.encoder.final_layer_norm.requires_grad_(False)
+        for module in (model.t5.encoder.block, model.t5.encoder.final_layer_norm, model.w_mu, model.w_logvar):
+            module.requires_grad_(False)
     batch = partial(data.denoising_batch, denoise=args.denoise, seed=args.seed)
     entropy = data.GRAMMAR_ENTROPY if args.dataset == "grammar" else None
 
@@ -204,10 +214,8 @@ def starting_point(args, phase):
     return str(start)
 
 
-def prepare(args, phase, out):
-    """Everything that can go wrong before training: (Phase, {split: Corpus}), the folder `out` with config.json."""
-    if (out / "metrics.json").exists() and not args.overwrite:
-        raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
+def prepare(args, phase):
+    """What a run is made of: (Phase, {split: Corpus}, what config.json says of it)."""
     if args.dataset != "grammar":
         for split in data.SPLITS:  # before a model is loaded or made for them
             data.split_path(args.dataset, split, args.data_dir)
@@ -225,6 +233,8 @@ def prepare(args, phase, out):
                 f"({str(error).splitlines()[0]}); give --model a directory with a T5, "
                 "or make a small one: --phase 0 --model tiny"
             ) from error
+        except RuntimeError as error:  # of load_state_dict
+            raise ValueError(f"{start} holds other weights than its config.json says: {error}") from error
     made.model.to(args.device)
     corpora = {}
     for split in data.SPLITS:
@@ -240,6 +250,7 @@ def prepare(args, phase, out):
         "phase": phase,
         "phases": args.phase,
         "command": "python train.py " + shlex.join(args.argv),
+        "processes": metrics.processes()[1],
         "data_sha256": {split: corpus.checksum for split, corpus in corpora.items()},
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, np)}
         | {"python": platform.python_version()},
@@ -247,75 +258,259 @@ def prepare(args, phase, out):
     if phase:
         config["start"] = start
         config |= {name: getattr(made.model, name) for name in ("latent_dim", "pooling", "pool_layers")}
+    return made, corpora, config
+
+
+# --------------------------------------------------------------------------------- the run folder
+
+# What may differ between a run and its --resume, because no weight and no record depends on it.
+MAY_DIFFER = ("argv", "command", "versions", "processes", "device", "out", "data_dir", "overwrite", "resume")
+MAY_DIFFER += ("save_every", "grad_accum", "eval_batch_size", "iw_samples")
+
+
+def write_whole(path, content):
+    """Write `content` (bytes) so that `path` holds all of it or what it held before, whatever happens meanwhile."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        beside.unlink(missing_ok=True)  # a full disk needs the room
+        raise
+    os.replace(beside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_json(path, values):
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def checkpoints(out):
+    return sorted(out.glob("checkpoint-*"))  # oldest first: the step stands first in the name
+
+
+def save_checkpoint(out, state, previous=None):
+    """Write `out`/checkpoint-<step>-<sha256>.pt; of the others keep only the `previous` one. Returns its path."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    path = out / f"checkpoint-{state['step']:09d}-{hashlib.sha256(content).hexdigest()}.pt"
+    write_whole(path, content)
+    for other in checkpoints(out):
+        if other not in (path, previous):
+            other.unlink()
+    return path
+
+
+def load_checkpoint(out):
+    """(path, state) of the newest checkpoint that is what its name says, or (None, None). Warns of the others."""
+    for path in reversed(checkpoints(out)):
+        content = path.read_bytes()
+        if path.suffix == ".pt" and path.stem.endswith(hashlib.sha256(content).hexdigest()):
+            return path, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if metrics.processes()[0] == 0:
+            print(f"train.py: {path} is incomplete or damaged: ignored", file=sys.stderr)
+    return None, None
+
+
+def check_folder(args, out):
+    """Raises FileExistsError where a run would be overwritten that nobody said to overwrite."""
+    if args.overwrite or args.resume:
+        return
+    if (out / "metrics.json").exists():
+        raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
+    if checkpoints(out):
+        raise FileExistsError(f"{out} holds an unfinished run: go on with --resume, or --overwrite")
+
+
+def open_run(args, out, config):
+    """Take the folder `out` for this process: (its log, checkpoint as `load_checkpoint` has it).
+
+    log.jsonl is the lock, too. It is cut where the checkpoint was made; a new run starts with an empty one.
+    Raises ValueError where the checkpoint is of another run, BlockingIOError where another process trains into `out`.
+    """
+    if metrics.processes()[0]:  # the first process alone writes
+        return io.StringIO(), *(load_checkpoint(out) if args.resume else (None, None))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return made, corpora
+    log = open(out / "log.jsonl", "a+", buffering=1)  # noqa: SIM115  # open, and so locked, until the run ends
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"another process trains into {out}") from None
+    check_folder(args, out)
+    path, saved = load_checkpoint(out) if args.resume else (None, None)
+    if saved:
+        before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(config))
+        for name in sorted(before.keys() | now.keys() - {*MAY_DIFFER}):
+            if before.get(name) != now.get(name) and name not in MAY_DIFFER:
+                raise ValueError(
+                    f"{out} was started with {name} {before.get(name)!r}, not {now.get(name)!r}: "
+                    "--resume goes with the command of the run"
+                )
+        if saved["log_bytes"] > log.seek(0, os.SEEK_END):
+            raise ValueError(f"{out}/log.jsonl is shorter than it was at {path.name}")
+        print(f"{out} goes on from step {saved['step']}")
+    else:
+        for phase in args.phase[args.phase.index(config["phase"]) :]:  # later phases of an older run are void
+            for file in (run_folder(args, phase) / "metrics.json", *checkpoints(run_folder(args, phase))):
+                file.unlink(missing_ok=True)
+        write_json(out / "config.json", config)
+    log.truncate(saved["log_bytes"] if saved else 0)
+    return log, path, saved
+
+
+class Stop:
+    """SIGTERM and Ctrl-C end the program with 128 + their number, as a shell expects; while `hold`, they wait."""
+
+    hold, number = False, 0
+
+    def __call__(self, number, frame):
+        self.number = number
+        if not self.hold:
+            sys.exit(128 + number)
+
+    def release(self, stopping):
+        """The end of a step, and of the program where it has to: of several processes all or none (`stopping`)."""
+        self.hold = False
+        if stopping or (self.number and metrics.processes()[1] == 1):
+            sys.exit(128 + (self.number or signal.SIGTERM))
+
+    @contextlib.contextmanager
+    def saving(self, save):
+        """Call `save` before the program ends by a signal."""
+        try:
+            yield
+        except SystemExit:
+            self.hold = True
+            save()
+            raise
+        finally:
+            self.hold = False
+
+
+stop = Stop()
 
 
 # --------------------------------------------------------------------------------- the loop
 
+PLACE = ("step", "sums", "log_bytes", "seconds")  # where a run is, beside its weights
 SHOWN = ("nats_per_target", "rec", "kl", "neg_elbo", "ppl_word", "mi", "au")
 
 
-def train(phase, corpora, epochs, args, out):
-    """The loop, the same for all phases. Records go to `out`/log.jsonl; returns the seconds it took."""
-    trainable = [p for p in phase.model.parameters() if p.requires_grad]
-    total = sum(p.numel() for p in phase.model.parameters())
-    print(f"trains {sum(p.numel() for p in trainable):,} of {total:,} parameters")
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps)
+def backward(phase, objective, corpus, index, epoch, weight, scaler, args):
+    """Gradients of the mean loss over the texts `index`, the batch of all processes, in micro-batches.
+
+    Returns the sum of each term over the whole batch, {name: float}, and whether any process shall stop.
+    """
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
-    scaler = torch.amp.GradScaler(args.device, enabled=half is torch.float16)
-    latent_dim = getattr(phase.model, "latent_dim", 0)
+    rank, world = metrics.processes()
+    sums = defaultdict(float)
+    for i in range(args.grad_accum):
+        share = index[rank::world][i :: args.grad_accum]
+        # A process without a share computes a sentence that does not count: all meet in the backward pass.
+        batch = phase.batch(corpus, share if len(share) else index[:1], epoch=epoch).to(args.device)
+        latent_dim = getattr(phase.model, "latent_dim", 0)
+        eps = next(data.latent_noise(latent_dim, args.seed, epoch, batch.index)).to(args.device)
+        more = world > 1 and i + 1 < args.grad_accum
+        with objective.no_sync() if more else contextlib.nullcontext():
+            with torch.autocast(args.device, half) if half else contextlib.nullcontext():
+                terms = objective(batch, eps, weight)
+            terms["sentences"] = torch.ones_like(terms["loss"])
+            terms = {name: values[: len(share)].sum() for name, values in terms.items()}
+            # Divided by the sentences of the whole batch. DistributedDataParallel takes the mean of the processes.
+            scaler.scale(terms["loss"] * (world / len(index))).backward()
+        for name, value in terms.items():
+            sums[name] += value.detach().double()
+    sums["stop"] = torch.tensor(float(stop.number > 0), device=args.device, dtype=torch.float64)
+    total = metrics.add_up(torch.stack(list(sums.values()))).tolist()
+    sums = dict(zip(sums, total, strict=True))
+    return sums, sums.pop("stop") > 0
+
+
+def seed_dropout(seed, step, rank):
+    """Makes dropout, all that draws from torch's generator, a function of these: there is no random state to keep."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def update(optimizer, scaler, lr, clip, loss, where):
+    """Clip the gradients and take a step; returns their norm, None where a scaler skips the step for it.
+
+    Raises FloatingPointError before a NaN or an infinity reaches the weights, and names the batch with `where`.
+    """
+    (group,) = optimizer.param_groups
+    group["lr"] = lr
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(group["params"], clip).item()
+    if not (math.isfinite(loss) and (math.isfinite(grad_norm) or scaler.is_enabled())):
+        raise FloatingPointError(f"the loss is {loss}, its gradient's norm {grad_norm}, at {where}; try a smaller --lr")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm if math.isfinite(grad_norm) else None
+
+
+def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
+    """The loop, for all phases, from step 0 or from what the checkpoint `last` has `saved`. Returns the seconds."""
+    rank, world = metrics.processes()
+    trainable = [p for p in phase.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.999), eps=args.adam_eps)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+    parts = {"model": phase.model, "optimizer": optimizer, "scaler": scaler}
+    for name, part in parts.items() if saved else ():
+        part.load_state_dict(saved[name])
+    objective = DistributedDataParallel(phase.objective) if world > 1 else phase.objective
+    step, sums, log_bytes, seconds = [saved[k] for k in PLACE] if saved else (0, {}, 0, 0.0)  # sums: since a record
     steps_per_epoch = math.ceil(len(corpora["train"]) / args.batch_size)
-    steps, step, epoch, started = epochs * steps_per_epoch, 0, 0, time.time()
-    sums = defaultdict(float)  # of the sentences since the last record
+    steps, started, saved_at = epochs * steps_per_epoch, time.time() - seconds, time.time()
 
-    with open(out / "log.jsonl", "w") as log, tqdm(total=steps, disable=None) as bar:
+    def record(**values):
+        log.write(json.dumps({"step": step, "epoch": max(0, step - 1) // steps_per_epoch} | values) + "\n")
 
-        def record(**values):
-            log.write(json.dumps({"step": step, "epoch": epoch} | values) + "\n")
-            log.flush()
+    def validate():
+        measured = phase.evaluate(corpora["valid"], False)
+        record(split="valid", **measured)
+        shown = (f"{k} {measured[k]:.2f}" for k in SHOWN if measured.get(k) is not None)
+        bar.write(f"step {step}, epoch {step / steps_per_epoch:g}, valid: {'  '.join(shown)}", file=sys.stdout)
 
-        def validate():
-            measured = phase.evaluate(corpora["valid"], False)
-            record(split="valid", **measured)
-            shown = (f"{k} {measured[k]:.2f}" for k in SHOWN if measured.get(k) is not None)
-            bar.write(f"step {step}, epoch {epoch}, valid: {'  '.join(shown)}", file=sys.stdout)
+    def save():
+        nonlocal last, saved_at
+        if rank == 0 and not (last and f"-{step:09d}-" in last.name):
+            os.fsync(log.fileno())
+            place = dict(zip(PLACE, (step, sums, log_bytes, time.time() - started), strict=True))
+            last = save_checkpoint(out, place | {name: part.state_dict() for name, part in parts.items()}, last)
+            saved_at = time.time()
 
-        validate()
-        for epoch in range(epochs):
+    with tqdm(total=steps, initial=step, disable=None if rank == 0 else True) as bar, stop.saving(save):
+        for epoch in range(step // steps_per_epoch, epochs):
             order = data.epoch_order(corpora["train"].lengths, args.batch_size, args.seed, epoch)
-            for index in order:
-                batch = phase.batch(corpora["train"], index, epoch=epoch).to(args.device)
-                eps = next(data.latent_noise(latent_dim, args.seed, epoch, batch.index))
+            for index in order[step % steps_per_epoch :]:
+                if step % steps_per_epoch == 0:
+                    validate()
+                stop.hold = True  # until the step is whole
+                seed_dropout(args.seed, step, rank)
                 weight = phase.weight(step, steps_per_epoch)
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * (1 - step / steps if args.lr_schedule == "linear" else 1)
-                with torch.autocast(args.device, half) if half else contextlib.nullcontext():
-                    terms = phase.objective(batch, eps.to(args.device), weight)
-                loss = terms["loss"].mean()
-                if not loss.isfinite():
-                    raise FloatingPointError(
-                        f"the loss is {loss.item()} at step {step}, texts {sorted(index.tolist())}; try a smaller --lr"
-                    )
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                terms, stopping = backward(phase, objective, corpora["train"], index, epoch, weight, scaler, args)
+                rate = lr * (1 - step / steps if args.lr_schedule == "linear" else 1)
+                where = f"step {step}, in the batch of texts {sorted(index.tolist())}"
+                grad_norm = update(optimizer, scaler, rate, args.clip, terms["loss"] / terms["sentences"], where)
                 step += 1
                 bar.update()
-                sums["sentences"] += len(index)
-                for name, values in terms.items():
-                    sums[name] += values.detach().sum().item()
+                sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
                 if step % args.log_every == 0 or step == steps:
                     sentences = sums.pop("sentences")
                     means = {name: value / sentences for name, value in sums.items()}
-                    record(split="train", **means, kl_weight=weight, grad_norm=grad_norm.item())
+                    record(split="train", **means, kl_weight=weight, grad_norm=grad_norm)
                     bar.set_postfix({name: f"{value:.2f}" for name, value in means.items()})
-                    sums.clear()
-            validate()
+                    sums = {}
+                log_bytes = log.tell()
+                if step == steps or time.time() - saved_at >= 60 * args.save_every:
+                    save()
+                stop.release(stopping)
+        validate()
     return time.time() - started
 
 
@@ -335,24 +530,51 @@ def show(model, corpus, device, count=3):
     return lines + [f"interpolated   {text}" for text in decode(model.generate(path))]
 
 
-def run_phase(args, phase, epochs):
+def finish(made, corpora, args, phase, out, seconds):
+    """The model, what it measures on the test split, and samples; with metrics.json the run is finished."""
+    rank, world = metrics.processes()
+    if rank == 0:
+        made.model.save_pretrained(out / "model")
+        made.tokenizer.save_pretrained(out / "model")
+    result = made.evaluate(corpora["test"], True) | {"train_seconds": round(seconds, 1)}
+    if rank == 0:
+        if phase:
+            print(metrics.format_table({str(out): result}))
+            lines = show(made.model, corpora["test"], args.device)
+            (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            print(*lines, sep="\n")
+        else:
+            print(f"{out}: {result['nats_per_target']:.3f} nats a target token on the test split")
+        for file in (out / "model").iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        write_json(out / "metrics.json", result)
+        for path in checkpoints(out):
+            path.unlink()
+    if world > 1:
+        distributed.barrier()  # the next phase reads what the first process wrote
+
+
+def run_phase(args, phase, epochs, lr):
     out = run_folder(args, phase)
+    if args.resume and (out / "metrics.json").exists():
+        print(f"{out} is finished")
+        return
     try:
-        made, corpora = prepare(args, phase, out)
+        check_folder(args, out)
+        made, corpora, config = prepare(args, phase)
+        log, last, saved = open_run(args, out, config)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
-    seconds = train(made, corpora, epochs, args, out)
-    made.model.save_pretrained(out / "model")
-    made.tokenizer.save_pretrained(out / "model")
-    result = made.evaluate(corpora["test"], True) | {"train_seconds": round(seconds, 1)}
-    if phase:
-        print(metrics.format_table({str(out): result}))
-        lines = show(made.model, corpora["test"], args.device)
-        (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(*lines, sep="\n")
-    else:
-        print(f"{out}: {result['nats_per_target']:.3f} nats a target token on the test split")
-    (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    trained, total = (sum(p.numel() for p in made.model.parameters() if p.requires_grad or every) for every in (0, 1))
+    print(f"trains {trained:,} of {total:,} parameters")
+    try:
+        with log:
+            seconds = train(made, corpora, epochs, lr, args, out, log, last, saved)
+            finish(made, corpora, args, phase, out, seconds)
+    except (FloatingPointError, OSError) as error:
+        left = [path.name for path in checkpoints(out) if path.suffix == ".pt"]
+        sys.exit(f"train.py: {error}; {f'{left[-1]} is there to --resume from' if left else 'no checkpoint yet'}")
 
 
 # --------------------------------------------------------------------------------- command line
@@ -371,197 +593,100 @@ def at_least(low, kind=int):
     return number
 
 
+def option(text, default=None, kind=None, metavar=None, **more):
+    """The arguments of add_argument for a flag with a value."""
+    return {"help": text, "default": default, "type": kind, "metavar": metavar} | more
+
+
+def switch(text, action="store_true", **more):
+    return {"help": text, "action": action} | more
+
+
+OWN = "your own: a directory with train.txt, valid.txt and test.txt, or a file"
+COUNT, AMOUNT = at_least(1), at_least(0, float)
+FLAGS = {
+    "data": {
+        "--dataset": option(f"{', '.join(data.DATASETS)}, or {OWN}", metavar="NAME|DIR", required=True),
+        "--split": option(
+            "shares of train, valid and test of a --dataset that is one file (0.9,0.05,0.05)",
+            data.SHARES,
+            data.parse_shares,
+            "A,B,C",
+        ),
+        "--data-dir": option("where the folders of named data sets live (data)", "data", metavar="DIR"),
+        "--limit": option("first N training texts only", None, COUNT, "N"),
+        "--max-length": option("texts are cut here, </s> included (256)", 256, at_least(2), "TOKENS"),
+        "--denoise": option("share of tokens deleted from the encoder's input in training (0.15)", 0.15, float, "P"),
+    },
+    "model": {
+        "--model": option("T5 to start from: hub name, directory, or tiny: phase 0's (t5-small)", "t5-small"),
+        "--latent-dim": option("dimensions of z (32, or those of the model started from)", None, COUNT, "Z"),
+        "--no-latent": switch("language model: no z, the same decoder", "store_const", dest="latent_dim", const=0),
+        "--pool": option("how a sentence's states become one (max)", choices=vae.POOLINGS),
+        "--pool-layers": option(
+            "the encoder's output, or the outputs of all its layers (all)", choices=vae.POOL_LAYERS
+        ),
+    },
+    "model of phase 0": {
+        "--d-model": option("width (128); feed-forward layers are four times as wide", 128, COUNT),
+        "--layers": option("encoder layers, and as many decoder layers (2)", 2, COUNT),
+        "--heads": option("attention heads (4)", 4, COUNT),
+        "--vocab-size": option("sentencepiece vocabulary, at most (4000)", 4000, COUNT),
+    },
+    "phases": {
+        "--phase": option("one or several, run in this order (1 2)", [1, 2], int, nargs="+", choices=(0, 1, 2)),
+        "--epochs": option("of each phase named (0: 10, 1: 5, 2: 3)", None, at_least(0), "N", nargs="+"),
+        "--init": option("model that the first phase named starts from (the phase before)", metavar="RUN|DIR"),
+        "--freeze-decoder": switch("in phase 1 (yes)", argparse.BooleanOptionalAction, default=True),
+        "--kl-schedule": option(
+            "of the KL weight in phase 2 (linear)", "linear", choices=("linear", "cyclical", "constant")
+        ),
+        "--kl-anneal-epochs": option("epochs until the weight is 1 (50)", 50, AMOUNT, "N"),
+        "--kl-cycles": option("of the cyclical schedule (4)", 4, COUNT, "N"),
+        "--kl-threshold": option("lambda, the floor of a dimension's KL in phase 2 (0.5)", 0.5, AMOUNT, "NATS"),
+    },
+    "optimization": {
+        "--batch-size": option("sentences a step, of all processes together (32)", 32, COUNT, "N"),
+        "--grad-accum": option("parts of a batch, computed one after the other (1)", 1, COUNT, "N"),
+        "--lr": option("AdamW's learning rate, of each phase named (1e-3)", [1e-3], AMOUNT, nargs="+"),
+        "--lr-schedule": option("linear: to 0 at the end (constant)", "constant", choices=("constant", "linear")),
+        "--adam-eps": option("AdamW's epsilon (1e-3)", 1e-3, AMOUNT),
+        "--clip": option("largest gradient norm, nats a sentence (100)", 100.0, AMOUNT, "NORM"),
+        "--amp": option("mixed precision (bf16 on a GPU, off on a CPU)", choices=("bf16", "fp16", "off")),
+    },
+    "run": {
+        "--out": option("run folder (runs/<dataset>/phase<k>); with several phases, the one of theirs", metavar="DIR"),
+        "--overwrite": switch("begin anew what that folder holds"),
+        "--resume": switch("go on from the last checkpoint in that folder, or begin where there is none"),
+        "--save-every": option("between checkpoints; 0: each step (10)", 10.0, AMOUNT, "MINUTES"),
+        "--seed": option("of everything random (0)", 0, at_least(0)),
+        "--device": option(
+            "cuda where there is one", "cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+        ),
+        "--log-every": option("steps a training record (20)", 20, COUNT, "STEPS"),
+        "--eval-batch-size": option("sentences (64); no number depends on it", 64, COUNT, "N"),
+        "--iw-samples": option("of the importance-weighted NLL on the test split (100)", 100, COUNT, "K"),
+    },
+}
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"Without --dataset, the demonstration: python train.py {DEMO}",
     )
-    flag = parser.add_argument_group("data").add_argument
-    flag(
-        "--dataset",
-        required=True,
-        metavar="NAME|DIR",
-        help=f"{', '.join(data.DATASETS)}, or your own: a directory with train.txt, valid.txt and test.txt, or a file",
-    )
-    flag(
-        "--split",
-        type=data.parse_shares,
-        default=data.SHARES,
-        metavar="A,B,C",
-        help="shares of train, valid and test where --dataset is one file (0.9,0.05,0.05)",
-    )
-    flag(
-        "--data-dir",
-        default="data",
-        metavar="DIR",
-        help="where the folders of named data sets live (data)",
-    )
-    flag("--limit", type=at_least(1), metavar="N", help="first N training texts only")
-    flag(
-        "--max-length",
-        type=at_least(2),
-        default=256,
-        metavar="TOKENS",
-        help="texts are cut here, </s> included (256)",
-    )
-    flag(
-        "--denoise",
-        type=float,
-        default=0.15,
-        metavar="P",
-        help="share of tokens deleted from the encoder's input in training (0.15)",
-    )
-    flag = parser.add_argument_group("model").add_argument
-    flag(
-        "--model",
-        default="t5-small",
-        help="T5 to start from: hub name, directory, or tiny: phase 0's (t5-small)",
-    )
-    flag(
-        "--latent-dim",
-        type=at_least(1),
-        metavar="Z",
-        help="dimensions of z (32, or those of the model started from)",
-    )
-    flag(
-        "--no-latent",
-        dest="latent_dim",
-        action="store_const",
-        const=0,
-        help="language model: the same decoder with nothing encoded",
-    )
-    flag("--pool", choices=vae.POOLINGS, help="how a sentence's states become one (max)")
-    flag(
-        "--pool-layers",
-        choices=vae.POOL_LAYERS,
-        help="the encoder's output, or that of all its layers (last)",
-    )
-    flag = parser.add_argument_group("model of phase 0").add_argument
-    flag(
-        "--d-model",
-        type=at_least(1),
-        default=128,
-        help="width (128); feed-forward layers are four times as wide",
-    )
-    flag(
-        "--layers",
-        type=at_least(1),
-        default=2,
-        help="encoder layers, and as many decoder layers (2)",
-    )
-    flag("--heads", type=at_least(1), default=4, help="attention heads (4)")
-    flag(
-        "--vocab-size",
-        type=at_least(1),
-        default=4000,
-        help="sentencepiece vocabulary, at most (4000)",
-    )
-    flag = parser.add_argument_group("phases").add_argument
-    flag(
-        "--phase",
-        type=int,
-        nargs="+",
-        choices=(0, 1, 2),
-        default=[1, 2],
-        help="one or several, run in this order (1 2)",
-    )
-    flag(
-        "--epochs",
-        type=at_least(0),
-        nargs="+",
-        metavar="N",
-        help="of each phase named (0: 10, 1: 5, 2: 3)",
-    )
-    flag(
-        "--init",
-        metavar="RUN|DIR",
-        help="model that the first phase named starts from (the phase before)",
-    )
-    flag(
-        "--freeze-decoder",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="in phase 1 (yes)",
-    )
-    flag(
-        "--kl-schedule",
-        choices=("linear", "cyclical", "constant"),
-        default="linear",
-        help="of the KL weight in phase 2 (linear)",
-    )
-    flag(
-        "--kl-anneal-epochs",
-        type=at_least(0, float),
-        default=50,
-        metavar="N",
-        help="epochs until the weight is 1 (50)",
-    )
-    flag("--kl-cycles", type=at_least(1), default=4, metavar="N", help="of the cyclical schedule (4)")
-    flag(
-        "--kl-threshold",
-        type=at_least(0, float),
-        default=0.5,
-        metavar="NATS",
-        help="lambda, the floor of each dimension's KL in phase 2 (0.5)",
-    )
-    flag = parser.add_argument_group("optimization").add_argument
-    flag("--batch-size", type=at_least(1), default=32, metavar="N", help="sentences a step (32)")
-    flag("--lr", type=at_least(0, float), default=1e-3, help="AdamW's learning rate (1e-3)")
-    flag(
-        "--lr-schedule",
-        choices=("constant", "linear"),
-        default="constant",
-        help="linear: to 0 at the end of the phase (constant)",
-    )
-    flag("--adam-eps", type=at_least(0, float), default=1e-3, help="AdamW's epsilon (1e-3)")
-    flag(
-        "--clip",
-        type=at_least(0, float),
-        default=100.0,
-        metavar="NORM",
-        help="largest gradient norm, nats a sentence (100)",
-    )
-    flag(
-        "--amp",
-        choices=("bf16", "fp16", "off"),
-        help="automatic mixed precision (bf16 on a GPU, off on a CPU)",
-    )
-    flag = parser.add_argument_group("run").add_argument
-    flag(
-        "--out",
-        metavar="DIR",
-        help="run folder (runs/<dataset>/phase<k>); with several phases, the folder of theirs",
-    )
-    flag("--overwrite", action="store_true", help="a finished run in that folder")
-    flag("--seed", type=at_least(0), default=0)
-    flag("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    flag(
-        "--log-every",
-        type=at_least(1),
-        default=20,
-        metavar="STEPS",
-        help="steps a training record (20)",
-    )
-    flag(
-        "--eval-batch-size",
-        type=at_least(1),
-        default=64,
-        metavar="N",
-        help="sentences (64); no number depends on it",
-    )
-    flag(
-        "--iw-samples",
-        type=at_least(1),
-        default=100,
-        metavar="K",
-        help="of the importance-weighted NLL on the test split (100)",
-    )
+    for group, flags in FLAGS.items():
+        add = parser.add_argument_group(group).add_argument
+        for flag, arguments in flags.items():
+            add(flag, **arguments)
     args = parser.parse_args(argv)
-    epochs = args.epochs or [EPOCHS[phase] for phase in args.phase]
-    args.epochs = epochs * len(args.phase) if len(epochs) == 1 else epochs
-    if len(args.epochs) != len(args.phase):
-        parser.error(f"--epochs has {len(epochs)} values for {len(args.phase)} phases")
+    args.epochs = args.epochs or [EPOCHS[phase] for phase in args.phase]
+    for name in ("epochs", "lr"):
+        values = getattr(args, name)
+        if len(values) not in (1, len(args.phase)):
+            parser.error(f"--{name} has {len(values)} values for {len(args.phase)} phases")
+        setattr(args, name, values * (len(args.phase) if len(values) == 1 else 1))
     if 0 in args.phase and args.model != "tiny":
         parser.error(f"phase 0 makes a T5 of its own: it goes with --model tiny, not {args.model}")
     if 1 in args.phase and args.latent_dim == 0:
@@ -572,6 +697,8 @@ def parse_args(argv):
         parser.error(f"--d-model {args.d_model} is not a multiple of --heads {args.heads}")
     if not 0 <= args.denoise < 1:
         parser.error(f"--denoise {args.denoise} is not in [0, 1)")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with what --overwrite would begin anew: leave one of them out")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     args.amp = args.amp or ("bf16" if args.device == "cuda" else "off")
@@ -589,8 +716,25 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
     warnings.filterwarnings("ignore", "Initializing zero-element")  # W_mu of --no-latent
-    for phase, epochs in zip(args.phase, args.epochs, strict=True):
-        run_phase(args, phase, epochs)
+    if "RANK" in os.environ:  # set by torchrun
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group()
+    stop.number = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    first = metrics.processes()[0] == 0
+    try:
+        with contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w")):
+            for phase, epochs, lr in zip(args.phase, args.epochs, args.lr, strict=True):
+                run_phase(args, phase, epochs, lr)
+    except SystemExit:
+        if stop.number and first:
+            name = signal.Signals(stop.number).name
+            print(f"train.py: stopped by {name}; the same command with --resume goes on", file=sys.stderr)
+        raise
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
