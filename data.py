@@ -79,10 +79,14 @@ GRAMMAR_ENTROPY = sum(  # nats a sentence: ln k for a choice of k, and ln 2 + (l
 GRAMMAR_SIZES = {"train": 20_000, "valid": 2_000, "test": 2_000}
 
 
+def grammar_noun(who, number):
+    return who if number == "one" else who + ("es" if who.endswith(("s", "ch")) else "s")
+
+
 def grammar_sentence(factors):
     """The sentence that the values of the factors (a dict, None for an absent one) determine."""
     f, plural = factors, factors["number"] == "many"
-    noun = f["who"] + ("es" if f["who"].endswith(("s", "ch")) else "s") * plural
+    noun = grammar_noun(f["who"], f["number"])
     third, past = VERBS[f["verb"]]
     verb = {"past": past, "present": f["verb"] if plural else third, "future": f["verb"]}[f["tense"]]
     time = TENSES[f["tense"]][f["when"]]
@@ -92,6 +96,26 @@ def grammar_sentence(factors):
     parts.append(f["companion"] and f"with {owner} {f['companion']}")
     parts = [time, *parts] if f["order"] == "time first" else [*parts, time]
     return " ".join(part for part in parts if part)
+
+
+def grammar_parse(text):
+    """The factors of a sentence of the grammar; None where the text is not one. Undoes `grammar_sentence`."""
+    padded, words = f" {text} ", set(text.split())
+
+    def first(found):
+        return next(iter(found), None)
+
+    who = first((who, n) for who in MEN + WOMEN for n in FACTORS["number"] if grammar_noun(who, n) in words)
+    times = [(tense, i, time) for tense, times in TENSES.items() for i, time in enumerate(times)]
+    when = first(t for t in times if padded.startswith(f" {t[2]} ") or padded.endswith(f" {t[2]} "))
+    found = {name: first(v for v in FACTORS[name] if f" {v} " in padded) for name in ("what", "where", *OPTIONAL)}
+    found["verb"] = first(verb for verb, forms in VERBS.items() if words & {verb, *forms})
+    if not (who and when and found["verb"] and found["what"] and found["where"]):
+        return None
+    found["who"], found["number"] = who
+    found["tense"], found["when"] = when[:2]
+    found["order"] = "time first" if padded.startswith(f" {when[2]} ") else "time last"
+    return {name: found[name] for name in FACTORS} if grammar_sentence(found) == text else None
 
 
 def grammar_factors(split):

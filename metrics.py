@@ -12,7 +12,7 @@ import math
 import statistics
 import sys
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -449,6 +449,98 @@ def evaluate_run(run, config, args):
     return result
 
 
+# ---------------------------------------------------------------------------------------- what the latents mean
+
+
+def linear_probe(mu, classes, test_mu, test_classes):
+    """Accuracy of the least-squares linear classifier from mu to a class, and chance, both in % of the test rows.
+
+    Args:
+        mu, test_mu: (n, Z), (m, Z).
+        classes, test_classes: n and m hashable values.
+    Returns: accuracy; chance: that of always saying the most frequent class of `classes`.
+    """
+    names = sorted(set(classes), key=str)
+    target = torch.tensor([names.index(c) for c in classes])
+    ones, test_ones = (torch.ones(len(rows), 1, dtype=torch.float64) for rows in (mu, test_mu))
+    one_hot = torch.nn.functional.one_hot(target, len(names)).double()
+    weights = torch.linalg.lstsq(
+        torch.cat([mu.double(), ones], 1), one_hot, driver="gelsd"
+    ).solution  # (Z + 1, classes)
+    guesses = (torch.cat([test_mu.double(), test_ones], 1) @ weights).argmax(1).tolist()
+    most = names[int(target.bincount().argmax())]
+    right = [(names[guess] == true, most == true) for guess, true in zip(guesses, test_classes, strict=True)]
+    return tuple(100 * sum(column) / len(right) for column in zip(*right, strict=True))
+
+
+@torch.no_grad()
+def posterior_means(model, corpus, batch_size=64):
+    """mu of each text of a corpus: (n, Z)."""
+    mu = torch.zeros(len(corpus), model.latent_dim)
+    for batch in data.evaluation_batches(corpus, batch_size):
+        mu[batch.index] = model.encode(*batch.to(model.w_mu.weight.device)[:2])[0].cpu()
+    return mu
+
+
+def decode_factors(model, z, batch_size=64):
+    """The factors of the sentences decoded from z (n, Z); None where one is not of the grammar."""
+    texts = []
+    for part in z.to(model.w_mu.weight.device).split(batch_size):
+        ids = model.generate(part, max_new_tokens=40)
+        texts += model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [data.grammar_parse(text) for text in texts]
+
+
+def probe_grammar(model, corpora, batch_size=64, moved=200):
+    """A row a factor: is it in mu, and does adding the difference of two values' mean mu change it and nothing else?
+
+    Args:
+        corpora: {"train": ..., "test": ...} of `grammar`, whole or their first texts.
+        moved: test sentences decoded for each factor.
+    Returns: dicts of factor; accuracy and chance of `linear_probe`, %; and of the sentences moved from its most
+        frequent value to the next: those still grammatical, those that have the new value, and those that have it and
+        every other factor as their reconstruction had it, all in %.
+    """
+    mu = {split: posterior_means(model, corpus, batch_size) for split, corpus in corpora.items()}
+    true = {split: list(itertools.islice(data.grammar_factors(split), len(mu[split]))) for split in corpora}
+    rows = []
+    for factor in data.FACTORS:
+        classes = {split: [factors[factor] for factors in true[split]] for split in corpora}
+        accuracy, chance = linear_probe(mu["train"], classes["train"], mu["test"], classes["test"])
+        (old, _), (new, _) = Counter(classes["train"]).most_common(2)
+        means = [mu["train"][[c == value for c in classes["train"]]].mean(0) for value in (old, new)]
+        start = mu["test"][[c == old for c in classes["test"]]][:moved]
+        before, after = (decode_factors(model, z, batch_size) for z in (start, start + means[1] - means[0]))
+        changed = [b is not None and b[factor] == new for b in after]
+        alone = [
+            yes and a is not None and a | {factor: new} == b for a, b, yes in zip(before, after, changed, strict=True)
+        ]
+        shares = [100 * sum(map(bool, column)) / max(1, len(start)) for column in (after, changed, alone)]
+        columns = ("factor", "accuracy", "chance", "grammatical", "changed", "alone")
+        rows.append(dict(zip(columns, (factor, accuracy, chance, *shares), strict=True)))
+    return rows
+
+
+def format_probe(run, config, args):
+    """What `--probe` prints of a run: the factors of `grammar`, or the labels of a labelled data set."""
+    from vae import T5VAE
+
+    model = T5VAE.from_pretrained(Path(run, "model")).to(args.device)
+    shares = tuple(config.get("split", data.SHARES))
+    rest = (model.tokenizer, config["data_dir"], config["max_length"], 10_000, shares)
+    corpora = {split: data.load_corpus(config["dataset"], split, *rest) for split in ("train", "test")}
+    if config["dataset"] == "grammar":
+        found = probe_grammar(model, corpora, args.batch_size)
+        heads = ["factor", "probe %", "chance %", "moved: grammatical %", "new value %", "and no other change %"]
+        return align([heads, *([row["factor"], *(f"{v:.1f}" for v in list(row.values())[1:])] for row in found)])
+    if corpora["train"].labels is None:
+        raise ValueError(f"{config['dataset']} has neither known factors nor labels to probe for")
+    mu = {split: posterior_means(model, corpus, args.batch_size) for split, corpus in corpora.items()}
+    labels = {split: corpus.labels.tolist() for split, corpus in corpora.items()}
+    accuracy, chance = linear_probe(mu["train"], labels["train"], mu["test"], labels["test"])
+    return align([["label", "probe %", "chance %"], ["", f"{accuracy:.1f}", f"{chance:.1f}"]])
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(description="Evaluate runs on their test split and print one table.")
     flag = parser.add_argument
@@ -459,6 +551,7 @@ def parse_args(argv):
     flag = parser.add_mutually_exclusive_group().add_argument
     text = "the paper's tables, re-read; RUNs go under their data set's, from metrics.json if --iw-samples is not given"
     flag("--paper", action="store_true", help=text)
+    flag("--probe", action="store_true", help="of each factor of grammar, or of the data set's labels; no evaluation")
     flag("--plot", metavar="PNG", help="draw MI, AU, KL and PPL on the validation split against steps; no evaluation")
     args = parser.parse_args(argv)
     if not args.runs and not args.paper:
@@ -479,7 +572,9 @@ def main(argv=None):
             if args.paper and config["dataset"] not in PAPER:
                 raise ValueError(f"the paper has tables of {', '.join(PAPER)}, not of {config['dataset']}")
             stored = Path(run, "metrics.json")
-            if args.plot:
+            if args.probe:
+                print(f"{run}\n{format_probe(run, config, args)}\n")
+            elif args.plot:
                 records = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
                 logs[run] = [record for record in records if record["split"] == "valid"]
                 if not logs[run]:
@@ -497,6 +592,8 @@ def main(argv=None):
         except (OSError, ValueError) as error:  # no such folder, no such format
             sys.exit(f"metrics.py: --plot {args.plot}: {error}")
         print(f"wrote {args.plot}")
+    elif args.probe:
+        pass  # printed as it came
     elif args.paper:
         used = {config["dataset"] for config in configs.values()} or PAPER
         print(format_paper([dataset for dataset in PAPER if dataset in used], results, configs))

@@ -1,5 +1,6 @@
 """The measures against closed forms: a linear-Gaussian model whose log p(x), posterior and I(x; z) are known."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -432,3 +433,29 @@ def test_the_figure_holds_every_series(tokenizer, tmp_path, capsys):
         for line in axes.get_lines():
             seen = (np.abs(panel - matplotlib.colors.to_rgb(line.get_color())).max(2) < 0.02).sum()
             assert seen > 200, (axes.get_title(), line.get_label(), seen)
+
+
+# ---------------------------------------------------------------------------------------- probes
+
+
+def test_linear_probe():
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.randint(3, (600,), generator=generator)
+    centers = torch.tensor([[0.0, 4.0], [4.0, 0.0], [-4.0, -4.0]])
+    told = centers[classes] + 0.5 * torch.randn(600, 2, generator=generator)
+    untold = torch.randn(600, 2, generator=generator)
+    names = ["abc"[c] for c in classes]
+    accuracy, chance = metrics.linear_probe(told[:400], names[:400], told[400:], names[400:])
+    assert accuracy > 98
+    assert 25 < chance < 42
+    accuracy, _ = metrics.linear_probe(untold[:400], names[:400], untold[400:], names[400:])
+    assert 20 < accuracy < 47, "where mu says nothing, the probe is at chance"
+
+
+def test_grammar_is_read_as_it_was_written():
+    for factors in itertools.islice(data.grammar_factors("test"), 300):
+        text = data.grammar_sentence(factors)
+        assert data.grammar_parse(text) == factors
+        assert data.grammar_parse(text + " boat") is None
+    assert data.grammar_parse("yesterday the king paints a boat on the roof") is None, "tense and time disagree"
+    assert data.grammar_parse("") is None
