@@ -111,7 +111,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
             raise ValueError(f"pool_layers is {pool_layers!r}; it must be one of {', '.join(POOL_LAYERS)}")
         if t5_config.get("model_type") not in FAMILY:
             raise ValueError(f"model_type is {t5_config.get('model_type')!r}; it must be one of {', '.join(FAMILY)}")
-        self.pooling, self.pool_layers, self.tokenizer, self.card = pooling, pool_layers, None, None
+        self.pooling, self.pool_layers, self.tokenizer, self.folder = pooling, pool_layers, None, None
         config = AutoConfig.for_model(**t5_config)
         self.t5 = _with_latent_cross_attention(AutoModelForSeq2SeqLM.from_config(config))
         if not t5_config.get("tie_word_embeddings", True):  # a head of its own, which transformers 5 would tie
@@ -225,26 +225,23 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
         Warns of texts longer than `max_length` tokens, </s> included, which are cut there, and of texts with
         characters that the vocabulary lacks.
         """
-        texts, end, unk = list(texts), self.tokenizer.eos_token_id, self.tokenizer.unk_token
-        tokens = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        ids = [torch.tensor([*row[: max_length - 1], end]) for row in tokens]
-        unk_id = self.tokenizer.unk_token_id
-        cut = sum(len(row) >= max_length for row in tokens)
-        unknown = sum(row.count(unk_id) > text.count(unk) for row, text in zip(tokens, texts, strict=True))
-        if cut:
-            warnings.warn(f"{cut} of {len(texts)} texts are longer than {max_length} tokens and were cut", stacklevel=3)
-        if unknown:
-            warnings.warn(
-                f"{unknown} of {len(texts)} texts have characters that are not in the vocabulary", stacklevel=3
-            )
+        texts, t = list(texts), self.tokenizer
+        tokens = t(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        ids = [torch.tensor([*row[: max_length - 1], t.eos_token_id]) for row in tokens]
+        long = sum(len(row) >= max_length for row in tokens)
+        # A text may have the unknown token's own name, "<unk>", in it: PTB's do.
+        unknown = sum(r.count(t.unk_token_id) > x.count(t.unk_token) for r, x in zip(tokens, texts, strict=True))
+        for count, what in (long, f"longer than {max_length} tokens: cut"), (unknown, "with unknown characters"):
+            if count:
+                warnings.warn(f"{count} of {len(texts)} texts {what}", stacklevel=3)
         mu, logvar = (torch.zeros(len(texts), self.latent_dim) for _ in range(2))
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # little padding
         for at in _batches(len(texts), batch_size, "encode"):
             index = order[at : at + batch_size]
             batch = pad_sequence([ids[i] for i in index], batch_first=True, padding_value=self.t5.config.pad_token_id)
             mask = pad_sequence([torch.ones_like(ids[i]) for i in index], batch_first=True)  # (B, T)
-            device = self.w_mu.weight.device
-            mu[index], logvar[index] = (out.float().cpu() for out in self.encode(batch.to(device), mask.to(device)))
+            out = self.encode(batch.to(self.w_mu.weight.device), mask.to(self.w_mu.weight.device))
+            mu[index], logvar[index] = (x.float().cpu() for x in out)
         return mu, logvar
 
     def decode_texts(self, z, batch_size=64, **kwargs):
@@ -288,10 +285,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
         try:
             return super().from_pretrained(name_or_path, **kwargs)
         except (OSError, HFValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise FileNotFoundError(
-                f"{name_or_path} is neither a folder here nor to be had from the hub ({reason})"
-            ) from error
+            reason = f"neither a folder here nor to be had from the hub ({str(error).splitlines()[0]})"
+            raise FileNotFoundError(f"{name_or_path} is {reason}") from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **init):
@@ -300,10 +295,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
             download = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
             folder = Path(snapshot_download(model_id, revision=revision, token=token, **download))
         weights = folder / "model.safetensors"
-        if "t5_config" not in init:
-            raise ValueError(f"{folder} holds no T5VAE: it lacks a config.json with t5_config")
-        if not weights.is_file():
-            raise ValueError(f"{folder} holds no T5VAE: it lacks model.safetensors")
+        if "t5_config" not in init or not weights.is_file():
+            lacks = "model.safetensors" if "t5_config" in init else "a config.json with t5_config"
+            raise ValueError(f"{folder} holds no T5VAE: it lacks {lacks}")
         try:
             vae, saved = cls(**init), safetensors.torch.load_file(weights)
             if wrong := sorted(saved.keys() ^ dict(vae.named_parameters()).keys()):
@@ -313,33 +307,42 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
             raise ValueError(f"{folder}: model.safetensors is not what config.json describes: {error}") from error
         if (folder / "tokenizer_config.json").is_file():
             vae.tokenizer = AutoTokenizer.from_pretrained(folder)
-        run, card = folder.resolve().parent, folder / "README.md"
-        if (run / "config.json").is_file() and (run / "metrics.json").is_file():
-            vae.generate_model_card(run)
-        elif card.is_file():
-            vae.card = card.read_text(encoding="utf-8")
+        vae.folder = folder
         return vae.eval()
 
     def generate_model_card(self, run=None, **kwargs):
-        """The README.md of a saved model, a `huggingface_hub.ModelCard`; the model keeps its text as `card`.
+        """The README.md of a saved model, a `huggingface_hub.ModelCard`.
 
         With `run`, a folder with config.json and metrics.json, it says how the model was trained and what it
-        measures on the test split; without, it is the card that the model came with, or says neither.
+        measures on the test split. A model that was loaded has the run that it lies in, or the card that it came with.
         """
-        if run is not None or self.card is None:
-            self.card = f"---\n{self._hub_mixin_info.model_card_data.to_yaml()}\n---\n{_card_text(self, run)}"
-        return ModelCard(self.card)
+        own = self.folder.resolve() if self.folder else None
+        if run is None and own and (own.parent / "config.json").is_file() and (own.parent / "metrics.json").is_file():
+            run = own.parent
+        if run is None and own and (own / "README.md").is_file():
+            return ModelCard.load(own / "README.md")
+        c, size = self.t5.config, sum(p.numel() for p in self.parameters())
+        shape = (
+            f"{c.model_type}, {c.num_layers} + {c.num_decoder_layers} layers, d_model {c.d_model}, {size:,} parameters"
+        )
+        text = MODEL_CARD.format(shape=shape, config=self._hub_mixin_config, data=self._hub_mixin_info.model_card_data)
+        if run is not None:
+            config, measures = (json.loads(Path(run, f"{name}.json").read_text()) for name in ("config", "metrics"))
+            text += f"\nTrained by `{config.get('command')}`. On the test split, in nats a sentence if not said otherwise:\n"
+            text += "\n| measure | value |\n| --- | ---: |\n"
+            shown = (name for name, value in measures.items() if isinstance(value, int | float) and name[-3:] != "_se")
+            text += "".join(f"| {name} | {round(measures[name], 3)} |\n" for name in shown)
+        return ModelCard(text)
 
 
-def _card_text(vae, run):
-    """The body of the model card, in Markdown."""
-    c = vae.t5.config
-    text = f"""
+MODEL_CARD = """---
+{data}
+---
+
 # T5-VAE
 
-A {c.model_type} finetuned into a variational autoencoder of text, as Park & Lee 2021 do ("Finetuning Pretrained
-Transformers into Variational Autoencoders"): {c.num_layers} encoder and {c.num_decoder_layers} decoder layers of width
-{c.d_model}, {sum(p.numel() for p in vae.parameters()):,} parameters, {vae.latent_dim} latent dimensions, pooling {vae.pooling} over {vae.pool_layers} layers.
+A T5 finetuned into a variational autoencoder of text (Park & Lee 2021, *Finetuning Pretrained Transformers into
+Variational Autoencoders*): {shape}, {config[latent_dim]} latent dimensions, {config[pooling]} pooling.
 
 ```python
 from vae import T5VAE
@@ -349,18 +352,6 @@ mu, logvar = model.encode_texts(["A text."])
 print(model.decode_texts(mu))
 ```
 """
-    if run is not None:
-        config, measures = (json.loads(Path(run, name).read_text()) for name in ("config.json", "metrics.json"))
-        text += f"\n## Training\n\nData: {config.get('dataset')}. Phase {config.get('phase')} of\n\n"
-        text += f"```\n{config.get('command')}\n```\n\n## Measures\n\nOf the test split; nats a sentence, if not said otherwise.\n\n"
-        text += "| measure | value |\n| --- | ---: |\n"
-        shown = {
-            name: value
-            for name, value in measures.items()
-            if isinstance(value, (int, float)) and not name.endswith("_se")
-        }
-        text += "".join(f"| {name} | {round(value, 3)} |\n" for name, value in shown.items())
-    return text
 
 
 def _batches(n, batch_size, what):
@@ -405,16 +396,14 @@ def read_group(path):
 
 def read_texts(args):
     """The texts of a command: TEXT ... and --file, or standard input. An empty line is an empty text."""
-    texts = []
-    for text in args.text or ([] if args.file else ["-"]):
-        # An argument that is no UTF-8 comes with surrogates, which are no characters.
-        texts += (
-            read_lines("-") if text == "-" else [text.strip().encode(errors="surrogateescape").decode(errors="replace")]
-        )
+    given = args.text or ([] if args.file else ["-"])
+    texts = [line for text in given for line in (read_lines("-") if text == "-" else [text])]
     return texts + (read_lines(args.file) if args.file else [])
 
 
 def encode(model, args, texts):
+    # A command line that is not UTF-8 arrives with surrogates, which are no characters.
+    texts = [text.strip().encode(errors="surrogateescape").decode(errors="replace") for text in texts]
     return model.encode_texts(texts, args.batch_size, args.max_length)
 
 
@@ -490,7 +479,7 @@ def run_encode(model, args):
 
 
 def at_least(low, kind=int, high=float("inf")):
-    """An argparse type: a number of `kind`, in [low, high]."""
+    """An argparse type: a number of `kind` in [low, high]."""
 
     def number(text):
         value = kind(text)
@@ -562,10 +551,8 @@ def show(row, as_json):
     """A row as a line: JSON, or what is new in it, separated by tabs."""
     if as_json:
         return json.dumps(row, ensure_ascii=False)
-    cells = (
-        f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in row.items() if name != "text"
-    )
-    return "\t".join(" ".join(cell.split()) for cell in cells)  # a text is one line, whatever bytes it has
+    cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for key, value in row.items() if key != "text")
+    return "\t".join(cell.translate(dict.fromkeys(b"\t\n\r", " ")) for cell in cells)  # one line, whatever is in it
 
 
 def main(argv=None):
