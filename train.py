@@ -350,6 +350,8 @@ def run_phase(args, phase, epochs):
     else:
         print(f"{out}: {result['nats_per_target']:.3f} nats a target token on the test split")
     (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    if phase:
+        made.model.generate_model_card(out).save(out / "model" / "README.md")
 
 
 # --------------------------------------------------------------------------------- command line

@@ -328,8 +328,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
         text = MODEL_CARD.format(shape=shape, config=self._hub_mixin_config, data=self._hub_mixin_info.model_card_data)
         if run is not None:
             config, measures = (json.loads(Path(run, f"{name}.json").read_text()) for name in ("config", "metrics"))
-            text += f"\nTrained by `{config.get('command')}`. On the test split, in nats a sentence if not said otherwise:\n"
-            text += "\n| measure | value |\n| --- | ---: |\n"
+            text += f"\nTrained by `{config.get('command')}`.\n\n| on the test split | value |\n| --- | ---: |\n"
             shown = (name for name, value in measures.items() if isinstance(value, int | float) and name[-3:] != "_se")
             text += "".join(f"| {name} | {round(measures[name], 3)} |\n" for name in shown)
         return ModelCard(text)
@@ -373,6 +372,15 @@ def interpolate(a, b, steps, spherical=False):
     if not spherical or angle.sin() < 1e-4:  # no arc between parallel latents
         return torch.lerp(a, b, t)
     return (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+
+
+def active_dimensions(model, n=256):
+    """The dimensions of z, those first whose posterior mean varies most over texts: (Z,).
+
+    The texts are n that the model itself writes from the prior, because a saved model comes without its data.
+    """
+    texts = model.decode_texts(torch.randn(n, model.latent_dim), max_new_tokens=64)
+    return model.encode_texts(texts)[0].var(0).argsort(descending=True)
 
 
 # ---------------------------------------------------------------------------------------- command line
@@ -453,12 +461,10 @@ def run_neighbors(model, args):
 
 
 def run_traverse(model, args):
-    mu, logvar = encode(model, args, [args.query])
+    mu, _ = encode(model, args, [args.query])
     if wrong := [dim for dim in args.dim or [] if not 0 <= dim < model.latent_dim]:
         raise ValueError(f"--dim is {wrong[0]}; it must be in [0, {model.latent_dim})")
-    # The posteriors together have the prior's variance, 1: a dimension varies the more between texts the less it
-    # varies within the posterior of one.
-    dims = args.dim or logvar[0].argsort()[:5].tolist()
+    dims = args.dim or active_dimensions(model)[:5].tolist()
     rows = [(dim, value) for dim in dims for value in torch.linspace(-3, 3, args.steps).tolist()]
     z = mu.repeat(len(rows), 1)
     for row, (dim, value) in zip(z, rows, strict=True):
@@ -544,6 +550,8 @@ def parse_args(argv):
     flag = command(run_encode, "Write mu and logvar of the lines of FILE.", decodes=False)
     flag("lines", nargs="?", default="-", metavar="FILE", help="texts, one a line; - is standard input (-)")
     flag("-o", dest="out", metavar="OUT.npz", help="arrays mu and logvar, a row a line (JSON lines to standard output)")
+    if argv and argv[0] in commands.choices:  # intermixed: TEXT may stand after options too
+        return commands.choices[argv[0]].parse_intermixed_args(argv[1:])
     return parser.parse_args(argv)
 
 
@@ -556,7 +564,7 @@ def show(row, as_json):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"vae.py: {message}", file=sys.stderr)
