@@ -146,6 +146,7 @@ def make_vae(args, phase, start):
     config = Path(start, "config.json")
     if config.is_file() and "t5_config" in json.loads(config.read_text()):
         model = vae.T5VAE.from_pretrained(start)
+        model.folder = None  # the card there is of the run before
         for name, value in asked.items():
             if value != getattr(model, name):
                 raise ValueError(f"{name} is {value!r}, but {start} has {getattr(model, name)!r}")

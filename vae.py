@@ -20,6 +20,7 @@ All likelihoods are in nats. As a program (`python vae.py --help`) it reconstruc
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -33,7 +34,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
@@ -212,9 +213,10 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
         Greedy unless `kwargs` say otherwise: they are those of T5's own `generate` (do_sample, temperature,
         top_k, top_p, num_beams, ...). Each sentence depends on its own z alone.
         """
-        return self.t5.generate(
-            encoder_outputs=BaseModelOutput(self.memory(z)), max_new_tokens=max_new_tokens, **kwargs
-        )
+        if kwargs.get("use_cache", True):  # one that grows: transformers' own has as many layers as the encoder
+            kwargs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        kwargs["encoder_outputs"] = BaseModelOutput(self.memory(z))
+        return self.t5.generate(max_new_tokens=max_new_tokens, **kwargs)
 
     # ------------------------------------------------------------------------------ texts
 
@@ -246,11 +248,14 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
 
     def decode_texts(self, z, batch_size=64, **kwargs):
         """The N texts that `generate(z, **kwargs)` writes for z (N, Z), a list of str. `<unk>` is kept."""
-        hidden = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-        texts = []
+        t, texts = self.tokenizer, []
+        hidden = set(t.all_special_ids) - {t.unk_token_id}
         for at in _batches(len(z), batch_size, "decode"):
             rows = self.generate(z[at : at + batch_size].to(self.w_mu.weight), **kwargs).tolist()
-            texts += self.tokenizer.batch_decode([[i for i in row if i not in hidden] for row in rows])
+            rows = [[i for i in row if i not in hidden] for row in rows]
+            # As the text was: no "it 's" made "it's", and a space before <unk>, which its token has swallowed.
+            out = t.batch_decode(rows, clean_up_tokenization_spaces=False)
+            texts += [re.sub(f" ?{t.unk_token}", f" {t.unk_token}", text).strip() for text in out]
         return texts
 
     # ------------------------------------------------------------------------------ phases and files
