@@ -159,6 +159,10 @@ def test_generate_is_the_argmax_loop_in_a_batch_and_row_by_row(checkpoint):
     ids = model.generate(z, max_new_tokens=12, eos_token_id=eos_id)
     assert torch.equal(ids, expected[:, : ids.shape[1]])
     assert not expected[:, ids.shape[1] :].any()
+    assert torch.equal(ids, model.generate(z, max_new_tokens=12, eos_token_id=eos_id, use_cache=False))
+    beams = model.generate(z, max_new_tokens=12, eos_token_id=eos_id, num_beams=3)
+    alone = model.generate(z[2:3], max_new_tokens=12, eos_token_id=eos_id, num_beams=3)[0]
+    assert torch.equal(alone, beams[2, : len(alone)])
     for row, alone in zip(expected, z[:, None], strict=True):
         ids = model.generate(alone, max_new_tokens=12, eos_token_id=eos_id)[0]
         assert torch.equal(ids, row[: len(ids)])

@@ -333,7 +333,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
         text = MODEL_CARD.format(shape=shape, config=self._hub_mixin_config, data=self._hub_mixin_info.model_card_data)
         if run is not None:
             config, measures = (json.loads(Path(run, f"{name}.json").read_text()) for name in ("config", "metrics"))
-            text += f"\nTrained by `{config.get('command')}`.\n\n| on the test split | value |\n| --- | ---: |\n"
+            text += f"\nTrained by `{config.get('command')}`. On the test split (likelihoods in nats a sentence):\n"
+            text += "\n| measure | value |\n| --- | ---: |\n"
             shown = (name for name, value in measures.items() if isinstance(value, int | float) and name[-3:] != "_se")
             text += "".join(f"| {name} | {round(measures[name], 3)} |\n" for name in shown)
         return ModelCard(text)
@@ -431,14 +432,17 @@ def decode(model, args, z):
     return model.decode_texts(z, args.batch_size, **kwargs)
 
 
+def pairs(texts, outputs):
+    return [{"text": text, "output": output} for text, output in zip(texts, outputs, strict=True)]
+
+
 def run_reconstruct(model, args):
     texts = read_texts(args)
-    mu, logvar = encode(model, args, texts)
+    z, logvar = encode(model, args, texts)
     if args.samples:
         texts = [text for text in texts for _ in range(args.samples)]
-        mu, logvar = (x.repeat_interleave(args.samples, 0) for x in (mu, logvar))
-        mu = model.reparameterize(mu, logvar)
-    return [{"text": text, "output": output} for text, output in zip(texts, decode(model, args, mu), strict=True)]
+        z = model.reparameterize(*(x.repeat_interleave(args.samples, 0) for x in (z, logvar)))
+    return pairs(texts, decode(model, args, z))
 
 
 def run_sample(model, args):
@@ -453,8 +457,7 @@ def run_interpolate(model, args):
 def run_arithmetic(model, args):
     source, target = (encode(model, args, read_group(path))[0].mean(0) for path in (args.source, args.target))
     texts = read_texts(args)
-    z = encode(model, args, texts)[0] + args.k * (target - source)
-    return [{"text": text, "output": output} for text, output in zip(texts, decode(model, args, z), strict=True)]
+    return pairs(texts, decode(model, args, encode(model, args, texts)[0] + args.k * (target - source)))
 
 
 def run_neighbors(model, args):
