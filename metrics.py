@@ -482,15 +482,6 @@ def posterior_means(model, corpus, batch_size=64):
     return mu
 
 
-def decode_factors(model, z, batch_size=64):
-    """The factors of the sentences decoded from z (n, Z); None where one is not of the grammar."""
-    texts = []
-    for part in z.to(model.w_mu.weight.device).split(batch_size):
-        ids = model.generate(part, max_new_tokens=40)
-        texts += model.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [data.grammar_parse(text) for text in texts]
-
-
 def probe_grammar(model, corpora, batch_size=64, moved=200):
     """A row a factor: is it in mu, and does adding the difference of two values' mean mu change it and nothing else?
 
@@ -510,7 +501,10 @@ def probe_grammar(model, corpora, batch_size=64, moved=200):
         (old, _), (new, _) = Counter(classes["train"]).most_common(2)
         means = [mu["train"][[c == value for c in classes["train"]]].mean(0) for value in (old, new)]
         start = mu["test"][[c == old for c in classes["test"]]][:moved]
-        before, after = (decode_factors(model, z, batch_size) for z in (start, start + means[1] - means[0]))
+        before, after = (
+            list(map(data.grammar_parse, model.decode_texts(z, batch_size, max_new_tokens=40)))
+            for z in (start, start + means[1] - means[0])
+        )
         changed = [b is not None and b[factor] == new for b in after]
         alone = [
             yes and a is not None and a | {factor: new} == b for a, b, yes in zip(before, after, changed, strict=True)

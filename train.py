@@ -158,6 +158,7 @@ def make_vae(args, phase, start):
     config = Path(start, "config.json")
     if config.is_file() and "t5_config" in json.loads(config.read_text()):
         model = vae.T5VAE.from_pretrained(start)
+        model.folder = None  # the card there is of the run before
         for name, value in asked.items():
             if value != getattr(model, name):
                 raise ValueError(f"{name} is {value!r}, but {start} has {getattr(model, name)!r}")
@@ -233,8 +234,6 @@ def prepare(args, phase):
                 f"({str(error).splitlines()[0]}); give --model a directory with a T5, "
                 "or make a small one: --phase 0 --model tiny"
             ) from error
-        except RuntimeError as error:  # of load_state_dict
-            raise ValueError(f"{start} holds other weights than its config.json says: {error}") from error
     made.model.to(args.device)
     corpora = {}
     for split in data.SPLITS:
@@ -517,17 +516,20 @@ def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
 def show(model, corpus, device, count=3):
     """Lines of text: reconstructions, samples from the prior, and an interpolation."""
     model.eval()
-    decode = partial(model.tokenizer.batch_decode, skip_special_tokens=True)
+    decode = partial(model.decode_texts, max_new_tokens=int(corpus.lengths.max()))
     batch = data.make_batch(corpus, np.arange(min(count, len(corpus)))).to(device)
     with torch.no_grad():
         mu, _ = model.encode(batch.ids, batch.mask)
     lines = []
-    for text, again in zip(decode(batch.labels), decode(model.generate(mu)), strict=True):
+    texts = model.tokenizer.batch_decode(batch.labels, skip_special_tokens=True)
+    for text, again in zip(texts, decode(mu), strict=True):
         lines += [f"text           {text}", f"reconstructed  {again}"]
-    prior = next(data.latent_noise(model.latent_dim, 0, 0, batch.index, data.PRIOR)).to(device)
-    lines += [f"sampled        {text}" for text in decode(model.generate(prior))]
+    lines += [
+        f"sampled        {text}"
+        for text in decode(next(data.latent_noise(model.latent_dim, 0, 0, batch.index, data.PRIOR)))
+    ]
     path = torch.lerp(mu[:1], mu[-1:], torch.linspace(0, 1, 5, device=device)[:, None])
-    return lines + [f"interpolated   {text}" for text in decode(model.generate(path))]
+    return lines + [f"interpolated   {text}" for text in decode(path)]
 
 
 def finish(made, corpora, args, phase, out, seconds):
@@ -549,6 +551,8 @@ def finish(made, corpora, args, phase, out, seconds):
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         write_json(out / "metrics.json", result)
+        if phase:
+            made.model.generate_model_card(out).save(out / "model" / "README.md")
         for path in checkpoints(out):
             path.unlink()
     if world > 1:
@@ -580,19 +584,6 @@ def run_phase(args, phase, epochs, lr):
 # --------------------------------------------------------------------------------- command line
 
 
-def at_least(low, kind=int):
-    """An argparse type: a number of `kind`, not below `low`."""
-
-    def number(text):
-        value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} is below {low}")
-        return value
-
-    number.__name__ = kind.__name__
-    return number
-
-
 def option(text, default=None, kind=None, metavar=None, **more):
     """The arguments of add_argument for a flag with a value."""
     return {"help": text, "default": default, "type": kind, "metavar": metavar} | more
@@ -603,7 +594,7 @@ def switch(text, action="store_true", **more):
 
 
 OWN = "your own: a directory with train.txt, valid.txt and test.txt, or a file"
-COUNT, AMOUNT = at_least(1), at_least(0, float)
+COUNT, AMOUNT = vae.at_least(1), vae.at_least(0, float)
 FLAGS = {
     "data": {
         "--dataset": option(f"{', '.join(data.DATASETS)}, or {OWN}", metavar="NAME|DIR", required=True),
@@ -615,7 +606,7 @@ FLAGS = {
         ),
         "--data-dir": option("where the folders of named data sets live (data)", "data", metavar="DIR"),
         "--limit": option("first N training texts only", None, COUNT, "N"),
-        "--max-length": option("texts are cut here, </s> included (256)", 256, at_least(2), "TOKENS"),
+        "--max-length": option("texts are cut here, </s> included (256)", 256, vae.at_least(2), "TOKENS"),
         "--denoise": option("share of tokens deleted from the encoder's input in training (0.15)", 0.15, float, "P"),
     },
     "model": {
@@ -635,7 +626,7 @@ FLAGS = {
     },
     "phases": {
         "--phase": option("one or several, run in this order (1 2)", [1, 2], int, nargs="+", choices=(0, 1, 2)),
-        "--epochs": option("of each phase named (0: 10, 1: 5, 2: 3)", None, at_least(0), "N", nargs="+"),
+        "--epochs": option("of each phase named (0: 10, 1: 5, 2: 3)", None, vae.at_least(0), "N", nargs="+"),
         "--init": option("model that the first phase named starts from (the phase before)", metavar="RUN|DIR"),
         "--freeze-decoder": switch("in phase 1 (yes)", argparse.BooleanOptionalAction, default=True),
         "--kl-schedule": option(
@@ -659,7 +650,7 @@ FLAGS = {
         "--overwrite": switch("begin anew what that folder holds"),
         "--resume": switch("go on from the last checkpoint in that folder, or begin where there is none"),
         "--save-every": option("between checkpoints; 0: each step (10)", 10.0, AMOUNT, "MINUTES"),
-        "--seed": option("of everything random (0)", 0, at_least(0)),
+        "--seed": option("of everything random (0)", 0, vae.at_least(0)),
         "--device": option(
             "cuda where there is one", "cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
         ),
