@@ -304,6 +304,10 @@ def test_resume_of_several_phases(tmp_path, home):
     """Finished phases stay, the stopped one goes on, and what came after a phase that begins anew is void."""
     command = ["--dataset", home, "--phase", 0, 1, 2, *TINY, *SHORT]
     assert run(main, *command, "--out", tmp_path / "whole") == 0
+    (tmp_path / "whole" / "phase0").rename(tmp_path / "phase0")
+    assert run(main, *command, "--out", tmp_path / "whole") == 1  # phase 2 is there: known before phase 0 is trained
+    assert not (tmp_path / "whole" / "phase0").exists()
+    (tmp_path / "phase0").rename(tmp_path / "whole" / "phase0")
     out = tmp_path / "run"
     assert run(cut, 12, "backward", partial(send, signal.SIGTERM), *command, "--out", out) == 143
     finished = (out / "phase0" / "metrics.json").stat()
