@@ -461,9 +461,9 @@ def test_seeds(tmp_path, command, whole):
     [
         "--batch-size 100",
         "--limit 1",
-        "--batch-size 1",
-        "--latent-dim 1",
-        "--max-length 2",
+        "--limit 5 --batch-size 1",
+        "--epochs 1 --latent-dim 1",
+        "--epochs 1 --max-length 2",
         "--epochs 0",
         "--epochs 0 --no-latent",
     ],
@@ -494,20 +494,33 @@ def test_edges_that_are_refused(tmp_path, home, quiet, whole):
     config = json.loads((wide / "config.json").read_text())
     (wide / "config.json").write_text(json.dumps(config | {"latent_dim": 4}))
     report, out = tmp_path / "report", tmp_path / "run"
-    for flags, code, words in (
-        (["--init", bert], 1, "bert"),
-        (["--init", bare], 1, "without a tokenizer"),
-        (["--init", wide, "--latent-dim", 4], 1, "other weights than its config.json"),
-        (["--init", whole, "--latent-dim", 4], 1, "latent_dim is 4"),
-        (["--amp", "fp8"], 2, "invalid choice: 'fp8'"),
-        (["--kl-schedule", "cosine"], 2, "invalid choice: 'cosine'"),
-        (["--save-every", "-1"], 2, "-1 is below 0"),
-        (["--resume", "--overwrite"], 2, "leave one of them out"),
+    for flags, words in (
+        (["--init", bert], "bert"),
+        (["--init", bare], "without a tokenizer"),
+        (["--init", wide, "--latent-dim", 4], "other weights than its config.json"),
+        (["--init", whole, "--latent-dim", 4], "latent_dim is 4"),
     ):
-        assert run(main, *quiet, *flags, "--out", out, report=report) == code, flags
+        assert run(main, *quiet, *flags, "--out", out, report=report) == 1, flags
         assert words in report.read_text(), flags
         assert "Traceback" not in report.read_text(), flags
         assert not out.exists(), flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--amp fp8", "invalid choice: 'fp8'"),
+        ("--kl-schedule cosine", "invalid choice: 'cosine'"),
+        ("--save-every -1", "-1 is below 0"),
+        ("--grad-accum 0", "0 is below 1"),
+        ("--resume --overwrite", "leave one of them out"),
+        ("--rezume", "unrecognized arguments"),
+    ],
+)
+def test_flags_that_are_refused(flags, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--dataset", "grammar", *flags.split()])
+    assert words in capsys.readouterr().err
 
 
 def test_read_only_folder(tmp_path, quiet):
