@@ -86,16 +86,20 @@ def distance(one, other):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a data set of 23 texts, and a phase 0 made of it."""
+    """A folder with a data set of 23 texts, and models made of it."""
     home = tmp_path_factory.mktemp("train")
     texts = [text for text, _ in zip(data.read_texts("grammar", "train"), range(23), strict=False)]
     for split in data.SPLITS:
         Path(home, f"{split}.txt").write_text("\n".join(texts[: 23 if split == "train" else 7]) + "\n")
     flags = ("--phase", 0, *TINY, *SHORT, "--out", home / "phase0")
     assert run(main, "--dataset", home, *flags) == 0
-    shutil.copytree(home / "phase0", home / "dropout")
-    config = home / "dropout" / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dropout_rate": 0.1}))
+    # A VAE around it, not yet trained, and the same with dropout: quicker to load than a T5.
+    flags = ("--phase", 2, "--init", home / "phase0", *TINY, *SHORT, "--epochs", 0, "--out", home / "vae")
+    assert run(main, "--dataset", home, *flags) == 0
+    config = shutil.copytree(home / "vae", home / "dropout") / "model" / "config.json"
+    content = json.loads(config.read_text())
+    content["t5_config"]["dropout_rate"] = 0.1
+    config.write_text(json.dumps(content))
     return home
 
 
@@ -108,7 +112,7 @@ def command(home):
 @pytest.fixture(scope="module")
 def quiet(home):
     """Phase 2 without dropout, whose noise is not the same for other parts of a batch."""
-    return ["--dataset", home, "--phase", 2, "--init", home / "phase0", *TINY, *SHORT]
+    return ["--dataset", home, "--phase", 2, "--init", home / "vae", *TINY, *SHORT]
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +308,10 @@ def test_resume_of_several_phases(tmp_path, home):
     """Finished phases stay, the stopped one goes on, and what came after a phase that begins anew is void."""
     command = ["--dataset", home, "--phase", 0, 1, 2, *TINY, *SHORT]
     assert run(main, *command, "--out", tmp_path / "whole") == 0
+    (tmp_path / "whole" / "phase0").rename(tmp_path / "phase0")
+    assert run(main, *command, "--out", tmp_path / "whole") == 1  # phase 2 is there: known before phase 0 is trained
+    assert not (tmp_path / "whole" / "phase0").exists()
+    (tmp_path / "phase0").rename(tmp_path / "whole" / "phase0")
     out = tmp_path / "run"
     assert run(cut, 12, "backward", partial(send, signal.SIGTERM), *command, "--out", out) == 143
     finished = (out / "phase0" / "metrics.json").stat()
@@ -337,7 +345,7 @@ def run_all(*jobs):
 @pytest.mark.parametrize(("phase", "batch_size"), [(0, 5), (1, 5), (2, 5), (2, 1)])
 def test_processes_give_the_same_result(tmp_path, home, plain, phase, batch_size):
     """After 20 steps; with 23 texts the last batch has 3, with one text a step the others have nothing to do."""
-    init = ["--init", home / "phase0"] if phase else []
+    init = ["--init", home / "vae"] if phase else []
     command = ["--dataset", home, "--phase", phase, *init, *TINY, *SHORT]
     command += ["--epochs", 4, "--lr-schedule", "linear"] if batch_size == 5 else ["--epochs", 1, "--limit", 20]
     command += ["--batch-size", batch_size]
@@ -360,9 +368,9 @@ def test_evaluation_split_among_processes(tmp_path, quiet):
     assert one["rec"] != one["rec_prior"]
 
 
-def test_language_model_in_two_processes(tmp_path, quiet):
+def test_language_model_in_two_processes(tmp_path, home, quiet):
     """Nothing that trains is left out of the loss: DistributedDataParallel would complain."""
-    args = [*quiet, "--no-latent", "--out", tmp_path / "run"]
+    args = [*quiet, "--init", home / "phase0", "--no-latent", "--out", tmp_path / "run"]
     assert run_all(*[(main, *args)] * 2) == [0, 0]
 
 
@@ -445,9 +453,10 @@ def often(*args):
     main(*args)
 
 
-def test_seeds(tmp_path, command, whole):
+def test_seeds(tmp_path, command, whole, plain):
     assert run(often, *command, "--out", tmp_path / "often") == 0
-    assert same(tmp_path / "often", whole)  # with dropout: evaluations take no random number from training
+    assert same(tmp_path / "often", whole)  # evaluations take no random number from training,
+    assert not same(plain, whole)  # which has dropout
     assert run(main, *command, "--seed", 1, "--out", tmp_path / "other") == 0
     assert not same(tmp_path / "other", whole)
 
@@ -457,15 +466,16 @@ def test_seeds(tmp_path, command, whole):
     [
         "--batch-size 100",
         "--limit 1",
-        "--batch-size 1",
-        "--latent-dim 1",
-        "--max-length 2",
+        "--limit 5 --batch-size 1",
+        "--epochs 1 --latent-dim 1",
+        "--epochs 1 --max-length 2",
         "--epochs 0",
         "--epochs 0 --no-latent",
     ],
 )
-def test_edges_that_run(tmp_path, quiet, flags):
-    assert run(main, *quiet, *flags.split(), "--out", tmp_path / "run") == 0
+def test_edges_that_run(tmp_path, home, quiet, flags):
+    init = ["--init", home / "phase0"] if "latent" in flags else []
+    assert run(main, *quiet, *init, *flags.split(), "--out", tmp_path / "run") == 0
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert np.isfinite(result["rec"])
 
@@ -490,20 +500,33 @@ def test_edges_that_are_refused(tmp_path, home, quiet, whole):
     config = json.loads((wide / "config.json").read_text())
     (wide / "config.json").write_text(json.dumps(config | {"latent_dim": 4}))
     report, out = tmp_path / "report", tmp_path / "run"
-    for flags, code, words in (
-        (["--init", bert], 1, "bert"),
-        (["--init", bare], 1, "without a tokenizer"),
-        (["--init", wide, "--latent-dim", 4], 1, "other weights than its config.json"),
-        (["--init", whole, "--latent-dim", 4], 1, "latent_dim is 4"),
-        (["--amp", "fp8"], 2, "invalid choice: 'fp8'"),
-        (["--kl-schedule", "cosine"], 2, "invalid choice: 'cosine'"),
-        (["--save-every", "-1"], 2, "-1 is below 0"),
-        (["--resume", "--overwrite"], 2, "leave one of them out"),
+    for flags, words in (
+        (["--init", bert], "bert"),
+        (["--init", bare], "without a tokenizer"),
+        (["--init", wide, "--latent-dim", 4], "other weights than its config.json"),
+        (["--init", whole, "--latent-dim", 4], "latent_dim is 4"),
     ):
-        assert run(main, *quiet, *flags, "--out", out, report=report) == code, flags
+        assert run(main, *quiet, *flags, "--out", out, report=report) == 1, flags
         assert words in report.read_text(), flags
         assert "Traceback" not in report.read_text(), flags
         assert not out.exists(), flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--amp fp8", "invalid choice: 'fp8'"),
+        ("--kl-schedule cosine", "invalid choice: 'cosine'"),
+        ("--save-every -1", "-1 is below 0"),
+        ("--grad-accum 0", "0 is below 1"),
+        ("--resume --overwrite", "leave one of them out"),
+        ("--rezume", "unrecognized arguments"),
+    ],
+)
+def test_flags_that_are_refused(flags, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--dataset", "grammar", *flags.split()])
+    assert words in capsys.readouterr().err
 
 
 def test_read_only_folder(tmp_path, quiet):

@@ -262,7 +262,7 @@ def prepare(args, phase):
 
 # --------------------------------------------------------------------------------- the run folder
 
-# What may differ between a run and its --resume, because no weight and no record depends on it.
+# What may differ between a run and its --resume: no weight and no record depends on it, but for rounding.
 MAY_DIFFER = ("argv", "command", "versions", "processes", "device", "out", "data_dir", "overwrite", "resume")
 MAY_DIFFER += ("save_every", "grad_accum", "eval_batch_size", "iw_samples")
 
@@ -316,14 +316,18 @@ def load_checkpoint(out):
     return None, None
 
 
-def check_folder(args, out):
+def folders_from(args, phase):
+    """The run folders of a phase and of those after it."""
+    return [run_folder(args, later) for later in args.phase[args.phase.index(phase) :]]
+
+
+def check_folders(args, phase):
     """Raises FileExistsError where a run would be overwritten that nobody said to overwrite."""
-    if args.overwrite or args.resume:
-        return
-    if (out / "metrics.json").exists():
-        raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
-    if checkpoints(out):
-        raise FileExistsError(f"{out} holds an unfinished run: go on with --resume, or --overwrite")
+    for out in () if args.overwrite or args.resume else folders_from(args, phase):
+        if (out / "metrics.json").exists():
+            raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
+        if checkpoints(out):
+            raise FileExistsError(f"{out} holds an unfinished run: go on with --resume, or --overwrite")
 
 
 def open_run(args, out, config):
@@ -340,12 +344,12 @@ def open_run(args, out, config):
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BlockingIOError(f"another process trains into {out}") from None
-    check_folder(args, out)
+    check_folders(args, config["phase"])  # once more: until now it was another's
     path, saved = load_checkpoint(out) if args.resume else (None, None)
     if saved:
         before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(config))
-        for name in sorted(before.keys() | now.keys() - {*MAY_DIFFER}):
-            if before.get(name) != now.get(name) and name not in MAY_DIFFER:
+        for name in sorted((before.keys() | now.keys()) - set(MAY_DIFFER)):
+            if before.get(name) != now.get(name):
                 raise ValueError(
                     f"{out} was started with {name} {before.get(name)!r}, not {now.get(name)!r}: "
                     "--resume goes with the command of the run"
@@ -354,8 +358,8 @@ def open_run(args, out, config):
             raise ValueError(f"{out}/log.jsonl is shorter than it was at {path.name}")
         print(f"{out} goes on from step {saved['step']}")
     else:
-        for phase in args.phase[args.phase.index(config["phase"]) :]:  # later phases of an older run are void
-            for file in (run_folder(args, phase) / "metrics.json", *checkpoints(run_folder(args, phase))):
+        for folder in folders_from(args, config["phase"]) if args.overwrite else ():  # all that follows is void
+            for file in (folder / "metrics.json", *checkpoints(folder)):
                 file.unlink(missing_ok=True)
         write_json(out / "config.json", config)
     log.truncate(saved["log_bytes"] if saved else 0)
@@ -460,7 +464,7 @@ def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     parts = {"model": phase.model, "optimizer": optimizer, "scaler": scaler}
     for name, part in parts.items() if saved else ():
-        part.load_state_dict(saved[name])
+        part.load_state_dict(saved.pop(name))
     objective = DistributedDataParallel(phase.objective) if world > 1 else phase.objective
     step, sums, log_bytes, seconds = [saved[k] for k in PLACE] if saved else (0, {}, 0, 0.0)  # sums: since a record
     steps_per_epoch = math.ceil(len(corpora["train"]) / args.batch_size)
@@ -565,7 +569,7 @@ def run_phase(args, phase, epochs, lr):
         print(f"{out} is finished")
         return
     try:
-        check_folder(args, out)
+        check_folders(args, phase)
         made, corpora, config = prepare(args, phase)
         log, last, saved = open_run(args, out, config)
     except (OSError, ValueError) as error:
