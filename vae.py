@@ -498,7 +498,8 @@ def at_least(low, kind=int, high=float("inf")):
     def number(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+            allowed = f"below {low}" if high == float("inf") else f"not in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"{text} is {allowed}")
         return value
 
     number.__name__ = kind.__name__
