@@ -156,12 +156,13 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
         """
         if self.latent_dim == 0:  # a language model has nothing to encode
             return (self.w_mu.weight.new_zeros(len(input_ids), 0),) * 2
-        out = self.t5.encoder(input_ids, attention_mask, output_hidden_states=self.pool_layers == "all")
-        if self.pool_layers == "all":
-            layers = torch.stack([pool(h, attention_mask, self.pooling) for h in out.hidden_states[1:]])
-            h = layers.amax(0) if self.pooling == "max" else layers.mean(0)  # (layers, B, D) -> (B, D)
-        else:
-            h = pool(out.last_hidden_state, attention_mask, self.pooling)
+        encoder = self.t5.encoder
+        out = encoder(input_ids, attention_mask, output_hidden_states=self.pool_layers == "all")
+        layers = [out.last_hidden_state]
+        if self.pool_layers == "all":  # T5 normalizes the last layer alone; raw, inner states are hundreds in size
+            layers += [encoder.final_layer_norm(h) for h in out.hidden_states[1:-1]]
+        pooled = torch.stack([pool(h, attention_mask, self.pooling) for h in layers])  # (layers, B, D)
+        h = pooled.amax(0) if self.pooling == "max" else pooled.mean(0)  # (B, D)
         return self.w_mu(h), self.w_logvar(h)
 
     def reparameterize(self, mu, logvar, generator=None, eps=None):
