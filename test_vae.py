@@ -190,6 +190,18 @@ def test_padding_and_other_sentences_change_nothing(pooling, pool_layers):
         assert (broken - mu).abs().max() > 1e-3, "the control: padding that counts must be seen"
 
 
+@pytest.mark.parametrize("pool_layers", ["last", "all"])
+def test_a_large_residual_stream_does_not_reach_the_latents(pool_layers):
+    """Pretrained T5s carry inner states of hundreds; unnormalized, exp(logvar) would be infinite."""
+    vae = tiny_vae(pool_layers=pool_layers)
+    with torch.no_grad():
+        vae.t5.shared.weight.mul_(1000)
+    ids, mask = random_texts(4, 9)
+    inner = vae.t5.encoder(ids, mask, output_hidden_states=True).hidden_states[1]
+    assert inner.abs().max() > 1000, "the control: the states are large"
+    assert max(x.abs().max() for x in vae.encode(ids, mask)) < 20
+
+
 def test_pooling_by_hand():
     hidden = torch.tensor([[[1.0, -5.0], [3.0, -7.0], [9.0, 9.0]]])
     mask = torch.tensor([[1, 1, 0]])

@@ -619,7 +619,7 @@ FLAGS = {
         "--no-latent": switch("language model: no z, the same decoder", "store_const", dest="latent_dim", const=0),
         "--pool": option("how a sentence's states become one (max)", choices=vae.POOLINGS),
         "--pool-layers": option(
-            "the encoder's output, or the outputs of all its layers (all)", choices=vae.POOL_LAYERS
+            "the encoder's output, or the outputs of all its layers (last)", choices=vae.POOL_LAYERS
         ),
     },
     "model of phase 0": {

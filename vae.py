@@ -102,7 +102,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
         pool_layers: "last" pools the encoder's output, "all" the outputs of all its layers.
     """
 
-    def __init__(self, t5_config: dict, latent_dim: int = 32, pooling: str = "max", pool_layers: str = "all"):
+    def __init__(self, t5_config: dict, latent_dim: int = 32, pooling: str = "max", pool_layers: str = "last"):
         super().__init__()
         if latent_dim < 0:
             raise ValueError(f"latent_dim is {latent_dim}; it must be 0 (a language model) or more")
@@ -122,7 +122,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
         self.w_proj = nn.Linear(latent_dim, config.num_decoder_layers * config.num_heads * config.d_kv, bias=False)
 
     @classmethod
-    def from_t5(cls, name_or_path, latent_dim=32, pooling="max", pool_layers="all"):
+    def from_t5(cls, name_or_path, latent_dim=32, pooling="max", pool_layers="last"):
         """A VAE around a pretrained T5, from the hub or a directory, with its tokenizer.
 
         Everything pretrained is kept but what has nothing left to do (see `LatentCrossAttention`);
