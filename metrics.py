@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import math
+import signal
 import statistics
 import sys
 import textwrap
@@ -598,4 +599,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
     main()
