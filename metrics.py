@@ -278,7 +278,10 @@ def format_table(runs, spread="standard error of the mean over sentences"):
     return "\n\n".join(blocks) + f"\n\nNats a sentence; ±: {spread}; unk: tokens outside the vocabulary."
 
 
-NOT_THE_RECIPE = ("seed", "out", "command", "argv", "start", "init", "versions", "overwrite")
+# Settings that no weight and no record depends on, but for rounding: they may change when a run goes on.
+INCIDENTAL = ("argv", "command", "versions", "processes", "device", "out", "data_dir", "overwrite", "resume")
+INCIDENTAL += ("save_every", "grad_accum", "eval_batch_size", "iw_samples")
+NOT_THE_RECIPE = (*INCIDENTAL, "seed", "start", "init")
 
 
 def seed_groups(configs, results):
@@ -429,27 +432,6 @@ def panel_range(key, logs):
     return low - 0.03 * (high - low), high + 0.05 * (high - low) + 1e-3
 
 
-# ---------------------------------------------------------------------------------------- command line
-
-
-def evaluate_run(run, config, args):
-    """`evaluate` on the test split of a run folder; its metrics.json is written anew."""
-    from vae import T5VAE
-
-    model = T5VAE.from_pretrained(Path(run, "model")).to(args.device)
-    shares = tuple(config.get("split", data.SHARES))
-    corpus = data.load_corpus(
-        config["dataset"], "test", model.tokenizer, config["data_dir"], config["max_length"], shares=shares
-    )
-    entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None
-    result = evaluate(model, corpus, args.batch_size, args.iw_samples or 100, True, entropy=entropy)
-    path = Path(run, "metrics.json")
-    if path.exists():  # what an evaluation cannot know
-        result |= {k: v for k, v in json.loads(path.read_text()).items() if k == "train_seconds"}
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return result
-
-
 # ---------------------------------------------------------------------------------------- what the latents mean
 
 
@@ -516,14 +498,39 @@ def probe_grammar(model, corpora, batch_size=64, moved=200):
     return rows
 
 
-def format_probe(run, config, args):
-    """What `--probe` prints of a run: the factors of `grammar`, or the labels of a labelled data set."""
+# ---------------------------------------------------------------------------------------- command line
+
+
+def open_run(run, config, args):
+    """The model of a run folder, and (split, limit=None) -> `Corpus`, its data as it was trained on."""
     from vae import T5VAE
 
     model = T5VAE.from_pretrained(Path(run, "model")).to(args.device)
     shares = tuple(config.get("split", data.SHARES))
-    rest = (model.tokenizer, config["data_dir"], config["max_length"], 10_000, shares)
-    corpora = {split: data.load_corpus(config["dataset"], split, *rest) for split in ("train", "test")}
+
+    def corpus(split, limit=None):
+        rest = (model.tokenizer, config["data_dir"], config["max_length"], limit, shares)
+        return data.load_corpus(config["dataset"], split, *rest)
+
+    return model, corpus
+
+
+def evaluate_run(run, config, args):
+    """`evaluate` on the test split of a run folder; its metrics.json is written anew."""
+    model, corpus = open_run(run, config, args)
+    entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None
+    result = evaluate(model, corpus("test"), args.batch_size, args.iw_samples or 100, True, entropy=entropy)
+    path = Path(run, "metrics.json")
+    if path.exists():  # what an evaluation cannot know
+        result |= {k: v for k, v in json.loads(path.read_text()).items() if k == "train_seconds"}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def format_probe(run, config, args):
+    """What `--probe` prints of a run: the factors of `grammar`, or the labels of a labelled data set."""
+    model, corpus = open_run(run, config, args)
+    corpora = {split: corpus(split, 10_000) for split in ("train", "test")}
     if config["dataset"] == "grammar":
         found = probe_grammar(model, corpora, args.batch_size)
         heads = ["factor", "probe %", "chance %", "moved: grammatical %", "new value %", "and no other change %"]
@@ -587,12 +594,10 @@ def main(argv=None):
         except (OSError, ValueError) as error:  # no such folder, no such format
             sys.exit(f"metrics.py: --plot {args.plot}: {error}")
         print(f"wrote {args.plot}")
-    elif args.probe:
-        pass  # printed as it came
     elif args.paper:
         used = {config["dataset"] for config in configs.values()} or PAPER
         print(format_paper([dataset for dataset in PAPER if dataset in used], results, configs))
-    else:
+    elif results:  # --probe has printed as it went
         print(format_table(results))
         if summaries := seed_groups(configs, results):
             print("\n" + format_table(summaries, "standard deviation over seeds"))

@@ -1846,6 +1846,14 @@ def write_run(folder, model, name, **config):
     return str(run)
 
 
+def test_a_resumed_run_is_of_the_same_recipe():
+    recipes = {"a": (0, 1.0, False), "b": (1, 1.0, True), "c": (2, 2.0, False)}  # seed, lr, resumed
+    configs = {run: dict(zip(("seed", "lr", "resume"), recipe, strict=True)) for run, recipe in recipes.items()}
+    summaries = metrics.seed_groups(configs, {"a": {"rec": 1.0}, "b": {"rec": 3.0}, "c": {"rec": 9.0}})
+    (summary,) = summaries.values()  # c has another learning rate
+    assert summary == {"rec": 2.0, "rec_se": pytest.approx(math.sqrt(2))}
+
+
 def test_runs_of_several_seeds_are_summarised(metrics_tokenizer, tmp_path, capsys):
     seeds = [
         write_run(tmp_path, small_vae(metrics_tokenizer, seed=s), f"s{s}", seed=s, start=f"p{s}") for s in range(3)

@@ -187,12 +187,16 @@ def make_vae(args, phase, start):
     return Phase(model, model.tokenizer, objective, batch, weight if phase == 2 else no_kl, evaluate)
 
 
+def runs_folder(args):
+    """Where the folders of several phases are: runs/<dataset>, or --out if the command names several."""
+    return Path(args.out) if args.out and len(args.phase) > 1 else Path("runs", Path(args.dataset).name)
+
+
 def run_folder(args, phase):
     """runs/<dataset>/phase<k>, or --out; with several phases --out holds a folder for each."""
     if args.out and len(args.phase) == 1:
         return Path(args.out)
-    name = "lm" if args.latent_dim == 0 and phase == 2 else f"phase{phase}"
-    return Path(args.out or Path("runs", Path(args.dataset).name)) / name
+    return runs_folder(args) / ("lm" if args.latent_dim == 0 and phase == 2 else f"phase{phase}")
 
 
 def starting_point(args, phase):
@@ -203,8 +207,7 @@ def starting_point(args, phase):
     if from_t5 and args.model != "tiny":
         return args.model
     before = 0 if from_t5 else phase - 1
-    inside = args.out if args.out and len(args.phase) > 1 else Path("runs", Path(args.dataset).name)
-    start = Path(inside, f"phase{before}", "model")
+    start = runs_folder(args) / f"phase{before}" / "model"
     if not start.is_dir():
         command = f"python train.py --dataset {args.dataset} --phase {before}"
         command += f" --model {args.model}" if args.model == "tiny" else ""
@@ -261,10 +264,6 @@ def prepare(args, phase):
 
 
 # --------------------------------------------------------------------------------- the run folder
-
-# What may differ between a run and its --resume: no weight and no record depends on it, but for rounding.
-MAY_DIFFER = ("argv", "command", "versions", "processes", "device", "out", "data_dir", "overwrite", "resume")
-MAY_DIFFER += ("save_every", "grad_accum", "eval_batch_size", "iw_samples")
 
 
 def write_whole(path, content):
@@ -348,7 +347,7 @@ def open_run(args, out, config):
     path, saved = load_checkpoint(out) if args.resume else (None, None)
     if saved:
         before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(config))
-        for name in sorted((before.keys() | now.keys()) - set(MAY_DIFFER)):
+        for name in sorted((before.keys() | now.keys()) - set(metrics.INCIDENTAL)):
             if before.get(name) != now.get(name):
                 raise ValueError(
                     f"{out} was started with {name} {before.get(name)!r}, not {now.get(name)!r}: "
