@@ -283,12 +283,20 @@ def test_kl_threshold_holds_each_dimension_of_each_sentence():
 
     objective = train.ELBO.__new__(train.ELBO)
     torch.nn.Module.__init__(objective)
-    objective.model, objective.threshold = Fixed(), 0.3
+    objective.model, objective.threshold, objective.floor = Fixed(), 0.3, 0.0
     terms = objective(data.Batch(*[torch.zeros(1, 1)] * 4), None, 0.5)
     assert terms["kl"].item() == pytest.approx(2.58)
     assert terms["loss"].item() == pytest.approx(0.5 * (0.3 + 0.5 + 2))
     terms["loss"].sum().backward()
     assert Fixed.mu.grad.tolist() == [[0.0, pytest.approx(0.5), pytest.approx(1.0)]]
+
+    objective.threshold = 0.0
+    for floor, paid, moves in (2.5, 2.58, True), (2.7, 2.7, False):  # below the sentence's KL, and above it
+        Fixed.mu.grad, objective.floor = None, floor
+        terms = objective(data.Batch(*[torch.zeros(1, 1)] * 4), None, 0.5)
+        assert terms["loss"].item() == pytest.approx(0.5 * paid)
+        terms["loss"].sum().backward()
+        assert Fixed.mu.grad.any().item() is moves
 
 
 def test_kl_weight():

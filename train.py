@@ -84,18 +84,22 @@ class SpanObjective(nn.Module):
 
 
 class ELBO(nn.Module):
-    """Phases 1 and 2: rec + weight * sum_i max(threshold, KL_i), (B,) nats (Eq. 1 and 2)."""
+    """Phases 1 and 2: rec + weight * max(floor, sum_i max(threshold, KL_i)), (B,) nats (Eq. 1 and 2).
 
-    def __init__(self, model, threshold):
+    Differs from the paper where `floor` is not 0: a threshold for the sum. A threshold for each dimension makes every
+    sentence pay for dimensions that say nothing about it; this one leaves to the model which ones it uses.
+    """
+
+    def __init__(self, model, threshold, floor=0.0):
         super().__init__()
-        self.model, self.threshold = model, threshold
+        self.model, self.threshold, self.floor = model, threshold, floor
 
     def forward(self, batch, eps, weight):
         mu, logvar = self.model.encode(batch.ids, batch.mask)
         rec = self.model.rec(self.model.reparameterize(mu, logvar, eps=eps), batch.labels)
         kl = metrics.kl_divergence(mu.float(), logvar.float())  # (B, Z)
         # At weight 0 the KL is not in the graph: phase 1 watches it and does not train on it.
-        penalty = weight * kl.clamp(min=self.threshold).sum(1) if weight else 0.0
+        penalty = weight * kl.clamp(min=self.threshold).sum(1).clamp(min=self.floor) if weight else 0.0
         return {"loss": rec + penalty, "rec": rec, "kl": kl.sum(1)}
 
 
@@ -183,7 +187,7 @@ def make_vae(args, phase, start):
         samples = args.iw_samples if final else 0
         return metrics.evaluate(model, corpus, args.eval_batch_size, samples, thorough=final, entropy=entropy)
 
-    objective = ELBO(model, args.kl_threshold)
+    objective = ELBO(model, args.kl_threshold, args.kl_floor)
     return Phase(model, model.tokenizer, objective, batch, weight if phase == 2 else no_kl, evaluate)
 
 
@@ -637,7 +641,8 @@ FLAGS = {
         ),
         "--kl-anneal-epochs": option("epochs until the weight is 1 (50)", 50, AMOUNT, "N"),
         "--kl-cycles": option("of the cyclical schedule (4)", 4, COUNT, "N"),
-        "--kl-threshold": option("lambda, the floor of a dimension's KL in phase 2 (0.5)", 0.5, AMOUNT, "NATS"),
+        "--kl-threshold": option("lambda, the least KL that a dimension pays in phase 2 (0.5)", 0.5, AMOUNT, "NATS"),
+        "--kl-floor": option("the least KL that a sentence pays in phase 2; not the paper's (0)", 0.0, AMOUNT, "NATS"),
     },
     "optimization": {
         "--batch-size": option("sentences a step, of all processes together (32)", 32, COUNT, "N"),
