@@ -510,6 +510,21 @@ def test_bad_flags_are_refused(flags, capsys):
     assert flags.split()[0].strip("-") in capsys.readouterr().err
 
 
+def test_recipes_are_defaults():
+    ptb = ["--dataset", "ptb"]
+    paper, best = (vars(train.parse_args([*ptb, "--recipe", name])) for name in ("paper", "best"))
+    assert vars(train.parse_args(ptb)) | {"argv": paper["argv"]} == paper
+    # Appendix B, and the values that section 5.2 recommends.
+    assert (paper["epochs"], paper["lr"], paper["adam_eps"]) == ([5, 3], [1e-3, 1e-3], 1e-3)
+    assert (paper["kl_schedule"], paper["kl_anneal_epochs"]) == ("linear", 50)
+    assert (paper["denoise"], paper["kl_threshold"], paper["kl_floor"]) == (0.15, 0.5, 0)
+    assert {k for k in paper if paper[k] != best[k]} == {"argv", "recipe", *train.RECIPES["best"]}
+    # A flag that is given wins, wherever it stands.
+    for flags in ["--kl-floor", "5", "--epochs", "2"], ["--epochs", "2", "--recipe", "best", "--kl-floor", "5"]:
+        given = train.parse_args([*ptb, "--recipe", "best", *flags])
+        assert (given.kl_floor, given.epochs, given.batch_size) == (5, [2, 2], 64)
+
+
 def test_commands_of_the_readme_exist():
     commands = re.findall(r"^(?:\$ )?python train\.py(.*?)(?:#.*)?$", Path("README.md").read_text(), re.M)
     assert len(commands) >= 4
@@ -2107,6 +2122,58 @@ def plain(home, quiet):
     """The same without dropout."""
     assert train_run(main, *quiet, "--out", home / "plain") == 0
     return home / "plain"
+
+
+# ---------------------------------------------------------------------------------------- RESULTS.md
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+HEADS = {head: key for block in metrics.BLOCKS for head, key in block.items()}
+
+
+def stored(row):
+    """The folders results/<row>/<seed>, their configurations and their metrics: ({folder: dict}, {folder: dict})."""
+    folders = sorted(RESULTS.with_name("results").glob(f"{row}/*/"))
+    configs, measured = (
+        {str(f): json.loads((f / f"{name}.json").read_text()) for f in folders} for name in ("config", "metrics")
+    )
+    return configs, measured
+
+
+def summary(row):
+    """What RESULTS.md prints of a row: the mean over its seeds, or its one run."""
+    configs, measured = stored(row)
+    return next(iter((metrics.seed_groups(configs, measured) if len(measured) > 1 else measured).values()))
+
+
+def markdown_tables(text):
+    """The tables of a Markdown text, as lists of {head: cell}."""
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        heads, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        yield [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+def wrong_cells(text):
+    """The cells of the tables of runs that are not what results/ holds: [(run, head, cell, true)]."""
+    wrong = []
+    for row in (row for table in markdown_tables(text) for row in table if "run" in row):
+        (configs, measured), run = stored(row["run"]), summary(row["run"])
+        assert len(measured) == int(row["seeds"]), row
+        for config in configs.values():
+            assert f" {row['flags'].strip('`')} " in f" {config['command']} ", (row, config["command"])
+        true = {head: metrics.cell(run, HEADS[head]) for head in row if head in HEADS}
+        wrong += [(row["run"], head, row[head], cell) for head, cell in true.items() if row[head] != cell]
+    return wrong
+
+
+def test_results_are_what_the_runs_measured():
+    text = RESULTS.read_text(encoding="utf-8")
+    assert wrong_cells(text) == []
+    cells = [cell for table in markdown_tables(text) for row in table if "run" in row for cell in row.values()]
+    measured = set(re.findall(r"\d+\.\d+", " ".join(cells)))
+    claims = [row["we measured"] for table in markdown_tables(text) for row in table if "we measured" in row]
+    assert claims and set(re.findall(r"\d+\.\d+", " ".join(claims))) <= measured
+    digit = re.search(r"\| (\d+)\.\d\d±", text)  # one digit wrong is found
+    assert wrong_cells(text[: digit.start(1)] + str(int(digit[1]) + 1) + text[digit.end(1) :])
 
 
 # ------------------------------------------------------------------------------------ resume and faults
