@@ -43,11 +43,12 @@ import metrics
 import vae
 
 # Defaults of the flags: what the paper says (appendix B and section 5.2; phase 0 is not the paper's), and what
-# measured best (RESULTS.md). epochs: of each phase.
+# measured best (RESULTS.md). Epochs and learning rate are those of each phase.
 RECIPES = {
-    "paper": {"epochs": {0: 10, 1: 5, 2: 3}},
-    "best": {"epochs": {0: 10, 1: 1, 2: 10}, "kl_anneal_epochs": 10.0, "kl_threshold": 0.0, "kl_floor": 8.0}
-    | {"denoise": 0.0, "batch_size": 64, "lr_schedule": "linear", "adam_eps": 1e-8},
+    "paper": {"epochs": {0: 10, 1: 5, 2: 3}, "lr": {0: 1e-3, 1: 1e-3, 2: 1e-3}},
+    "best": {"epochs": {0: 10, 1: 1, 2: 10}, "lr": {0: 1e-3, 1: 1e-3, 2: 2e-3}, "lr_schedule": "linear"}
+    | {"kl_threshold": 0.0, "kl_floor": 8.0, "kl_anneal_epochs": 10.0, "denoise": 0.0, "batch_size": 64}
+    | {"adam_eps": 1e-8},
 }
 # What `python train.py` stands for: a demonstration that needs no download and a few minutes.
 DEMO = "--dataset grammar --recipe best --model tiny --phase 0 1 2 --epochs 3 1 6 --kl-anneal-epochs 6"
@@ -651,7 +652,7 @@ FLAGS = {
     "optimization": {
         "--batch-size": option("sentences a step, of all processes together (32)", 32, COUNT, "N"),
         "--grad-accum": option("parts of a batch, computed one after the other (1)", 1, COUNT, "N"),
-        "--lr": option("AdamW's learning rate, of each phase named (1e-3)", [1e-3], AMOUNT, nargs="+"),
+        "--lr": option("AdamW's learning rate, of each phase named (1e-3)", None, AMOUNT, nargs="+"),
         "--lr-schedule": option("linear: to 0 at the end (constant)", "constant", choices=("constant", "linear")),
         "--adam-eps": option("AdamW's epsilon (1e-3)", 1e-3, AMOUNT),
         "--clip": option("largest gradient norm, nats a sentence (100)", 100.0, AMOUNT, "NORM"),
@@ -685,10 +686,10 @@ def parse_args(argv):
             add(flag, **arguments)
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
     args = parser.parse_args(argv)
-    if isinstance(args.epochs, dict):
-        args.epochs = [args.epochs[phase] for phase in args.phase]
     for name in ("epochs", "lr"):
         values = getattr(args, name)
+        if isinstance(values, dict):  # a recipe's
+            values = [values[phase] for phase in args.phase]
         if len(values) not in (1, len(args.phase)):
             parser.error(f"--{name} has {len(values)} values for {len(args.phase)} phases")
         setattr(args, name, values * (len(args.phase) if len(values) == 1 else 1))
