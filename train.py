@@ -131,7 +131,7 @@ def make_t5(args):
         dropout_rate=0.0,  # as T5 v1.1 is pretrained
         decoder_start_token_id=tokenizer.pad_token_id,
     )
-    model = transformers.T5ForConditionalGeneration(config).train()
+    model = vae.quicken(transformers.T5ForConditionalGeneration(config)).train()
     objective = SpanObjective(model)
     sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
     batch = partial(data.span_batch, sentinels=sentinels, eos_id=tokenizer.eos_token_id, seed=args.seed)
@@ -459,7 +459,7 @@ def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
     """The loop, for all phases, from step 0 or from what the checkpoint `last` has `saved`. Returns the seconds."""
     rank, world = metrics.processes()
     trainable = [p for p in phase.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.999), eps=args.adam_eps)
+    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.999), eps=args.adam_eps, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     parts = {"model": phase.model, "optimizer": optimizer, "scaler": scaler}
     for name, part in parts.items() if saved else ():
