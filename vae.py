@@ -177,29 +177,28 @@ class TokenNats(torch.autograd.Function):
                 d_logits[torch.arange(len(label), device=label.device), label] -= 1
                 d_logits = d_logits.to(weight.dtype)
             if needs_hidden:
-                d_hidden.append(multiply(d_logits, weight.T).to(hidden.dtype))
+                d_hidden.append(multiply(d_logits, weight.T).float())
             if needs_weight:
-                d_weight += multiply(d_logits.T, h.T)
+                d_weight.addmm_(d_logits.T, h)  # in place: here another (V, D) would cost more than MKL does
         return torch.cat(nats), torch.cat(d_hidden) if needs_hidden else None, d_weight
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
-        nats, d_hidden, d_weight = TokenNats.run(hidden, weight, labels, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(hidden, weight, labels, d_hidden, d_weight)
+        nats, d_hidden, ctx.d_weight = TokenNats.run(hidden, weight, labels, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(hidden, weight, labels, d_hidden)
         return nats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, labels, d_hidden, d_weight = ctx.saved_tensors
-        if d_hidden is not None:
-            d_hidden = d_hidden * grad[:, None].to(d_hidden.dtype)
+        hidden, weight, labels, d_hidden = ctx.saved_tensors
+        d_weight, ctx.d_weight = ctx.d_weight, None  # scaled in place, so it serves once
         if d_weight is not None and (grad == grad[0]).all():
-            d_weight = d_weight * grad[0].to(weight.dtype)
-        elif d_weight is not None:
+            d_weight.mul_(grad[0])
+        elif ctx.needs_input_grad[1]:
             groups = ((g, grad == g) for g in grad.unique())
             d_weight = sum(g * TokenNats.run(hidden[at], weight, labels[at], False, True)[2] for g, at in groups)
-        return d_hidden, d_weight, None
+        return d_hidden * grad[:, None] if ctx.needs_input_grad[0] else None, d_weight, None
 
 
 def quicken(module):
