@@ -2585,6 +2585,16 @@ def test_token_nats_are_those_of_whole_logits(weights, frozen, monkeypatch):
         assert not torch.allclose(torch.autograd.grad(other, hidden, grad)[0], want[0], atol=1e-3)
 
 
+def test_no_gradient_is_computed_in_an_evaluation(monkeypatch):
+    asked, run = [], vae.TokenNats.run
+    monkeypatch.setattr(vae.TokenNats, "run", lambda *args: asked.append(args[3:]) or run(*args))
+    model, (ids, _) = tiny_vae(), random_texts(4, 9)
+    for grad, needs in (True, (True, True)), (False, (False, False)):
+        with torch.set_grad_enabled(grad):
+            model.rec(torch.zeros(4, 8), ids)
+        assert asked.pop() == needs
+
+
 def test_dropout_drops_p_and_keeps_the_mean():
     torch.manual_seed(0)
     x = torch.ones(1001, 999, requires_grad=True)
@@ -2678,3 +2688,14 @@ def test_the_benchmark_measures_all_and_writes_nothing(flags, corpus_dir, tmp_pa
         found = re.findall(f"^{what}.*[1-9]|{what} .*[1-9]", out, re.M)
         assert len(found) == (count if "0" in flags else 1), (what, out)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [("--model no/such-t5", "no/such-t5"), ("--init none", "'none' is neither")]
+)
+def test_a_benchmark_of_nothing_is_refused_in_one_line(flags, message, corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match=message) as stop:
+        run("--benchmark", "--dataset", corpus_dir, "--phase", 2, *flags.split())
+    assert "\n" not in stop.value.code

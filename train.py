@@ -653,73 +653,81 @@ def prepare_benchmark(args, phase):
         return prepare(argparse.Namespace(**vars(args) | {"phase": [phase], "init": start}), phase)
 
 
-def benchmark(args, phase, lr, repeats=7):
+def plain_t5(t5):
+    """An objective: the mean loss of T5 as transformers has it, of the shape of `t5`, with random weights."""
+    plain = type(t5)(t5.config).to(t5.device).train()
+
+    def objective(batch, eps, weight):
+        labels = batch.labels.masked_fill(batch.labels == t5.config.pad_token_id, -100)
+        loss = plain(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss
+        return {"loss": loss.expand(len(labels))}
+
+    return plain, objective
+
+
+def lengths(pad_id, *batches):
+    """(n,) tokens read and written, and the positions that they take with their padding."""
+    read = torch.cat([b.mask.sum(1) for b in batches])
+    written = torch.cat([(b.labels != pad_id).sum(1) for b in batches])
+    return read, written, sum(b.ids.numel() + b.labels.numel() for b in batches)
+
+
+def cost_row(name, model, rates, costs, trains=False):
+    """A row of the benchmark's table, from (seconds, *lengths) of each time; the first does not count."""
+    each = []
+    for seconds, read, written, positions in costs[1:]:
+        flops, tokens = flops_needed(model, read, written, trains), int(written.sum())
+        padding = 100 - 100 * (int(read.sum()) + tokens) / positions
+        shares = (100 * flops / seconds / rate for rate in rates)
+        each.append((len(read) / seconds, tokens / seconds, *shares, padding, flops / 1e9))
+    return [name, *(f"{statistics.median(x):,.1f} ({min(x):,.1f}-{max(x):,.1f})" for x in zip(*each, strict=True))]
+
+
+def benchmark(args, phase, repeats=7):
     """Print what a step, an evaluation and 64 generated texts cost: `repeats` times each, after a warm-up."""
-    made, corpora, _ = prepare_benchmark(args, phase)
+    try:
+        made, corpora, _ = prepare_benchmark(args, phase)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
     model, corpus, pad_id = made.model, corpora["train"], made.tokenizer.pad_token_id
     rates = matmul_rates(args)
-    rows = [["median (min-max)", "texts/s", "tokens/s", "% of a @ b", "% of multiply", "% padding", "GFLOP"]]
-
-    def lengths(*batches):
-        """(n,) tokens read and written, and how many positions they take with their padding."""
-        read = torch.cat([b.mask.sum(1) for b in batches])
-        written = torch.cat([(b.labels != pad_id).sum(1) for b in batches])
-        return read, written, sum(b.ids.numel() + b.labels.numel() for b in batches)
-
-    def add(name, costs, trains=False):
-        """A row, from (seconds, *lengths) of each time."""
-        each = []
-        for seconds, read, written, positions in costs[1:]:
-            flops, tokens = flops_needed(model, read, written, trains), int(written.sum())
-            padding = 100 - 100 * (int(read.sum()) + tokens) / positions
-            shares = (100 * flops / seconds / rate for rate in rates)
-            each.append((len(read) / seconds, tokens / seconds, *shares, padding, flops / 1e9))
-        cells = (f"{statistics.median(x):,.1f} ({min(x):,.1f}-{max(x):,.1f})" for x in zip(*each, strict=True))
-        rows.append([name, *cells])
 
     def step(index, objective, optimizer, scaler):
         terms, _ = backward(made, objective, corpus, index, 0, float(phase == 2), scaler, args)
-        update(optimizer, scaler, lr, args.clip, terms["loss"] / terms["sentences"], "the benchmark")
+        update(optimizer, scaler, 0.0, args.clip, terms["loss"] / terms["sentences"], "the benchmark")
 
-    ours = made.objective, *make_optimizer(model, lr, args)
+    ours, costs = (made.objective, *make_optimizer(model, 0.0, args)), []
     order = itertools.cycle(data.epoch_order(corpus.lengths, args.batch_size, args.seed, 0))
     order = list(itertools.islice(order, repeats + 1))
-    add("training", [(clock(step, i, *ours)[0], *lengths(made.batch(corpus, i, epoch=0))) for i in order], trains=True)
-    memory = peak_memory(args)
+    for index in order:
+        costs.append((clock(step, index, *ours)[0], *lengths(pad_id, made.batch(corpus, index, epoch=0))))
+    rows, memory = [cost_row("training", model, rates, costs, trains=True)], peak_memory(args)
 
-    batches = list(data.evaluation_batches(corpora["valid"], args.eval_batch_size))
-    stride, costs = max(repeats + 1, len(batches) // 8), []
-    for i in range(repeats + 1):  # of all lengths, with the padding of the whole split
-        some = batches[i % len(batches) :: stride]
-        part = corpora["valid"].take(torch.cat([b.index for b in some]).numpy())
-        costs.append((clock(made.evaluate, part, False)[0], *lengths(*some)))
-    add("evaluation", costs)
+    batches, costs = list(data.evaluation_batches(corpora["valid"], args.eval_batch_size)), []
+    for i in range(repeats + 1):  # batches of all lengths, with the padding of the whole split
+        some = batches[i % len(batches) :: max(repeats + 1, len(batches) // 8)]
+        part = corpora["valid"].take(torch.cat([batch.index for batch in some]).numpy())
+        costs.append((clock(made.evaluate, part, False)[0], *lengths(pad_id, *some)))
+    rows.append(cost_row("evaluation", model, rates, costs))
 
-    if phase:
-        model.eval()
-        tokens, costs = round(corpus.lengths.mean()), []
-        for _ in range(repeats + 1):
-            z = torch.randn(64, model.latent_dim, device=args.device)
-            seconds, ids = clock(lambda z: model.generate(z, max_new_tokens=tokens)[:, 1:].cpu(), z)
-            costs.append((seconds, torch.zeros(64), (ids != pad_id).sum(1), ids.numel()))
-        add(f"generation, {tokens} tokens", costs)
-        model.train()
+    tokens, costs = round(corpus.lengths.mean()), []  # the mean text
+    for _ in range(repeats + 1 if phase else 0):
+        z = torch.randn(64, model.latent_dim, device=args.device)
+        seconds, ids = clock(partial(model.eval().generate, max_new_tokens=tokens), z)
+        ended = (ids[:, 1:] == made.tokenizer.eos_token_id).cumsum(1).roll(1, 1)  # before this token
+        ended[:, 0] = 0
+        written = (ended == 0).sum(1).cpu()
+        costs.append((seconds, torch.zeros_like(written), written, ended.numel()))
+    rows += [cost_row(f"generation, {tokens} tokens", model, rates, costs)] if phase else []
 
-    t5 = getattr(model, "t5", model)
-    plain = type(t5)(t5.config).to(args.device).train()
-
-    def plain_loss(batch, eps, weight):
-        labels = batch.labels.masked_fill(batch.labels == pad_id, -100)
-        loss = plain(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss  # a mean over tokens
-        return {"loss": loss.expand(len(labels))}
-
-    theirs = plain_loss, torch.optim.AdamW(plain.parameters(), lr=lr), ours[2]
-    ratios = [clock(step, i, *theirs)[0] / clock(step, i, *ours)[0] for i in order][1:]
-    print(metrics.align(rows))
-    print(
-        f"a @ b: {rates[0] / 1e9:,.0f} GFLOP/s, multiply: {rates[1] / 1e9:,.0f}, {torch.get_num_threads()} CPU threads"
-    )
-    print(f"peak memory of training: {memory / 1e6:,.0f} MB")
+    model.train()
+    plain, objective = plain_t5(getattr(model, "t5", model))
+    theirs = objective, torch.optim.AdamW(plain.parameters()), ours[2]
+    ratios = [clock(step, index, *theirs)[0] / clock(step, index, *ours)[0] for index in order][1:]
+    heads = ["median (min-max)", "texts/s", "tokens/s", "% of a @ b", "% of multiply", "% padding", "GFLOP needed"]
+    print(metrics.align([heads, *rows]))
+    print("a @ b: {:,.0f} GFLOP/s, multiply: {:,.0f}".format(*(rate / 1e9 for rate in rates)), end=", ")
+    print(f"{torch.get_num_threads()} CPU threads; peak memory of training: {memory / 1e6:,.0f} MB")
     ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
     print(f"a plain transformers T5 step on the same batch takes {ratio} times as long")
 
@@ -834,6 +842,8 @@ def parse_args(argv):
         parser.error(f"--denoise {args.denoise} is not in [0, 1)")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with what --overwrite would begin anew: leave one of them out")
+    if args.benchmark and "RANK" in os.environ:
+        parser.error("--benchmark measures one process: run it without torchrun")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     args.amp = args.amp or ("bf16" if args.device == "cuda" else "off")
@@ -862,7 +872,10 @@ def main(argv=None):
     try:
         with contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w")):
             for phase, epochs, lr in zip(args.phase, args.epochs, args.lr, strict=True):
-                (benchmark(args, phase, lr) if args.benchmark else run_phase(args, phase, epochs, lr))
+                if args.benchmark:
+                    benchmark(args, phase)
+                else:
+                    run_phase(args, phase, epochs, lr)
     except SystemExit:
         if stop.number and first:
             name = signal.Signals(stop.number).name

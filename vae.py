@@ -331,6 +331,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"]):
         """-log p(x|z) (Eq. 1): (B,), nats, positive, summed over a sentence's tokens, </s> included, padding not."""
         real = labels != self.t5.config.pad_token_id  # (B, T)
         weight, device = self.t5.lm_head.weight, labels.device.type
+        if not torch.is_grad_enabled():  # which a Function is not told
+            weight = weight.detach()
         if torch.is_autocast_enabled(device):  # which knows `lm_head`, but not what stands in for it
             weight = weight.to(torch.get_autocast_dtype(device))
         nats = TokenNats.apply(self._hidden(z, labels)[real], weight, labels[real])  # (N,), N real tokens in the batch
