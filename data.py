@@ -483,6 +483,12 @@ class Corpus:
         """(texts,) tokens of each text, </s> included."""
         return np.diff(self.offsets)
 
+    def take(self, index):
+        """The texts `index` (n,), without their labels."""
+        ids = np.concatenate([self.ids[self.offsets[i] : self.offsets[i + 1]] for i in index])
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[index])])
+        return replace(self, ids=ids, offsets=offsets, words=self.words[index], labels=None)
+
 
 def tokenize(texts, tokenizer, max_length=256, limit=None):
     """A `Corpus` of the first `limit` texts, each at most `max_length` tokens, </s> included. Skips empty lines.

@@ -280,7 +280,7 @@ def format_table(runs, spread="standard error of the mean over sentences"):
 
 # Settings that no weight and no record depends on, but for rounding: they may change when a run goes on.
 INCIDENTAL = ("argv", "command", "versions", "processes", "device", "out", "data_dir", "overwrite", "resume")
-INCIDENTAL += ("save_every", "grad_accum", "eval_batch_size", "iw_samples")
+INCIDENTAL += ("save_every", "grad_accum", "eval_batch_size", "iw_samples", "benchmark")
 NOT_THE_RECIPE = (*INCIDENTAL, "seed", "start", "init")
 
 

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import hub_mixin
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForSeq2SeqLM,
     BertConfig,
@@ -2588,3 +2589,188 @@ def test_read_only_folder(tmp_path, quiet):
     assert train_run(main, *quiet, "--out", tmp_path / "locked" / "run", report=report) == 1
     assert "Permission denied" in report.read_text()
     assert "Traceback" not in report.read_text()
+
+
+# ======================================== the same, faster
+
+
+def plain_again(model):
+    """A copy of a model with torch's own linear layers and dropout."""
+    model = copy.deepcopy(model)
+    for part in model.modules():
+        part.__class__ = {vae.Linear: torch.nn.Linear, vae.Dropout: torch.nn.Dropout}.get(type(part), type(part))
+    return model
+
+
+def products(monkeypatch):
+    """The shapes (M, K, N) that `multiply` is called with from now on."""
+    shapes, multiply = [], vae.multiply
+    monkeypatch.setattr(vae, "multiply", lambda a, b: shapes.append((*a.shape, len(b))) or multiply(a, b))
+    return shapes
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "one layer's memory", "expanded gradient"])
+def test_linear_is_torchs(kind):
+    torch.manual_seed(0)
+    layer = vae.Linear(24, 40, bias=False)
+    x = torch.randn(5, 7, 24) if kind != "one layer's memory" else torch.randn(5, 3, 24)[:, 1, None]
+    grad = torch.randn(40).expand(*x.shape[:-1], 40) if kind == "expanded gradient" else torch.randn(*x.shape[:-1], 40)
+    results = []
+    for forward in layer, partial(F.linear, weight=layer.weight):
+        x.grad, layer.weight.grad = None, None
+        out = forward(x.requires_grad_() if x.is_leaf else x)
+        (d_x,) = torch.autograd.grad(out, x, grad, retain_graph=True) if x.requires_grad else (None,)
+        results.append((out, d_x, *torch.autograd.grad(out, layer.weight, grad)))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(results[0][0], F.linear(x, layer.weight * 1.001), atol=1e-5, rtol=1e-5)
+
+
+def test_no_product_is_computed_that_nobody_needs(monkeypatch):
+    shapes = products(monkeypatch)
+    layer, x = vae.Linear(24, 40, bias=False), torch.randn(6, 24, requires_grad=True)
+    for x_trains, weight_trains, count in (1, 1, 3), (0, 1, 2), (1, 0, 2):
+        shapes.clear()
+        layer.requires_grad_(bool(weight_trains))
+        layer(x if x_trains else x.detach()).sum().backward()
+        assert len(shapes) == count
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("weights", ["equal", "of each token", "zero"])
+def test_token_nats_are_those_of_whole_logits(weights, frozen, monkeypatch):
+    monkeypatch.setattr(vae.TokenNats, "CHUNK", 4)
+    shapes = products(monkeypatch)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(11, 16, requires_grad=True), torch.randn(50, 16, requires_grad=not frozen)
+    labels, trained = torch.randint(50, (11,)), [hidden] if frozen else [hidden, head]
+    grad = {"equal": torch.full((11,), 0.3), "of each token": torch.arange(11) / 7, "zero": torch.zeros(11)}[weights]
+    nats = vae.TokenNats.apply(hidden, head, labels)
+    assert max(rows for rows, _, _ in shapes) == 4
+    assert len(shapes) == 3 * 2  # chunks; logits and the gradient of hidden
+    plain = F.cross_entropy(hidden @ head.T, labels, reduction="none")
+    torch.testing.assert_close(nats, plain)
+    want = torch.autograd.grad(plain, trained, grad)
+    for _ in range(2):  # twice from the same graph
+        for ours, torchs in zip(torch.autograd.grad(nats, trained, grad, retain_graph=True), want, strict=True):
+            torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-5)
+    other = F.cross_entropy(hidden @ head.T, labels.roll(1), reduction="none")
+    assert not torch.allclose(nats, other)
+    if weights != "zero":
+        assert not torch.allclose(torch.autograd.grad(other, hidden, grad)[0], want[0], atol=1e-3)
+
+
+def test_no_gradient_is_computed_in_an_evaluation(monkeypatch):
+    asked, run = [], vae.TokenNats.run
+    monkeypatch.setattr(vae.TokenNats, "run", lambda *args: asked.append(args[3:]) or run(*args))
+    model, (ids, _) = tiny_vae(), random_texts(4, 9)
+    for grad, needs in (True, (True, True)), (False, (False, False)):
+        with torch.set_grad_enabled(grad):
+            model.rec(torch.zeros(4, 8), ids)
+        assert asked.pop() == needs
+
+
+def test_dropout_drops_p_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(1001, 999, requires_grad=True)
+    for p in 0.1, 0.5:
+        out = vae.Dropout(p)(x)
+        kept = out > 0
+        sigma = math.sqrt(p * (1 - p) / x.numel())
+        assert abs((~kept).double().mean() - p) < 5 * sigma + 2**-17
+        assert out.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-4)
+        assert abs(out.double().mean() - 1) < 5 * sigma / (1 - p)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert torch.equal(grad, out.detach())
+        again = vae.Dropout(p)(x) > 0  # independent of the first
+        assert abs((kept & again).double().mean() - (1 - p) ** 2) < 5 * math.sqrt(0.25 / x.numel())
+    for layer in vae.Dropout(0.1).eval(), vae.Dropout(0.0):
+        assert torch.equal(layer(x), x)
+    assert not vae.Dropout(1.0)(x).any()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}])
+def test_loss_and_gradients_are_those_of_the_plain_computation(changes, frozen):
+    model = tiny_vae(**changes)
+    model = model.freeze_decoder() if frozen else model
+    plain = plain_again(model)
+    ids, mask = random_texts(4, 9)
+    batch, eps = data.Batch(ids, mask, ids, torch.arange(4)), torch.randn(4, 8)
+    terms = train.ELBO(model, 0.1)(batch, eps, 0.7)
+    terms["loss"].mean().backward()
+    mu, logvar = plain.encode(ids, mask)
+    nats = F.cross_entropy(
+        plain.decode(plain.reparameterize(mu, logvar, eps=eps), ids).transpose(1, 2), ids, reduction="none"
+    )
+    loss = (nats * mask).sum(1) + 0.7 * metrics.kl_divergence(mu, logvar).clamp(min=0.1).sum(1)
+    loss.mean().backward()
+    torch.testing.assert_close(terms["loss"], loss)
+    ours, torchs = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, plain))
+    assert ours.keys() == torchs.keys()
+    assert any("lm_head" in name or "shared" in name for name in ours) != frozen
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, torchs[name], atol=1e-5 * (1 + torchs[name].abs().max().item()), rtol=1e-4)
+    assert not torch.allclose(terms["loss"], loss + 1e-3 * loss.detach())
+
+
+@pytest.mark.parametrize("phase", ["0", "1", "2", "2, no latent", "evaluation"])
+def test_needed_flops_are_those_that_are_counted_without_padding(phase, monkeypatch):
+    monkeypatch.setattr(vae, "multiply", lambda a, b: a @ b.T)  # which the counter knows
+    torch.manual_seed(0)
+    ids, latent_dim, trains = torch.randint(2, 64, (3, 10)), 0 if "latent" in phase else 8, phase != "evaluation"
+    with warnings.catch_warnings(action="ignore"):  # W_mu of no latent
+        model = T5VAE(tiny_config().to_dict(), latent_dim)
+    objective = train.ELBO(model, 0.0)
+    if phase == "0":
+        model = T5ForConditionalGeneration(tiny_config())
+        objective = train.SpanObjective(model)
+    if phase == "1":
+        model.freeze_decoder()
+    batch = data.Batch(ids[:, :7], torch.ones(3, 7), ids, torch.arange(3))
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trains):
+        loss = objective(batch, torch.ones(3, latent_dim), 1.0)["loss"].sum()
+        if trains:
+            loss.backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if re.search(r"\.(addmm|mm)", str(op)))
+    counted += 2 * 30 * 64 * 32 * (phase[0] == "2")  # the head's `addmm_`, which it does not know
+    # Two layers a side. A query meets 7 keys, or those before it and its own: 55 in all, and 7 each in phase 0.
+    scores = 3 * 2 * (7 * 7 * (latent_dim > 0) + 10 * 11 // 2 + 10 * 7 * (phase == "0"))
+    attention = 2 * 2 * scores * SIZE["num_heads"] * SIZE["d_kv"] * (3 if trains else 1)
+    read, written = torch.full((3,), 7), torch.full((3,), 10)
+    assert train.flops_needed(model, read, written, trains) == counted + attention
+    assert train.flops_needed(model, read, written + 1, trains) > counted + attention
+
+
+def test_a_part_of_a_corpus(corpus):
+    index = np.array([5, 0, 7])
+    part = corpus.take(index)
+    for mine, whole in zip(data.make_batch(part, range(3))[:3], data.make_batch(corpus, index)[:3], strict=True):
+        assert torch.equal(mine, whole)
+    assert part.words.tolist() == corpus.words[index].tolist()
+    assert part.words.tolist() != corpus.words[:3].tolist()
+
+
+@pytest.mark.parametrize("flags", ["--phase 0 1 2", "--phase 2 --no-latent --amp bf16"])
+def test_the_benchmark_measures_all_and_writes_nothing(flags, corpus_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if "0" in flags:  # once is enough
+        monkeypatch.setattr(train, "matmul_rates", lambda args: [1e10, 2e10])
+    size = "--d-model 32 --heads 2 --layers 1"
+    run("--benchmark", "--dataset", corpus_dir, "--model", "tiny", *size.split(), *flags.split())
+    out = capsys.readouterr().out
+    for what, count in ("training", 3), ("evaluation", 3), ("generation", 2), ("peak memory", 3), ("plain", 3):
+        found = re.findall(f"^{what}.*[1-9]|{what} .*[1-9]", out, re.M)
+        assert len(found) == (count if "0" in flags else 1), (what, out)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [("--model no/such-t5", "no/such-t5"), ("--init none", "'none' is neither")]
+)
+def test_a_benchmark_of_nothing_is_refused_in_one_line(flags, message, corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match=message) as stop:
+        run("--benchmark", "--dataset", corpus_dir, "--phase", 2, *flags.split())
+    assert "\n" not in stop.value.code

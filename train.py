@@ -15,13 +15,18 @@ import contextlib
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import platform
+import re
+import resource
 import shlex
 import signal
+import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -139,7 +144,7 @@ def make_t5(args):
         dropout_rate=0.0,  # as T5 v1.1 is pretrained
         decoder_start_token_id=tokenizer.pad_token_id,
     )
-    model = transformers.T5ForConditionalGeneration(config).train()
+    model = vae.quicken(transformers.T5ForConditionalGeneration(config)).train()
     objective = SpanObjective(model)
     sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
     batch = partial(data.span_batch, sentinels=sentinels, eos_id=tokenizer.eos_token_id, seed=args.seed)
@@ -446,6 +451,12 @@ def seed_dropout(seed, step, rank):
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
+def make_optimizer(model, lr, args):
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.999), eps=args.adam_eps, fused=True)
+    return optimizer, torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+
+
 def update(optimizer, scaler, lr, clip, loss, where):
     """Clip the gradients and take a step; returns their norm, None where a scaler skips the step for it.
 
@@ -466,9 +477,7 @@ def update(optimizer, scaler, lr, clip, loss, where):
 def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
     """The loop, for all phases, from step 0 or from what the checkpoint `last` has `saved`. Returns the seconds."""
     rank, world = metrics.processes()
-    trainable = [p for p in phase.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.999), eps=args.adam_eps)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+    optimizer, scaler = make_optimizer(phase.model, lr, args)
     parts = {"model": phase.model, "optimizer": optimizer, "scaler": scaler}
     for name, part in parts.items() if saved else ():
         part.load_state_dict(saved.pop(name))
@@ -592,6 +601,145 @@ def run_phase(args, phase, epochs, lr):
         sys.exit(f"train.py: {error}; {f'{left[-1]} is there to --resume from' if left else 'no checkpoint yet'}")
 
 
+# --------------------------------------------------------------------------------- the benchmark
+
+
+def flops_needed(model, read, written, trains):
+    """FLOPs of the matrix products for texts of which `read` and `written` tokens, (B,) each, are real.
+
+    Forward and, if it `trains`, back through the activations and to the weights that train. A multiply-add is two.
+    """
+    t5 = getattr(model, "t5", model)
+    literal = t5 is model  # phase 0: its decoder attends to all that the encoder read
+    read = read * (getattr(model, "latent_dim", 1) > 0)  # a language model has nothing to encode
+    flops = 0
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear):
+            rows = read if re.search(r"encoder\.|EncDecAttention\.[kv]$", name) else written
+            if re.search(r"^w_|layer\.1\.o$", name):  # a latent, and what it adds to a layer: one row a text
+                rows = torch.ones_like(written)
+            # Back to what trains before it; before the decoder's first layer that is at most the embeddings.
+            back = t5.shared.weight.requires_grad or not re.search(r"decoder\.block\.0\.layer\.0\.", name)
+            flops += 2 * int(rows.sum()) * part.weight.numel() * (1 + trains * (back + part.weight.requires_grad))
+    scores = len(t5.encoder.block) * read**2
+    scores += len(t5.decoder.block) * (written * (written + 1) // 2 + literal * read * written)
+    return flops + 4 * int(scores.sum()) * t5.config.num_heads * t5.config.d_kv * (1 + 2 * trains)
+
+
+def clock(work, *inputs):
+    """(seconds, result) of work(*inputs)."""
+    start = time.perf_counter()
+    result = work(*inputs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def matmul_rates(args):
+    """FLOP/s of a product of 2048 x 2048 matrices, PyTorch's own and `vae.multiply`'s: the best of 7."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp, torch.float32)
+    a = torch.randn(2048, 2048, device=args.device, dtype=half)
+    times = ([clock(product, a, a)[0] for _ in range(8)][1:] for product in (torch.matmul, vae.multiply))
+    return [2 * 2048**3 / min(seconds) for seconds in times]
+
+
+def peak_memory(args):
+    """Bytes: the GPU's, or of the process, all libraries included."""
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def prepare_benchmark(args, phase):
+    """`prepare`, from --init or --model itself, where `tiny` has random weights: no run need have been before."""
+    with tempfile.TemporaryDirectory() as folder:
+        if phase and args.model == "tiny" and not args.init:
+            tiny = make_t5(args)
+            tiny.model.save_pretrained(folder)
+            tiny.tokenizer.save_pretrained(folder)
+        start = args.init or (folder if args.model == "tiny" else args.model)
+        return prepare(argparse.Namespace(**vars(args) | {"phase": [phase], "init": start}), phase)
+
+
+def plain_t5(t5):
+    """An objective: the mean loss of T5 as transformers has it, of the shape of `t5`, with random weights."""
+    plain = type(t5)(t5.config).to(t5.device).train()
+
+    def objective(batch, eps, weight):
+        labels = batch.labels.masked_fill(batch.labels == t5.config.pad_token_id, -100)
+        loss = plain(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss
+        return {"loss": loss.expand(len(labels))}
+
+    return plain, objective
+
+
+def lengths(pad_id, *batches):
+    """(n,) tokens read and written, and the positions that they take with their padding."""
+    read = torch.cat([b.mask.sum(1) for b in batches])
+    written = torch.cat([(b.labels != pad_id).sum(1) for b in batches])
+    return read, written, sum(b.ids.numel() + b.labels.numel() for b in batches)
+
+
+def cost_row(name, model, rates, costs, trains=False):
+    """A row of the benchmark's table, from (seconds, *lengths) of each time; the first does not count."""
+    each = []
+    for seconds, read, written, positions in costs[1:]:
+        flops, tokens = flops_needed(model, read, written, trains), int(written.sum())
+        padding = 100 - 100 * (int(read.sum()) + tokens) / positions
+        shares = (100 * flops / seconds / rate for rate in rates)
+        each.append((len(read) / seconds, tokens / seconds, *shares, padding, flops / 1e9))
+    return [name, *(f"{statistics.median(x):,.1f} ({min(x):,.1f}-{max(x):,.1f})" for x in zip(*each, strict=True))]
+
+
+def benchmark(args, phase, repeats=7):
+    """Print what a step, an evaluation and 64 generated texts cost: `repeats` times each, after a warm-up."""
+    try:
+        made, corpora, _ = prepare_benchmark(args, phase)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
+    model, corpus, pad_id = made.model, corpora["train"], made.tokenizer.pad_token_id
+    rates = matmul_rates(args)
+
+    def step(index, objective, optimizer, scaler):
+        terms, _ = backward(made, objective, corpus, index, 0, float(phase == 2), scaler, args)
+        update(optimizer, scaler, 0.0, args.clip, terms["loss"] / terms["sentences"], "the benchmark")
+
+    ours, costs = (made.objective, *make_optimizer(model, 0.0, args)), []
+    order = itertools.cycle(data.epoch_order(corpus.lengths, args.batch_size, args.seed, 0))
+    order = list(itertools.islice(order, repeats + 1))
+    for index in order:
+        costs.append((clock(step, index, *ours)[0], *lengths(pad_id, made.batch(corpus, index, epoch=0))))
+    rows, memory = [cost_row("training", model, rates, costs, trains=True)], peak_memory(args)
+
+    batches, costs = list(data.evaluation_batches(corpora["valid"], args.eval_batch_size)), []
+    for i in range(repeats + 1):  # batches of all lengths, with the padding of the whole split
+        some = batches[i % len(batches) :: max(repeats + 1, len(batches) // 8)]
+        part = corpora["valid"].take(torch.cat([batch.index for batch in some]).numpy())
+        costs.append((clock(made.evaluate, part, False)[0], *lengths(pad_id, *some)))
+    rows.append(cost_row("evaluation", model, rates, costs))
+
+    tokens, costs = round(corpus.lengths.mean()), []  # the mean text
+    for _ in range(repeats + 1 if phase else 0):
+        z = torch.randn(64, model.latent_dim, device=args.device)
+        seconds, ids = clock(partial(model.eval().generate, max_new_tokens=tokens), z)
+        ended = (ids[:, 1:] == made.tokenizer.eos_token_id).cumsum(1).roll(1, 1)  # before this token
+        ended[:, 0] = 0
+        written = (ended == 0).sum(1).cpu()
+        costs.append((seconds, torch.zeros_like(written), written, ended.numel()))
+    rows += [cost_row(f"generation, {tokens} tokens", model, rates, costs)] if phase else []
+
+    model.train()
+    plain, objective = plain_t5(getattr(model, "t5", model))
+    theirs = objective, torch.optim.AdamW(plain.parameters()), ours[2]
+    ratios = [clock(step, index, *theirs)[0] / clock(step, index, *ours)[0] for index in order][1:]
+    heads = ["median (min-max)", "texts/s", "tokens/s", "% of a @ b", "% of multiply", "% padding", "GFLOP needed"]
+    print(metrics.align([heads, *rows]))
+    print("a @ b: {:,.0f} GFLOP/s, multiply: {:,.0f}".format(*(rate / 1e9 for rate in rates)), end=", ")
+    print(f"{torch.get_num_threads()} CPU threads; peak memory of training: {memory / 1e6:,.0f} MB")
+    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    print(f"a plain transformers T5 step on the same batch takes {ratio} times as long")
+
+
 # --------------------------------------------------------------------------------- command line
 
 
@@ -667,6 +815,7 @@ FLAGS = {
         "--device": option(
             "cuda where there is one", "cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
         ),
+        "--benchmark": switch("print what a step, an evaluation and generating cost, and write no run"),
         "--log-every": option("steps a training record (20)", 20, COUNT, "STEPS"),
         "--eval-batch-size": option("sentences (64); no number depends on it", 64, COUNT, "N"),
         "--iw-samples": option("of the importance-weighted NLL on the test split (100)", 100, COUNT, "K"),
@@ -705,6 +854,8 @@ def parse_args(argv):
         parser.error(f"--denoise {args.denoise} is not in [0, 1)")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with what --overwrite would begin anew: leave one of them out")
+    if args.benchmark and "RANK" in os.environ:
+        parser.error("--benchmark measures one process: run it without torchrun")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     args.amp = args.amp or ("bf16" if args.device == "cuda" else "off")
@@ -733,7 +884,10 @@ def main(argv=None):
     try:
         with contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w")):
             for phase, epochs, lr in zip(args.phase, args.epochs, args.lr, strict=True):
-                run_phase(args, phase, epochs, lr)
+                if args.benchmark:
+                    benchmark(args, phase)
+                else:
+                    run_phase(args, phase, epochs, lr)
     except SystemExit:
         if stop.number and first:
             name = signal.Signals(stop.number).name
