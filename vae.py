@@ -90,7 +90,8 @@ def multiply(a, b):
     """a b^T of matrices (M, K) and (N, K), contiguous or the transpose of a contiguous one: (M, N).
 
     On a CPU in float32 oneDNN does it, which uses AVX-512 on every CPU that has it. What PyTorch calls by default,
-    MKL, does so on Intel's alone: on AMD's it takes twice the time.
+    MKL, does so on Intel's alone: on AMD's it takes twice the time. The operator is private to torch, whose version
+    requirements.txt pins.
     """
     if a.is_cpu and a.dtype == b.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
