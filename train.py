@@ -784,7 +784,9 @@ FLAGS = {
         "--vocab-size": option("sentencepiece vocabulary, at most (4000)", 4000, COUNT),
     },
     "phases": {
-        "--recipe": option("defaults of all flags: the paper's, or the best measured (paper)", "paper", choices=RECIPES),
+        "--recipe": option(
+            "defaults of all flags: the paper's, or the best measured (paper)", "paper", choices=RECIPES
+        ),
         "--phase": option("one or several, run in this order (1 2)", [1, 2], int, nargs="+", choices=(0, 1, 2)),
         "--epochs": option("of each phase named (0: 10, 1: 5, 2: 3)", None, vae.at_least(0), "N", nargs="+"),
         "--init": option("model that the first phase named starts from (the phase before)", metavar="RUN|DIR"),
