@@ -139,18 +139,47 @@ class _Drop(torch.autograd.Function):
         return ctx.saved_tensors[0].to(grad.dtype).mul_(ctx.scale).mul_(grad), None, None
 
 
+class _DropOfReLU(torch.autograd.Function):
+    """relu(x) * kept * scale, which keeps its result alone: where that is positive the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x, kept, scale):
+        out = kept.to(x.dtype).mul_(scale).mul_(x).clamp_(min=0)
+        ctx.save_for_backward(out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return (ctx.saved_tensors[0] > 0).to(grad.dtype).mul_(ctx.scale).mul_(grad), None, None
+
+
 class Dropout(nn.Dropout):
     """Dropout from 16 random bits an element, where torch draws 64 on a CPU: a third of the time.
 
     The rate is p to within 2^-17, and kept elements are divided by exactly what is kept on average.
     """
 
-    def forward(self, x):
+    def draw(self, x):
+        """What to keep of x, and its scale; None where torch's own dropout is as good."""
         drop = round(self.p * 2**16)  # of 2^16
         if not (self.training and x.is_cpu and 0 < drop < 2**16):
-            return super().forward(x)
+            return None
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        return _Drop.apply(x, bits[: x.numel()].view(x.shape) >= drop - 2**15, 2**16 / (2**16 - drop))
+        return bits[: x.numel()].view(x.shape) >= drop - 2**15, 2**16 / (2**16 - drop)
+
+    def forward(self, x):
+        drawn = self.draw(x)
+        return _Drop.apply(x, *drawn) if drawn else super().forward(x)
+
+
+class DropoutOfReLU(Dropout):
+    """A ReLU and the dropout after it, in the widest place of T5, for half of the memory."""
+
+    def forward(self, x):
+        drawn = self.draw(x)
+        return _DropOfReLU.apply(x, *drawn) if drawn else nn.Dropout.forward(self, x.relu())
 
 
 class TokenNats(torch.autograd.Function):
@@ -207,6 +236,8 @@ def quicken(module):
     for part in module.modules():
         if faster := {nn.Linear: Linear, nn.Dropout: Dropout}.get(type(part)):
             part.__class__ = faster  # the same weights under the same names
+        if isinstance(getattr(part, "act", None), nn.ReLU):  # a feed-forward layer
+            part.act, part.dropout = DropoutOfReLU(part.dropout.p), nn.Identity()
     return module
 
 
