@@ -86,10 +86,11 @@ class SpanObjective(nn.Module):
         self.model = model
 
     def forward(self, batch, eps, weight):
-        labels = batch.labels.masked_fill(batch.labels == self.model.config.pad_token_id, -100)
-        out = self.model(input_ids=batch.ids, attention_mask=batch.mask, labels=labels)
-        nats = F.cross_entropy(out.logits.float().transpose(1, 2), labels, reduction="none")
-        return {"loss": nats.sum(1), "targets": (labels != -100).sum(1)}  # (B, T) -> (B,)
+        labels, pad_id = batch.labels, self.model.config.pad_token_id
+        shifted = self.model.prepare_decoder_input_ids_from_labels(labels)  # given labels, T5 would compute a loss, too
+        out = self.model(input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=shifted)
+        nats = F.cross_entropy(out.logits.float().transpose(1, 2), labels, ignore_index=pad_id, reduction="none")
+        return {"loss": nats.sum(1), "targets": (labels != pad_id).sum(1)}  # (B, T) -> (B,)
 
 
 class ELBO(nn.Module):
@@ -412,6 +413,7 @@ stop = Stop()
 
 # --------------------------------------------------------------------------------- the loop
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of --amp
 PLACE = ("step", "sums", "log_bytes", "seconds")  # where a run is, beside its weights
 SHOWN = ("nats_per_target", "rec", "kl", "neg_elbo", "ppl_word", "mi", "au")
 
@@ -421,7 +423,7 @@ def backward(phase, objective, corpus, index, epoch, weight, scaler, args):
 
     Returns the sum of each term over the whole batch, {name: float}, and whether any process shall stop.
     """
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+    half = HALF.get(args.amp)
     rank, world = metrics.processes()
     sums = defaultdict(float)
     for i in range(args.grad_accum):
@@ -637,8 +639,7 @@ def clock(work, *inputs):
 
 def matmul_rates(args):
     """FLOP/s of a product of 2048 x 2048 matrices, PyTorch's own and `vae.multiply`'s: the best of 7."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp, torch.float32)
-    a = torch.randn(2048, 2048, device=args.device, dtype=half)
+    a = torch.randn(2048, 2048, device=args.device, dtype=HALF.get(args.amp, torch.float32))
     times = ([clock(product, a, a)[0] for _ in range(8)][1:] for product in (torch.matmul, vae.multiply))
     return [2 * 2048**3 / min(seconds) for seconds in times]
 
