@@ -94,22 +94,18 @@ class SpanObjective(nn.Module):
 
 
 class ELBO(nn.Module):
-    """Phases 1 and 2: rec + weight * max(floor, sum_i max(threshold, KL_i)), (B,) nats (Eq. 1 and 2).
+    """Phases 1 and 2: rec + weight * sum_i max(threshold, KL_i), (B,) nats (Eq. 1 and 2)."""
 
-    Differs from the paper where `floor` is not 0: a threshold for the sum. A threshold for each dimension makes every
-    sentence pay for dimensions that say nothing about it; this one leaves to the model which ones it uses.
-    """
-
-    def __init__(self, model, threshold, floor=0.0):
+    def __init__(self, model, threshold):
         super().__init__()
-        self.model, self.threshold, self.floor = model, threshold, floor
+        self.model, self.threshold = model, threshold
 
     def forward(self, batch, eps, weight):
         mu, logvar = self.model.encode(batch.ids, batch.mask)
         rec = self.model.rec(self.model.reparameterize(mu, logvar, eps=eps), batch.labels)
         kl = metrics.kl_divergence(mu.float(), logvar.float())  # (B, Z)
         # At weight 0 the KL is not in the graph: phase 1 watches it and does not train on it.
-        penalty = weight * kl.clamp(min=self.threshold).sum(1).clamp(min=self.floor) if weight else 0.0
+        penalty = weight * kl.clamp(min=self.threshold).sum(1) if weight else 0.0
         return {"loss": rec + penalty, "rec": rec, "kl": kl.sum(1)}
 
 
@@ -123,11 +119,11 @@ class Phase(NamedTuple):
     tokenizer: object
     objective: nn.Module  # (batch, eps, weight) -> {"loss": (B,) nats, ...}
     batch: object  # (corpus, index, epoch) -> Batch, with the noise of training
-    weight: object  # (step, steps_per_epoch) -> KL weight
+    weight: object  # (step, steps_per_epoch, running mean of the KL) -> KL weight
     evaluate: object  # (corpus, final) -> dict
 
 
-def no_kl(step, steps_per_epoch):
+def no_kl(step, steps_per_epoch, kl):
     return 0.0
 
 
@@ -189,15 +185,16 @@ def make_vae(args, phase, start):
     batch = partial(data.denoising_batch, denoise=args.denoise, seed=args.seed)
     entropy = data.GRAMMAR_ENTROPY if args.dataset == "grammar" else None
 
-    def weight(step, steps_per_epoch):
-        anneal_steps = args.kl_anneal_epochs * steps_per_epoch
-        return kl_weight(step, args.kl_schedule, anneal_steps, args.kl_cycles)
+    def weight(step, steps_per_epoch, kl):
+        if kl < args.kl_floor:  # differs from the paper where the floor is not 0: see README, Two recipes
+            return 0.0
+        return kl_weight(step, args.kl_schedule, args.kl_anneal_epochs * steps_per_epoch, args.kl_cycles)
 
     def evaluate(corpus, final):
         samples = args.iw_samples if final else 0
         return metrics.evaluate(model, corpus, args.eval_batch_size, samples, thorough=final, entropy=entropy)
 
-    objective = ELBO(model, args.kl_threshold, args.kl_floor if model.latent_dim else 0.0)
+    objective = ELBO(model, args.kl_threshold)
     return Phase(model, model.tokenizer, objective, batch, weight if phase == 2 else no_kl, evaluate)
 
 
@@ -414,7 +411,7 @@ stop = Stop()
 # --------------------------------------------------------------------------------- the loop
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of --amp
-PLACE = ("step", "sums", "log_bytes", "seconds")  # where a run is, beside its weights
+PLACE = ("step", "kl", "sums", "log_bytes", "seconds")  # where a run is, beside its weights
 SHOWN = ("nats_per_target", "rec", "kl", "neg_elbo", "ppl_word", "mi", "au")
 
 
@@ -484,7 +481,8 @@ def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
     for name, part in parts.items() if saved else ():
         part.load_state_dict(saved.pop(name))
     objective = DistributedDataParallel(phase.objective) if world > 1 else phase.objective
-    step, sums, log_bytes, seconds = [saved[k] for k in PLACE] if saved else (0, {}, 0, 0.0)  # sums: since a record
+    # kl: mean over sentences, running over some 20 batches; sums: of the terms, since a record.
+    step, kl, sums, log_bytes, seconds = [saved[k] for k in PLACE] if saved else (0, 0.0, {}, 0, 0.0)
     steps_per_epoch = math.ceil(len(corpora["train"]) / args.batch_size)
     steps, started, saved_at = epochs * steps_per_epoch, time.time() - seconds, time.time()
 
@@ -501,7 +499,7 @@ def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
         nonlocal last, saved_at
         if rank == 0 and not (last and f"-{step:09d}-" in last.name):
             os.fsync(log.fileno())
-            place = dict(zip(PLACE, (step, sums, log_bytes, time.time() - started), strict=True))
+            place = dict(zip(PLACE, (step, kl, sums, log_bytes, time.time() - started), strict=True))
             last = save_checkpoint(out, place | {name: part.state_dict() for name, part in parts.items()}, last)
             saved_at = time.time()
 
@@ -513,11 +511,12 @@ def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
                     validate()
                 stop.hold = True  # until the step is whole
                 seed_dropout(args.seed, step, rank)
-                weight = phase.weight(step, steps_per_epoch)
+                weight = phase.weight(step, steps_per_epoch, kl)
                 terms, stopping = backward(phase, objective, corpora["train"], index, epoch, weight, scaler, args)
                 rate = lr * (1 - step / steps if args.lr_schedule == "linear" else 1)
                 where = f"step {step}, in the batch of texts {sorted(index.tolist())}"
                 grad_norm = update(optimizer, scaler, rate, args.clip, terms["loss"] / terms["sentences"], where)
+                kl += 0.05 * (terms.get("kl", 0.0) / terms["sentences"] - kl)
                 step += 1
                 bar.update()
                 sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
@@ -798,7 +797,7 @@ FLAGS = {
         "--kl-anneal-epochs": option("epochs until the weight is 1 (50)", 50, AMOUNT, "N"),
         "--kl-cycles": option("of the cyclical schedule (4)", 4, COUNT, "N"),
         "--kl-threshold": option("lambda, the least KL that a dimension pays in phase 2 (0.5)", 0.5, AMOUNT, "NATS"),
-        "--kl-floor": option("the least KL that a sentence pays in phase 2; not the paper's (0)", 0.0, AMOUNT, "NATS"),
+        "--kl-floor": option("below this mean KL its weight is 0; not the paper's (0)", 0.0, AMOUNT, "NATS"),
     },
     "optimization": {
         "--batch-size": option("sentences a step, of all processes together (32)", 32, COUNT, "N"),
