@@ -302,21 +302,6 @@ def test_kl_weight():
     assert weights("cyclical", (0, 5, 13, 24, 25, 30, 99, 100)) == pytest.approx([0, 0.4, 1, 1, 0, 0.4, 1, 1])
 
 
-def test_kl_is_free_below_the_floor(runs, tmp_path, corpus_dir):
-    def weights(name, floor):
-        start = ("--init", runs / "phase1", "--kl-schedule", "constant", "--out", tmp_path / name)
-        run("--dataset", corpus_dir, "--phase", 2, "--epochs", 1, *start, "--kl-floor", floor)
-        log = [r for r in records(tmp_path / name) if r["split"] == "train"]
-        return [r["kl_weight"] for r in log], log[0]["kl"]
-
-    paid, kl = weights("no floor", 0)
-    assert paid == [1, 1, 1]
-    # The mean starts at 0 and comes nearer to a batch's KL by a twentieth a step: 0.05 of it before the second
-    # step, which the first record shows, 0.14 before the fourth.
-    assert weights("low", 0.1 * kl)[0] == [0, 1, 1]
-    assert weights("high", kl)[0] == [0, 0, 0]
-
-
 def test_phase_1_moves_the_encoder_alone_and_phase_2_the_rest(runs, tmp_path, corpus_dir):
     before = T5VAE.from_pretrained(runs / "phase1" / "model")
     run("--dataset", corpus_dir, "--phase", 1, "--init", runs / "phase1", "--epochs", 1, "--out", tmp_path / "one")
@@ -525,12 +510,12 @@ def test_recipes_are_defaults():
     # Appendix B, and the values that section 5.2 recommends.
     assert (paper["epochs"], paper["lr"], paper["adam_eps"]) == ([5, 3], [1e-3, 1e-3], 1e-3)
     assert (paper["kl_schedule"], paper["kl_anneal_epochs"]) == ("linear", 50)
-    assert (paper["denoise"], paper["kl_threshold"], paper["kl_floor"]) == (0.15, 0.5, 0)
+    assert (paper["denoise"], paper["kl_threshold"], paper["freeze_decoder"]) == (0.15, 0.5, True)
     assert {k for k in paper if paper[k] != best[k]} == {"argv", "recipe", *train.RECIPES["best"]}
     # A flag that is given wins, wherever it stands.
-    for flags in ["--kl-floor", "5", "--epochs", "2"], ["--epochs", "2", "--recipe", "best", "--kl-floor", "5"]:
+    for flags in ["--denoise", "0.3", "--epochs", "2"], ["--epochs", "2", "--recipe", "best", "--denoise", "0.3"]:
         given = train.parse_args([*ptb, "--recipe", "best", *flags])
-        assert (given.kl_floor, given.epochs, given.batch_size) == (5, [2, 2], 64)
+        assert (given.denoise, given.epochs, given.batch_size) == (0.3, [2, 2], 64)
 
 
 def test_commands_of_the_readme_and_the_results_exist():
@@ -2038,7 +2023,6 @@ FORK.set_forkserver_preload(["train", "test_vae", *LATE])
 
 TINY = shlex.split("--model tiny --d-model 16 --layers 1 --heads 2 --vocab-size 40 --latent-dim 3 --iw-samples 2")
 SHORT = shlex.split("--epochs 2 --batch-size 5 --log-every 3 --max-length 12 --device cpu --denoise 0.2")
-SHORT += ["--kl-floor", 0.2]  # which the running mean of the KL passes at step 3
 
 
 def main(*args, report=None):

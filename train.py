@@ -51,9 +51,9 @@ import vae
 # measured best (RESULTS.md). Epochs and learning rate are those of each phase.
 RECIPES = {
     "paper": {"epochs": {0: 10, 1: 5, 2: 3}, "lr": {0: 1e-3, 1: 1e-3, 2: 1e-3}},
-    "best": {"epochs": {0: 10, 1: 1, 2: 10}, "lr": {0: 1e-3, 1: 1e-3, 2: 2e-3}, "lr_schedule": "linear"}
-    | {"kl_threshold": 0.0, "kl_floor": 8.0, "kl_anneal_epochs": 10.0, "denoise": 0.0, "batch_size": 64}
-    | {"adam_eps": 1e-8},
+    "best": {"epochs": {0: 10, 1: 4, 2: 10}, "lr": {0: 1e-3, 1: 2e-3, 2: 2e-3}, "lr_schedule": "linear"}
+    | {"kl_threshold": 0.0, "kl_anneal_epochs": 10.0, "denoise": 0.0, "batch_size": 64}
+    | {"adam_eps": 1e-8, "freeze_decoder": False},
 }
 # What `python train.py` stands for: a demonstration that needs no download and a few minutes.
 DEMO = "--dataset grammar --recipe best --model tiny --phase 0 1 2 --epochs 3 1 6 --kl-anneal-epochs 6"
@@ -119,11 +119,11 @@ class Phase(NamedTuple):
     tokenizer: object
     objective: nn.Module  # (batch, eps, weight) -> {"loss": (B,) nats, ...}
     batch: object  # (corpus, index, epoch) -> Batch, with the noise of training
-    weight: object  # (step, steps_per_epoch, running mean of the KL) -> KL weight
+    weight: object  # (step, steps_per_epoch) -> KL weight
     evaluate: object  # (corpus, final) -> dict
 
 
-def no_kl(step, steps_per_epoch, kl):
+def no_kl(step, steps_per_epoch):
     return 0.0
 
 
@@ -185,9 +185,7 @@ def make_vae(args, phase, start):
     batch = partial(data.denoising_batch, denoise=args.denoise, seed=args.seed)
     entropy = data.GRAMMAR_ENTROPY if args.dataset == "grammar" else None
 
-    def weight(step, steps_per_epoch, kl):
-        if kl < args.kl_floor:  # differs from the paper where the floor is not 0: see README, Two recipes
-            return 0.0
+    def weight(step, steps_per_epoch):
         return kl_weight(step, args.kl_schedule, args.kl_anneal_epochs * steps_per_epoch, args.kl_cycles)
 
     def evaluate(corpus, final):
@@ -411,7 +409,7 @@ stop = Stop()
 # --------------------------------------------------------------------------------- the loop
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of --amp
-PLACE = ("step", "kl", "sums", "log_bytes", "seconds")  # where a run is, beside its weights
+PLACE = ("step", "sums", "log_bytes", "seconds")  # where a run is, beside its weights
 SHOWN = ("nats_per_target", "rec", "kl", "neg_elbo", "ppl_word", "mi", "au")
 
 
@@ -481,8 +479,7 @@ def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
     for name, part in parts.items() if saved else ():
         part.load_state_dict(saved.pop(name))
     objective = DistributedDataParallel(phase.objective) if world > 1 else phase.objective
-    # kl: mean over sentences, running over some 20 batches; sums: of the terms, since a record.
-    step, kl, sums, log_bytes, seconds = [saved[k] for k in PLACE] if saved else (0, 0.0, {}, 0, 0.0)
+    step, sums, log_bytes, seconds = [saved[k] for k in PLACE] if saved else (0, {}, 0, 0.0)  # sums: since a record
     steps_per_epoch = math.ceil(len(corpora["train"]) / args.batch_size)
     steps, started, saved_at = epochs * steps_per_epoch, time.time() - seconds, time.time()
 
@@ -499,7 +496,7 @@ def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
         nonlocal last, saved_at
         if rank == 0 and not (last and f"-{step:09d}-" in last.name):
             os.fsync(log.fileno())
-            place = dict(zip(PLACE, (step, kl, sums, log_bytes, time.time() - started), strict=True))
+            place = dict(zip(PLACE, (step, sums, log_bytes, time.time() - started), strict=True))
             last = save_checkpoint(out, place | {name: part.state_dict() for name, part in parts.items()}, last)
             saved_at = time.time()
 
@@ -511,12 +508,11 @@ def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
                     validate()
                 stop.hold = True  # until the step is whole
                 seed_dropout(args.seed, step, rank)
-                weight = phase.weight(step, steps_per_epoch, kl)
+                weight = phase.weight(step, steps_per_epoch)
                 terms, stopping = backward(phase, objective, corpora["train"], index, epoch, weight, scaler, args)
                 rate = lr * (1 - step / steps if args.lr_schedule == "linear" else 1)
                 where = f"step {step}, in the batch of texts {sorted(index.tolist())}"
                 grad_norm = update(optimizer, scaler, rate, args.clip, terms["loss"] / terms["sentences"], where)
-                kl += 0.05 * (terms.get("kl", 0.0) / terms["sentences"] - kl)
                 step += 1
                 bar.update()
                 sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
@@ -797,7 +793,6 @@ FLAGS = {
         "--kl-anneal-epochs": option("epochs until the weight is 1 (50)", 50, AMOUNT, "N"),
         "--kl-cycles": option("of the cyclical schedule (4)", 4, COUNT, "N"),
         "--kl-threshold": option("lambda, the least KL that a dimension pays in phase 2 (0.5)", 0.5, AMOUNT, "NATS"),
-        "--kl-floor": option("below this mean KL its weight is 0; not the paper's (0)", 0.0, AMOUNT, "NATS"),
     },
     "optimization": {
         "--batch-size": option("sentences a step, of all processes together (32)", 32, COUNT, "N"),
