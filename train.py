@@ -56,7 +56,7 @@ RECIPES = {
     | {"adam_eps": 1e-8, "freeze_decoder": False},
 }
 # What `python train.py` stands for: a demonstration that needs no download and a few minutes.
-DEMO = "--dataset grammar --recipe best --model tiny --phase 0 1 2 --epochs 3 1 6 --kl-anneal-epochs 6"
+DEMO = "--dataset grammar --recipe best --model tiny --phase 0 1 2 --epochs 3 2 6 --kl-anneal-epochs 6"
 
 
 def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
