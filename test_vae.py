@@ -516,6 +516,7 @@ def test_recipes_are_defaults():
     for flags in ["--denoise", "0.3", "--epochs", "2"], ["--epochs", "2", "--recipe", "best", "--denoise", "0.3"]:
         given = train.parse_args([*ptb, "--recipe", "best", *flags])
         assert (given.denoise, given.epochs, given.batch_size) == (0.3, [2, 2], 64)
+        assert given.kl_anneal_epochs == 2
 
 
 def test_commands_of_the_readme_and_the_results_exist():

@@ -52,11 +52,11 @@ import vae
 RECIPES = {
     "paper": {"epochs": {0: 10, 1: 5, 2: 3}, "lr": {0: 1e-3, 1: 1e-3, 2: 1e-3}},
     "best": {"epochs": {0: 10, 1: 4, 2: 10}, "lr": {0: 1e-3, 1: 2e-3, 2: 2e-3}, "lr_schedule": "linear"}
-    | {"kl_threshold": 0.0, "kl_anneal_epochs": 10.0, "denoise": 0.0, "batch_size": 64}
-    | {"adam_eps": 1e-8, "freeze_decoder": False},
+    | {"freeze_decoder": False, "kl_threshold": 0.0, "kl_anneal_epochs": None, "denoise": 0.0}  # None: all of phase 2
+    | {"batch_size": 64, "adam_eps": 1e-8},
 }
 # What `python train.py` stands for: a demonstration that needs no download and a few minutes.
-DEMO = "--dataset grammar --recipe best --model tiny --phase 0 1 2 --epochs 3 2 6 --kl-anneal-epochs 6"
+DEMO = "--dataset grammar --recipe best --model tiny --phase 0 1 2 --epochs 3 2 6"
 
 
 def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
@@ -790,7 +790,7 @@ FLAGS = {
         "--kl-schedule": option(
             "of the KL weight in phase 2 (linear)", "linear", choices=("linear", "cyclical", "constant")
         ),
-        "--kl-anneal-epochs": option("epochs until the weight is 1 (50)", 50, AMOUNT, "N"),
+        "--kl-anneal-epochs": option("epochs until the weight is 1 (50; best: all of phase 2)", 50.0, AMOUNT, "N"),
         "--kl-cycles": option("of the cyclical schedule (4)", 4, COUNT, "N"),
         "--kl-threshold": option("lambda, the least KL that a dimension pays in phase 2 (0.5)", 0.5, AMOUNT, "NATS"),
     },
@@ -839,6 +839,8 @@ def parse_args(argv):
         if len(values) not in (1, len(args.phase)):
             parser.error(f"--{name} has {len(values)} values for {len(args.phase)} phases")
         setattr(args, name, values * (len(args.phase) if len(values) == 1 else 1))
+    if args.kl_anneal_epochs is None:
+        args.kl_anneal_epochs = float(dict(zip(args.phase, args.epochs, strict=True)).get(2, 0))
     if 0 in args.phase and args.model != "tiny":
         parser.error(f"phase 0 makes a T5 of its own: it goes with --model tiny, not {args.model}")
     if 1 in args.phase and args.latent_dim == 0:
