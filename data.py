@@ -604,7 +604,7 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
 
 # ---------------------------------------------------------------------------------------- noise
 
-DELETION, SPANS, LATENT, POSTERIOR, PRIOR = range(5)  # what a stream of random numbers is for
+DELETION, SPANS, LATENT, POSTERIOR, PRIOR, REFINEMENT = range(6)  # what a stream of random numbers is for
 
 
 def stream(seed, epoch, index, use):

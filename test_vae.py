@@ -354,6 +354,25 @@ def test_evaluation_is_the_same_in_any_batches_and_touches_nothing(trained, corp
     assert metrics.evaluate(trained, corpus, 7, 3, thorough=True, seed=1)["rec"] != many["rec"]
 
 
+def test_refinement_lowers_the_bound_sentence_by_sentence(trained, corpus_dir):
+    corpus = data.tokenize(data.read_texts(corpus_dir, "test"), trained.tokenizer)
+    (batch,) = data.evaluation_batches(corpus, len(corpus))
+    gaps = []
+    for steps in (0, 5, 200):
+        result = metrics.evaluate(trained, corpus, 7, 50, refine=steps)
+        gaps.append(result["neg_elbo"] - result["nll_iw"])
+        assert result["refine"] == steps
+    assert gaps[0] > gaps[1] > 1.5 * gaps[2] > 0
+    assert all(p.grad is None and p.requires_grad for p in trained.parameters())
+    with torch.no_grad():
+        whole = metrics.refine_posterior(trained, batch, *trained.encode(batch.ids, batch.mask), 5)
+        one = data.make_batch(corpus, batch.index[3:4].numpy())
+        alone = metrics.refine_posterior(trained, one, *trained.encode(one.ids, one.mask), 5)
+    for a, b in zip(whole, alone, strict=True):
+        torch.testing.assert_close(a[3:4], b, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(a[4:5], b, rtol=1e-2, atol=1e-2)
+
+
 def test_a_bound_does_not_beat_the_entropy(trained):
     texts = list(islice(data.read_texts("grammar", "test"), 64))
     corpus = data.tokenize(texts, trained.tokenizer)
