@@ -84,6 +84,7 @@ def active_units(mu, threshold=0.01):
     return int((mu.double().var(0) > threshold).sum()) if len(mu) > 1 and mu.numel() else 0
 
 
+@torch.enable_grad()
 def refine_posterior(model, batch, mu, logvar, steps, seed=0):
     """mu and logvar, (B, Z) each, after gradient descent on each sentence's own -ELBO, the decoder as it is.
 
@@ -96,10 +97,9 @@ def refine_posterior(model, batch, mu, logvar, steps, seed=0):
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / steps)
         eps = next(noise).to(mu)
-        with torch.enable_grad():
-            recs = [model.rec(model.reparameterize(mu, logvar, eps=e), batch.labels) for e in (eps, -eps)]
-            neg_elbo = sum(recs) / 2 + kl_divergence(mu, logvar).sum(1)  # (B,)
-            mu.grad, logvar.grad = torch.autograd.grad(neg_elbo.sum(), (mu, logvar))
+        recs = [model.rec(model.reparameterize(mu, logvar, eps=e), batch.labels) for e in (eps, -eps)]
+        neg_elbo = sum(recs) / 2 + kl_divergence(mu, logvar).sum(1)  # (B,)
+        mu.grad, logvar.grad = torch.autograd.grad(neg_elbo.sum(), (mu, logvar))
         optimizer.step()
     return mu.detach(), logvar.detach()
 
@@ -544,7 +544,7 @@ def evaluate_run(run, config, args):
     """`evaluate` on the test split of a run folder; writes its metrics.json anew, or metrics-refined.json."""
     model, corpus = open_run(run, config, args)
     entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # else refinement would compute the LM head's gradient, too
     samples = args.iw_samples or 100
     result = evaluate(model, corpus("test"), args.batch_size, samples, True, entropy=entropy, refine=args.refine)
     path = Path(run, "metrics.json")
@@ -581,7 +581,7 @@ def parse_args(argv):
     flag("--refine", type=int, default=0, metavar="STEPS", help=text)
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flag = parser.add_mutually_exclusive_group().add_argument
-    text = "the paper's tables, re-read; RUNs go under their data set's, from metrics.json if --iw-samples is not given"
+    text = "the paper's tables, re-read; RUNs go under theirs, from metrics.json but for --iw-samples or --refine"
     flag("--paper", action="store_true", help=text)
     flag("--probe", action="store_true", help="of each factor of grammar, or of the data set's labels; no evaluation")
     flag("--plot", metavar="PNG", help="draw MI, AU, KL and PPL on the validation split against steps; no evaluation")
@@ -613,7 +613,7 @@ def main(argv=None):
                 logs[run] = [record for record in records if record["split"] == "valid"]
                 if not logs[run]:
                     raise ValueError("its log.jsonl has no record of the validation split")
-            elif args.paper and args.iw_samples is None and stored.exists():
+            elif args.paper and args.iw_samples is None and not args.refine and stored.exists():
                 results[run] = json.loads(stored.read_text())
             else:
                 results[run] = evaluate_run(run, config, args)

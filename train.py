@@ -790,7 +790,7 @@ FLAGS = {
         "--kl-schedule": option(
             "of the KL weight in phase 2 (linear)", "linear", choices=("linear", "cyclical", "constant")
         ),
-        "--kl-anneal-epochs": option("epochs until the weight is 1 (50; best: all of phase 2)", 50.0, AMOUNT, "N"),
+        "--kl-anneal-epochs": option("epochs until the weight is 1 (50; best: all of phase 2)", 50, AMOUNT, "N"),
         "--kl-cycles": option("of the cyclical schedule (4)", 4, COUNT, "N"),
         "--kl-threshold": option("lambda, the least KL that a dimension pays in phase 2 (0.5)", 0.5, AMOUNT, "NATS"),
     },
