@@ -1,43 +1,33 @@
-"""Finetune a pretrained T5 into a VAE, in the paper's two phases, after making the T5 where there is none.
+"""Finetune a pretrained T5 into a VAE, in the paper's two phases.
 
-    phase 0  a small T5 from scratch, by T5's span corruption: the checkpoint that cannot be downloaded
     phase 1  encoder warm-up: the decoder frozen, no KL in the objective (section 4)
-    phase 2  full finetuning: everything trains, rec + w(step) * KL
+    phase 2  full finetuning: everything trains, rec + w * KL, where w is the KL weight
 
-A phase is data for one loop: a model, an objective, the noise of its batches, a weight, an evaluation.
+    python train.py --dataset ptb --phase 1 2
+    python train.py                                      a demonstration: no download, a few minutes
 
-A run that ends before its time goes on with --resume, the rest of its command unchanged, and ends with the same
-weights and the same log. `torchrun --nproc_per_node=N train.py ...` trains with N processes, to the same result.
+A run is a folder, runs/<dataset>/phase<k>: config.json, log.jsonl, model/, metrics.json, samples.txt. A run that was
+cut short resumes with --resume added to its command, and ends with the same weights and the same log.
+`torchrun --nproc_per_node=N train.py ...` trains with N processes, to the same result.
 """
 
 import argparse
 import contextlib
-import fcntl
-import hashlib
 import io
-import itertools
 import json
 import math
 import os
-import platform
-import re
-import resource
 import shlex
 import signal
-import statistics
 import sys
-import tempfile
 import time
 import warnings
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import huggingface_hub
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -45,22 +35,24 @@ from tqdm import tqdm
 
 import data
 import metrics
-import vae
+from vae import POOL_LAYERS, POOLINGS, T5VAE
 
-# Defaults of the flags: what the paper says (appendix B and section 5.2; phase 0 is not the paper's), and what
-# measured best (RESULTS.md). Epochs and learning rate are those of each phase.
+# The flags' own defaults are the paper's settings (appendix B and section 5.2). `--recipe best` puts these flags, which
+# measured best (RESULTS.md), before those of the command, so that whatever the command says wins.
 RECIPES = {
-    "paper": {"epochs": {0: 10, 1: 5, 2: 3}, "lr": {0: 1e-3, 1: 1e-3, 2: 1e-3}},
-    "best": {"epochs": {0: 10, 1: 4, 2: 10}, "lr": {0: 1e-3, 1: 2e-3, 2: 2e-3}, "lr_schedule": "linear"}
-    | {"freeze_decoder": False, "kl_threshold": 0.0, "kl_anneal_epochs": None, "denoise": 0.0}  # None: all of phase 2
-    | {"batch_size": 64, "adam_eps": 1e-8},
+    "paper": "",
+    "best": "--epochs 4 10 --lr 2e-3 --lr-schedule linear --adam-eps 1e-8 --batch-size 64 --denoise 0 "
+    "--no-freeze-decoder --kl-threshold 0 --kl-target 8",
 }
-# What `python train.py` stands for: a demonstration that needs no download and a few minutes.
-DEMO = "--dataset grammar --recipe best --model tiny --phase 0 1 2 --epochs 3 2 6"
+DEMO = "--dataset grammar --recipe best --model tiny --epochs 4 6 --kl-target 10"  # what `python train.py` stands for
 
 
+# ---------------------------------------------------------------------------------------- the objective
 def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
     """w(step), the weight of the KL in phase 2, in [0, 1].
+
+    The weight rises slowly because an encoder that says little yet would pay for nothing: at full price from the
+    first step, the cheapest thing to do is to ignore z, and the decoder learns to do without it (section 2.2.1).
 
     Args:
         step: optimizer steps taken before this one.
@@ -75,799 +67,466 @@ def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
     return min(1.0, step * cycles / anneal_steps % 1 / ratio)
 
 
-# --------------------------------------------------------------------------------- objectives
+def controlled_kl_weight(weight, kl, target, anneal_steps):
+    """The KL weight of the next step, which leads the KL to `target` and holds it there; in [0, 1].
 
+    An integral controller: the weight moves by the relative error of the KL, at most by 1 / anneal_steps. Far above
+    the target that is linear annealing; at the target it rests. (Related: the minimum desired rate of Pelsmaeker & Aziz
+    2020, the controller of Shao et al. 2020.)
 
-class SpanObjective(nn.Module):
-    """Phase 0: -log p(targets | inputs) of a T5, (B,) nats, summed over a text's targets."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch, eps, weight):
-        labels, pad_id = batch.labels, self.model.config.pad_token_id
-        shifted = self.model.prepare_decoder_input_ids_from_labels(labels)  # given labels, T5 would compute a loss, too
-        out = self.model(input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=shifted)
-        nats = F.cross_entropy(out.logits.float().transpose(1, 2), labels, ignore_index=pad_id, reduction="none")
-        return {"loss": nats.sum(1), "targets": (labels != pad_id).sum(1)}  # (B, T) -> (B,)
+    Args:
+        weight, kl: of this step; kl: the mean over its batch, nats per sentence.
+        target: R, nats per sentence, above 0.
+    """
+    error = max(-1.0, min(1.0, (kl - target) / target))
+    return max(0.0, min(1.0, weight + error / max(1, anneal_steps)))
 
 
 class ELBO(nn.Module):
-    """Phases 1 and 2: rec + weight * sum_i max(threshold, KL_i), (B,) nats (Eq. 1 and 2)."""
+    """rec + weight * sum_i max(threshold, KL_i), (B,) nats, to be minimized (Eq. 1 and 2).
+
+    The threshold holds for each dimension of each sentence: below it a dimension costs the same whatever it says, so
+    nothing pushes it towards the prior (free bits).
+    """
 
     def __init__(self, model, threshold):
         super().__init__()
         self.model, self.threshold = model, threshold
 
-    def forward(self, batch, eps, weight):
+    def forward(self, batch, weight):
         mu, logvar = self.model.encode(batch.ids, batch.mask)
-        rec = self.model.rec(self.model.reparameterize(mu, logvar, eps=eps), batch.labels)
-        kl = metrics.kl_divergence(mu.float(), logvar.float())  # (B, Z)
+        rec = self.model.rec(self.model.reparameterize(mu, logvar, eps=batch.eps), batch.labels)
+        kl = metrics.kl_divergence(mu, logvar)  # (B, Z)
         # At weight 0 the KL is not in the graph: phase 1 watches it and does not train on it.
         penalty = weight * kl.clamp(min=self.threshold).sum(1) if weight else 0.0
         return {"loss": rec + penalty, "rec": rec, "kl": kl.sum(1)}
 
 
-# --------------------------------------------------------------------------------- phases
+# ---------------------------------------------------------------------------------------- a run's files
+
+# Settings that change neither weights nor records, except by rounding: a run that resumes may change them.
+INCIDENTAL = {"argv", "command", "given", "versions", "processes", "device", "out", "data_dir", "overwrite", "resume"}
+INCIDENTAL |= {"save_every", "eval_batch_size", "iw_samples"}
+VAE_FLAGS = ("latent_dim", "pooling", "pool_layers")  # a model that was saved has its own
 
 
-class Phase(NamedTuple):
-    """All that the loop needs to know of a phase."""
-
-    model: nn.Module  # what is saved, with its tokenizer
-    tokenizer: object
-    objective: nn.Module  # (batch, eps, weight) -> {"loss": (B,) nats, ...}
-    batch: object  # (corpus, index, epoch) -> Batch, with the noise of training
-    weight: object  # (step, steps_per_epoch) -> KL weight
-    evaluate: object  # (corpus, final) -> dict
-
-
-def no_kl(step, steps_per_epoch):
-    return 0.0
+def write_whole(path, write):
+    """`write(file)` into `path`, which holds all of it or what it held before, whatever happens meanwhile."""
+    beside = path.with_name(path.name + ".partial")
+    with open(beside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it gets its name
+    os.replace(beside, path)
 
 
-def make_t5(args):
-    """Phase 0: a small T5 with random weights and a vocabulary of the training text."""
-    texts = data.read_texts(args.dataset, "train", args.data_dir, args.split)
-    tokenizer = data.train_tokenizer(filter(None, texts), args.vocab_size)
-    config = transformers.T5Config(
-        vocab_size=len(tokenizer),
-        d_model=args.d_model,
-        d_kv=args.d_model // args.heads,
-        d_ff=4 * args.d_model,
-        num_layers=args.layers,
-        num_heads=args.heads,
-        dropout_rate=0.0,  # as T5 v1.1 is pretrained
-        decoder_start_token_id=tokenizer.pad_token_id,
-    )
-    model = vae.quicken(transformers.T5ForConditionalGeneration(config)).train()
-    objective = SpanObjective(model)
-    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
-    batch = partial(data.span_batch, sentinels=sentinels, eos_id=tokenizer.eos_token_id, seed=args.seed)
+def open_run(out, config, args):
+    """Take the run folder `out`: (its log, opened, and the state of its checkpoint or None).
 
-    @torch.no_grad()
-    def evaluate(corpus, final):
-        model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=args.device)
-        for whole in metrics.share(data.evaluation_batches(corpus, args.eval_batch_size)):
-            noisy = batch(corpus, whole.index.numpy(), epoch=0).to(args.device)
-            terms = objective(noisy, None, 0.0)
-            sums += torch.stack([terms["loss"].double().sum(), terms["targets"].double().sum()])
-        metrics.add_up(sums)
-        model.train()
-        return {"nats_per_target": (sums[0] / sums[1]).item(), "targets": int(sums[1])}
-
-    return Phase(model, tokenizer, objective, batch, no_kl, evaluate)
+    log.jsonl is cut to its length at the checkpoint; a new run starts with an empty one. No code in a checkpoint runs.
+    Raises ValueError where it is damaged or of another run.
+    """
+    path, saved = out / "checkpoint.pt", None
+    if args.resume and path.exists():
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged zip file or pickle leads to
+            raise ValueError(f"{path} is damaged ({type(error).__name__}): start over with --overwrite") from error
+        before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(config))
+        for name in sorted((before.keys() | now.keys()) - INCIDENTAL):
+            if before.get(name) != now.get(name):
+                was = f"{out} was started with {name} {before.get(name)!r}, not {now.get(name)!r}"
+                raise ValueError(f"{was}: --resume needs the command of the run")
+        print(f"{out} resumes from step {saved['step']}")
+    if metrics.processes()[0]:  # only the first process writes
+        return io.StringIO(), saved
+    if not saved:
+        for phase in args.phases[args.phases.index(args.phase) :]:  # those after this one would start from its model
+            for name in ("metrics.json", "checkpoint.pt"):
+                Path(run_folder(args, phase), name).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    log = open(out / "log.jsonl", "a+", buffering=1)  # noqa: SIM115  # `run_phase` closes it
+    log.truncate(saved["log_bytes"] if saved else 0)
+    return log, saved
 
 
-def make_vae(args, phase, start):
-    """Phases 1 and 2: the VAE that the directory `start` holds, or a new one around the T5 `start`."""
-    asked = {"latent_dim": args.latent_dim, "pooling": args.pool, "pool_layers": args.pool_layers}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    config = Path(start, "config.json")
-    if config.is_file() and "t5_config" in json.loads(config.read_text()):
-        model = vae.T5VAE.from_pretrained(start)
-        model.folder = None  # the card there is of the run before
-        for name, value in asked.items():
-            if value != getattr(model, name):
-                raise ValueError(f"{name} is {value!r}, but {start} has {getattr(model, name)!r}")
-    else:
-        model = vae.T5VAE.from_t5(start, **asked)
-    if model.tokenizer is None:
-        raise ValueError(f"{start} holds a model without a tokenizer")
-    model.train()
-    if phase == 1 and args.freeze_decoder:
-        model.freeze_decoder()
-    if model.latent_dim == 0:  # a language model does not encode: its encoder has nothing to learn
-        for module in (model.t5.encoder.block, model.t5.encoder.final_layer_norm, model.w_mu, model.w_logvar):
-            module.requires_grad_(False)
-    batch = partial(data.denoising_batch, denoise=args.denoise, seed=args.seed)
-    entropy = data.GRAMMAR_ENTROPY if args.dataset == "grammar" else None
-
-    def weight(step, steps_per_epoch):
-        return kl_weight(step, args.kl_schedule, args.kl_anneal_epochs * steps_per_epoch, args.kl_cycles)
-
-    def evaluate(corpus, final):
-        samples = args.iw_samples if final else 0
-        return metrics.evaluate(model, corpus, args.eval_batch_size, samples, thorough=final, entropy=entropy)
-
-    objective = ELBO(model, args.kl_threshold)
-    return Phase(model, model.tokenizer, objective, batch, weight if phase == 2 else no_kl, evaluate)
+def record(log, bar, at, split, values):
+    """A line of log.jsonl, and what of it fits on the screen."""
+    log.write(json.dumps({"step": at["step"], "split": split} | values) + "\n")
+    names = [name for name in ("rec", "kl", "kl_weight", "loss", "neg_elbo", "mi", "au") if name in values]
+    shown = ", ".join(f"{name} {values[name]:.2f}" for name in names)
+    bar.set_postfix_str(shown)
+    if split == "valid":
+        bar.write(f"step {at['step']}: {shown}", file=sys.stdout)
 
 
-def runs_folder(args):
-    """Where the folders of several phases are: runs/<dataset>, or --out if the command names several."""
-    return Path(args.out) if args.out and len(args.phase) > 1 else Path("runs", Path(args.dataset).name)
+# ---------------------------------------------------------------------------------------- the loop
+def gradient_step(objective, batch, index, count, weight, optimizer, scaler, stop, args):
+    """Backward pass and optimizer step on the texts `index` of all processes.
+
+    Args:
+        batch, count: its first `count` sentences are this process's share, 0 where there are not enough texts.
+        stop: whether this process was told to stop.
+    Returns: the mean of each term over the texts, with the gradient's norm; whether any process was told to stop.
+    Raises: FloatingPointError before a NaN or an infinity reaches the weights.
+    """
+    with metrics.autocast(args.device, args.amp):
+        terms = objective(batch, weight)
+    sums = {name: values[:count].sum().double() for name, values in terms.items()}
+    # Divided by the sentences of the whole batch. DistributedDataParallel takes the mean over processes: undone here.
+    scaler.scale(sums["loss"] * (metrics.processes()[1] / len(index))).backward()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.clip or math.inf)
+    sums["stop"] = torch.full_like(sums["loss"], float(stop))
+    numbers = metrics.sum_over_processes(torch.stack(list(sums.values())).detach() / len(index))
+    *numbers, norm = torch.cat([numbers, norm[None]]).tolist()  # the one moment in which the CPU waits for the device
+    means = dict(zip(sums, numbers, strict=True))
+    overflow = scaler.is_enabled() and not math.isfinite(norm)
+    if not math.isfinite(means["loss"]) or not (math.isfinite(norm) or overflow):
+        where = f"in the batch of texts {sorted(index.tolist())}; try a smaller --lr"
+        raise FloatingPointError(f"the loss is {means['loss']}, the norm of its gradient {norm}, {where}")
+    scaler.step(optimizer)  # does nothing where the scaled gradients overflowed, ...
+    scaler.update()  # ... and the scale is halved then
+    optimizer.zero_grad(set_to_none=True)
+    stopping = means.pop("stop") > 0
+    return means | {"grad_norm": 0.0 if overflow else norm}, stopping
+
+
+def train(objective, corpus, make_batch, next_weight, validate, args, out, log, saved=None):
+    """The training loop, of both phases, from step 0 or from the state `saved`. Returns the seconds it took.
+
+    Args:
+        objective: a module, (Batch, KL weight) -> {"loss": (B,) nats, ...: (B,)}.
+        corpus: the training texts, a `data.Corpus`.
+        make_batch: (corpus, index, epoch) -> `data.Batch`.
+        next_weight: (steps taken, KL weight of the last step, its mean terms) -> KL weight.
+        validate: () -> dict for the log, called before each epoch and after the last.
+        args: epochs, lr, batch_size, seed, lr_schedule, adam_eps, clip, amp, device, log_every, save_every.
+        out, log, saved: the run folder, and what `open_run` returns.
+    """
+    rank, world = metrics.processes()
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps, fused=True)
+    # fp16 has 5 bits of exponent: the loss is scaled up so that small gradients do not vanish, and the gradients are
+    # scaled back before the step. bf16 has the 8 bits of float32 and needs nothing.
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+    parts = {"objective": objective, "optimizer": optimizer, "scaler": scaler}
+    at = {"step": 0, "kl_weight": next_weight(0, 0.0, {}), "sums": {}, "seconds": 0.0}  # where the run is
+    if saved:
+        at = {name: saved[name] for name in at}
+        for name, part in parts.items():
+            part.load_state_dict(saved.pop(name))
+    parallel = DistributedDataParallel(objective) if world > 1 else objective
+    steps_per_epoch = math.ceil(len(corpus) / args.batch_size)
+    steps, started, saved_at, signals = args.epochs * steps_per_epoch, time.time() - at["seconds"], time.time(), []
+    for number in (signal.SIGINT, signal.SIGTERM):  # the step is finished first
+        signal.signal(number, lambda number, frame: signals.append(number))
+
+    def load(index):
+        # A process without a share computes a sentence that does not count: all must meet in the backward pass.
+        share = index[rank::world]
+        return index, len(share), make_batch(corpus, share if len(share) else index[:1], epoch).to(args.device)
+
+    with tqdm(total=steps, initial=at["step"], disable=None if rank == 0 else True) as bar:
+        for epoch in range(at["step"] // steps_per_epoch, args.epochs):
+            if at["step"] % steps_per_epoch == 0:
+                record(log, bar, at, "valid", validate())
+            order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)
+            for index, count, batch in data.prefetch(load, order[at["step"] % steps_per_epoch :]):
+                # Dropout, all that draws from torch's generator, is a function of these: no random state needs saving.
+                torch.manual_seed(int(np.random.SeedSequence([args.seed, at["step"], rank]).generate_state(1)[0]))
+                if args.lr_schedule == "linear":
+                    optimizer.param_groups[0]["lr"] = args.lr * (1 - at["step"] / steps)
+                weight, stop = at["kl_weight"], bool(signals)
+                terms, stop = gradient_step(parallel, batch, index, count, weight, optimizer, scaler, stop, args)
+                at["step"] += 1
+                at["kl_weight"] = next_weight(at["step"], weight, terms)
+                for name, mean in (terms | {"sentences": 1}).items():
+                    at["sums"][name] = at["sums"].get(name, 0.0) + mean * len(index)
+                bar.update()
+                if at["step"] % args.log_every == 0 or at["step"] == steps:
+                    sentences = at["sums"].pop("sentences")
+                    means = {name: total / sentences for name, total in at["sums"].items()}
+                    record(log, bar, at, "train", means | {"kl_weight": weight})
+                    at["sums"] = {}
+                due = stop or at["step"] % steps_per_epoch == 0 or time.time() - saved_at >= 60 * args.save_every
+                if due and rank == 0:
+                    at["seconds"], saved_at = time.time() - started, time.time()
+                    os.fsync(log.fileno())
+                    state = at | {"log_bytes": log.tell()} | {name: part.state_dict() for name, part in parts.items()}
+                    write_whole(out / "checkpoint.pt", partial(torch.save, state))
+                if stop:
+                    print("train.py: stopped by a signal; the same command with --resume resumes", file=sys.stderr)
+                    sys.exit(128 + (*signals, signal.SIGTERM)[0])  # what a shell expects
+        record(log, bar, at, "valid", validate())
+    for number in (signal.SIGINT, signal.SIGTERM):  # the last checkpoint is written: stop at once
+        signal.signal(number, signal.SIG_DFL)
+    return time.time() - started
+
+
+# ---------------------------------------------------------------------------------------- a phase
+def make_tiny_t5(args):
+    """`--model tiny`: (tokenizer, T5Config) of a small T5, with a vocabulary made from the training text."""
+    texts = filter(None, data.read_texts(args.dataset, "train", args.data_dir, args.split))
+    tokenizer = data.train_tokenizer(texts, args.vocab_size)
+    shape = {"d_model": args.d_model, "d_ff": 4 * args.d_model, "d_kv": args.d_model // args.heads}
+    shape |= {"num_heads": args.heads, "num_layers": args.layers, "dropout_rate": 0.0}  # as T5 v1.1 is pretrained
+    special = {"pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
+    return tokenizer, transformers.T5Config(vocab_size=len(tokenizer), **shape, **special)
 
 
 def run_folder(args, phase):
     """runs/<dataset>/phase<k>, or --out; with several phases --out holds a folder for each."""
-    if args.out and len(args.phase) == 1:
+    if args.out and args.phases == [phase]:
         return Path(args.out)
-    return runs_folder(args) / ("lm" if args.latent_dim == 0 and phase == 2 else f"phase{phase}")
+    parent = args.out if args.out and phase in args.phases else Path("runs", Path(args.dataset).name)
+    return Path(parent, "lm" if args.latent_dim == 0 else f"phase{phase}")
 
 
-def starting_point(args, phase):
-    """Where phase 1 or 2 gets its model: --init, or the run of the phase before, or --model."""
-    if args.init and phase == args.phase[0]:
-        return str(next((p for p in (Path(args.init, "model"), Path(args.init)) if p.is_dir()), args.init))
-    from_t5 = phase == 1 or args.latent_dim == 0  # a language model has no encoder to warm up
-    if from_t5 and args.model != "tiny":
-        return args.model
-    before = 0 if from_t5 else phase - 1
-    start = runs_folder(args) / f"phase{before}" / "model"
-    if not start.is_dir():
-        command = f"python train.py --dataset {args.dataset} --phase {before}"
-        command += f" --model {args.model}" if args.model == "tiny" else ""
-        raise FileNotFoundError(
-            f"phase {phase} starts from phase {before}, and there is no {start}: "
-            f"run `{command}` first, or name a model with --init"
-        )
-    return str(start)
+def load_model(args):
+    """The model that a phase starts from, and where it is: (T5VAE, a folder or a hub name or "tiny").
 
-
-def prepare(args, phase):
-    """What a run is made of: (Phase, {split: Corpus}, what config.json says of it)."""
-    if args.dataset != "grammar":
-        for split in data.SPLITS:  # before a model is loaded or made for them
-            data.split_path(args.dataset, split, args.data_dir)
-    torch.manual_seed(args.seed)
-    if phase == 0:
-        made = make_t5(args)
-    else:
-        start = starting_point(args, phase)
-        print(f"phase {phase} starts from {start}")
-        try:
-            made = make_vae(args, phase, start)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"model {start!r} is neither a directory here nor to be had from the hub "
-                f"({str(error).splitlines()[0]}); give --model a directory with a T5, "
-                "or make a small one: --phase 0 --model tiny"
-            ) from error
-    made.model.to(args.device)
-    corpora = {}
-    for split in data.SPLITS:
-        limit = args.limit if split == "train" else None
-        corpora[split] = corpus = data.load_corpus(
-            args.dataset, split, made.tokenizer, args.data_dir, args.max_length, limit, args.split
-        )
-        print(
-            f"{split}: {len(corpus):,} texts, {corpus.ids.size:,} tokens, "
-            f"{corpus.truncated:,} texts cut at {args.max_length}, {corpus.skipped:,} empty lines"
-        )
-    config = vars(args) | {
-        "phase": phase,
-        "phases": args.phase,
-        "command": "python train.py " + shlex.join(args.argv),
-        "processes": metrics.processes()[1],
-        "data_sha256": {split: corpus.checksum for split, corpus in corpora.items()},
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, np)}
-        | {"python": platform.python_version()},
-    }
-    if phase:
-        config["start"] = start
-        config |= {name: getattr(made.model, name) for name in ("latent_dim", "pooling", "pool_layers")}
-    return made, corpora, config
-
-
-# --------------------------------------------------------------------------------- the run folder
-
-
-def write_whole(path, content):
-    """Write `content` (bytes) so that `path` holds all of it or what it held before, whatever happens meanwhile."""
-    beside = path.with_name(path.name + ".partial")
+    It is that of --init, or of --model for phase 1 and language models, or that of the run of phase 1.
+    Raises ValueError where there is no such model, or where a flag that was given contradicts the run that made it.
+    """
+    start = args.model if args.phase == 1 or args.latent_dim == 0 else str(run_folder(args, 1))
+    start = args.init if args.init and args.phase == args.phases[0] else start
+    asked = {name: getattr(args, name) for name in VAE_FLAGS if name in args.given}
+    config = Path(start, "config.json")
+    made = json.loads(config.read_text()) if config.is_file() else {}
     try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        beside.unlink(missing_ok=True)  # a full disk needs the room
-        raise
-    os.replace(beside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
-def write_json(path, values):
-    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def checkpoints(out):
-    return sorted(out.glob("checkpoint-*"))  # oldest first: the step stands first in the name
-
-
-def save_checkpoint(out, state, previous=None):
-    """Write `out`/checkpoint-<step>-<sha256>.pt; of the others keep only the `previous` one. Returns its path."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getbuffer()
-    path = out / f"checkpoint-{state['step']:09d}-{hashlib.sha256(content).hexdigest()}.pt"
-    write_whole(path, content)
-    for other in checkpoints(out):
-        if other not in (path, previous):
-            other.unlink()
-    return path
-
-
-def load_checkpoint(out):
-    """(path, state) of the newest checkpoint that is what its name says, or (None, None). Warns of the others."""
-    for path in reversed(checkpoints(out)):
-        content = path.read_bytes()
-        if path.suffix == ".pt" and path.stem.endswith(hashlib.sha256(content).hexdigest()):
-            return path, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if metrics.processes()[0] == 0:
-            print(f"train.py: {path} is incomplete or damaged: ignored", file=sys.stderr)
-    return None, None
-
-
-def folders_from(args, phase):
-    """The run folders of a phase and of those after it."""
-    return [run_folder(args, later) for later in args.phase[args.phase.index(phase) :]]
-
-
-def check_folders(args, phase):
-    """Raises FileExistsError where a run would be overwritten that nobody said to overwrite."""
-    for out in () if args.overwrite or args.resume else folders_from(args, phase):
-        if (out / "metrics.json").exists():
-            raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
-        if checkpoints(out):
-            raise FileExistsError(f"{out} holds an unfinished run: go on with --resume, or --overwrite")
-
-
-def open_run(args, out, config):
-    """Take the folder `out` for this process: (its log, checkpoint as `load_checkpoint` has it).
-
-    log.jsonl is the lock, too. It is cut where the checkpoint was made; a new run starts with an empty one.
-    Raises ValueError where the checkpoint is of another run, BlockingIOError where another process trains into `out`.
-    """
-    if metrics.processes()[0]:  # the first process alone writes
-        return io.StringIO(), *(load_checkpoint(out) if args.resume else (None, None))
-    out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl", "a+", buffering=1)  # noqa: SIM115  # open, and so locked, until the run ends
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BlockingIOError(f"another process trains into {out}") from None
-    check_folders(args, config["phase"])  # once more: until now it was another's
-    path, saved = load_checkpoint(out) if args.resume else (None, None)
-    if saved:
-        before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(config))
-        for name in sorted((before.keys() | now.keys()) - set(metrics.INCIDENTAL)):
-            if before.get(name) != now.get(name):
-                raise ValueError(
-                    f"{out} was started with {name} {before.get(name)!r}, not {now.get(name)!r}: "
-                    "--resume goes with the command of the run"
-                )
-        if saved["log_bytes"] > log.seek(0, os.SEEK_END):
-            raise ValueError(f"{out}/log.jsonl is shorter than it was at {path.name}")
-        print(f"{out} goes on from step {saved['step']}")
-    else:
-        for folder in folders_from(args, config["phase"]) if args.overwrite else ():  # all that follows is void
-            for file in (folder / "metrics.json", *checkpoints(folder)):
-                file.unlink(missing_ok=True)
-        write_json(out / "config.json", config)
-    log.truncate(saved["log_bytes"] if saved else 0)
-    return log, path, saved
-
-
-class Stop:
-    """SIGTERM and Ctrl-C end the program with 128 + their number, as a shell expects; while `hold`, they wait."""
-
-    hold, number = False, 0
-
-    def __call__(self, number, frame):
-        self.number = number
-        if not self.hold:
-            sys.exit(128 + number)
-
-    def release(self, stopping):
-        """The end of a step, and of the program where it has to: of several processes all or none (`stopping`)."""
-        self.hold = False
-        if stopping or (self.number and metrics.processes()[1] == 1):
-            sys.exit(128 + (self.number or signal.SIGTERM))
-
-    @contextlib.contextmanager
-    def saving(self, save):
-        """Call `save` before the program ends by a signal."""
-        try:
-            yield
-        except SystemExit:
-            self.hold = True
-            save()
-            raise
-        finally:
-            self.hold = False
-
-
-stop = Stop()
-
-
-# --------------------------------------------------------------------------------- the loop
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of --amp
-PLACE = ("step", "sums", "log_bytes", "seconds")  # where a run is, beside its weights
-SHOWN = ("nats_per_target", "rec", "kl", "neg_elbo", "ppl_word", "mi", "au")
-
-
-def backward(phase, objective, corpus, index, epoch, weight, scaler, args):
-    """Gradients of the mean loss over the texts `index`, the batch of all processes, in micro-batches.
-
-    Returns the sum of each term over the whole batch, {name: float}, and whether any process shall stop.
-    """
-    half = HALF.get(args.amp)
-    rank, world = metrics.processes()
-    sums = defaultdict(float)
-    for i in range(args.grad_accum):
-        share = index[rank::world][i :: args.grad_accum]
-        # A process without a share computes a sentence that does not count: all meet in the backward pass.
-        batch = phase.batch(corpus, share if len(share) else index[:1], epoch=epoch).to(args.device)
-        latent_dim = getattr(phase.model, "latent_dim", 0)
-        eps = next(data.latent_noise(latent_dim, args.seed, epoch, batch.index)).to(args.device)
-        more = world > 1 and i + 1 < args.grad_accum
-        with objective.no_sync() if more else contextlib.nullcontext():
-            with torch.autocast(args.device, half) if half else contextlib.nullcontext():
-                terms = objective(batch, eps, weight)
-            terms["sentences"] = torch.ones_like(terms["loss"])
-            terms = {name: values[: len(share)].sum() for name, values in terms.items()}
-            # Divided by the sentences of the whole batch. DistributedDataParallel takes the mean of the processes.
-            scaler.scale(terms["loss"] * (world / len(index))).backward()
-        for name, value in terms.items():
-            sums[name] += value.detach().double()
-    sums["stop"] = torch.tensor(float(stop.number > 0), device=args.device, dtype=torch.float64)
-    total = metrics.add_up(torch.stack(list(sums.values()))).tolist()
-    sums = dict(zip(sums, total, strict=True))
-    return sums, sums.pop("stop") > 0
-
-
-def seed_dropout(seed, step, rank):
-    """Makes dropout, all that draws from torch's generator, a function of these: there is no random state to keep."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
-
-
-def make_optimizer(model, lr, args):
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.999), eps=args.adam_eps, fused=True)
-    return optimizer, torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
-
-
-def update(optimizer, scaler, lr, clip, loss, where):
-    """Clip the gradients and take a step; returns their norm, None where a scaler skips the step for it.
-
-    Raises FloatingPointError before a NaN or an infinity reaches the weights, and names the batch with `where`.
-    """
-    (group,) = optimizer.param_groups
-    group["lr"] = lr
-    scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(group["params"], clip).item()
-    if not (math.isfinite(loss) and (math.isfinite(grad_norm) or scaler.is_enabled())):
-        raise FloatingPointError(f"the loss is {loss}, its gradient's norm {grad_norm}, at {where}; try a smaller --lr")
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return grad_norm if math.isfinite(grad_norm) else None
-
-
-def train(phase, corpora, epochs, lr, args, out, log, last=None, saved=None):
-    """The loop, for all phases, from step 0 or from what the checkpoint `last` has `saved`. Returns the seconds."""
-    rank, world = metrics.processes()
-    optimizer, scaler = make_optimizer(phase.model, lr, args)
-    parts = {"model": phase.model, "optimizer": optimizer, "scaler": scaler}
-    for name, part in parts.items() if saved else ():
-        part.load_state_dict(saved.pop(name))
-    objective = DistributedDataParallel(phase.objective) if world > 1 else phase.objective
-    step, sums, log_bytes, seconds = [saved[k] for k in PLACE] if saved else (0, {}, 0, 0.0)  # sums: since a record
-    steps_per_epoch = math.ceil(len(corpora["train"]) / args.batch_size)
-    steps, started, saved_at = epochs * steps_per_epoch, time.time() - seconds, time.time()
-
-    def record(**values):
-        log.write(json.dumps({"step": step, "epoch": max(0, step - 1) // steps_per_epoch} | values) + "\n")
-
-    def validate():
-        measured = phase.evaluate(corpora["valid"], False)
-        record(split="valid", **measured)
-        shown = (f"{k} {measured[k]:.2f}" for k in SHOWN if measured.get(k) is not None)
-        bar.write(f"step {step}, epoch {step / steps_per_epoch:g}, valid: {'  '.join(shown)}", file=sys.stdout)
-
-    def save():
-        nonlocal last, saved_at
-        if rank == 0 and not (last and f"-{step:09d}-" in last.name):
-            os.fsync(log.fileno())
-            place = dict(zip(PLACE, (step, sums, log_bytes, time.time() - started), strict=True))
-            last = save_checkpoint(out, place | {name: part.state_dict() for name, part in parts.items()}, last)
-            saved_at = time.time()
-
-    with tqdm(total=steps, initial=step, disable=None if rank == 0 else True) as bar, stop.saving(save):
-        for epoch in range(step // steps_per_epoch, epochs):
-            order = data.epoch_order(corpora["train"].lengths, args.batch_size, args.seed, epoch)
-            for index in order[step % steps_per_epoch :]:
-                if step % steps_per_epoch == 0:
-                    validate()
-                stop.hold = True  # until the step is whole
-                seed_dropout(args.seed, step, rank)
-                weight = phase.weight(step, steps_per_epoch)
-                terms, stopping = backward(phase, objective, corpora["train"], index, epoch, weight, scaler, args)
-                rate = lr * (1 - step / steps if args.lr_schedule == "linear" else 1)
-                where = f"step {step}, in the batch of texts {sorted(index.tolist())}"
-                grad_norm = update(optimizer, scaler, rate, args.clip, terms["loss"] / terms["sentences"], where)
-                step += 1
-                bar.update()
-                sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
-                if step % args.log_every == 0 or step == steps:
-                    sentences = sums.pop("sentences")
-                    means = {name: value / sentences for name, value in sums.items()}
-                    record(split="train", **means, kl_weight=weight, grad_norm=grad_norm)
-                    bar.set_postfix({name: f"{value:.2f}" for name, value in means.items()})
-                    sums = {}
-                log_bytes = log.tell()
-                if step == steps or time.time() - saved_at >= 60 * args.save_every:
-                    save()
-                stop.release(stopping)
-        validate()
-    return time.time() - started
-
-
-def show(model, corpus, device, count=3):
-    """Lines of text: reconstructions, samples from the prior, and an interpolation."""
-    model.eval()
-    decode = partial(model.decode_texts, max_new_tokens=int(corpus.lengths.max()))
-    batch = data.make_batch(corpus, np.arange(min(count, len(corpus)))).to(device)
-    with torch.no_grad():
-        mu, _ = model.encode(batch.ids, batch.mask)
-    lines = []
-    texts = model.tokenizer.batch_decode(batch.labels, skip_special_tokens=True)
-    for text, again in zip(texts, decode(mu), strict=True):
-        lines += [f"text           {text}", f"reconstructed  {again}"]
-    lines += [
-        f"sampled        {text}"
-        for text in decode(next(data.latent_noise(model.latent_dim, 0, 0, batch.index, data.PRIOR)))
-    ]
-    path = torch.lerp(mu[:1], mu[-1:], torch.linspace(0, 1, 5, device=device)[:, None])
-    return lines + [f"interpolated   {text}" for text in decode(path)]
-
-
-def finish(made, corpora, args, phase, out, seconds):
-    """The model, what it measures on the test split, and samples; with metrics.json the run is finished."""
-    rank, world = metrics.processes()
-    if rank == 0:
-        made.model.save_pretrained(out / "model")
-        made.tokenizer.save_pretrained(out / "model")
-    result = made.evaluate(corpora["test"], True) | {"train_seconds": round(seconds, 1)}
-    if rank == 0:
-        if phase:
-            print(metrics.format_table({str(out): result}))
-            lines = show(made.model, corpora["test"], args.device)
-            (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            print(*lines, sep="\n")
+        if start == "tiny":
+            tokenizer, t5_config = make_tiny_t5(args)
+            model = T5VAE(t5_config.to_dict(), **asked)
+            model.tokenizer = tokenizer
+        elif made.keys() & {"phase", "t5_config"}:  # a run folder, or the model in it
+            model = T5VAE.from_pretrained(start)
         else:
-            print(f"{out}: {result['nats_per_target']:.3f} nats a target token on the test split")
-        for file in (out / "model").iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        write_json(out / "metrics.json", result)
-        if phase:
-            made.model.generate_model_card(out).save(out / "model" / "README.md")
-        for path in checkpoints(out):
-            path.unlink()
-    if world > 1:
-        distributed.barrier()  # the next phase reads what the first process wrote
+            model = T5VAE.from_t5(start, **asked)
+    except OSError as error:
+        why = f"is neither a folder with a model nor available from the hub ({str(error).splitlines()[0]})"
+        hint = "run phase 1 first" if args.phase == 2 else "take a folder with a T5, or --model tiny"
+        raise ValueError(
+            f"phase {args.phase} starts from {start}, which {why}: {hint}, or name it with --init"
+        ) from error
+    made |= {name: getattr(model, name) for name in VAE_FLAGS}
+    judged = {*VAE_FLAGS, "model", "d_model", "layers", "heads", "vocab_size"} | (
+        {"dataset"} if not args.init else set()
+    )
+    for name in sorted(judged & set(args.given) & made.keys()):
+        if Path(str(made[name])).resolve() != Path(str(value := getattr(args, name))).resolve():
+            raise ValueError(f"{name} is {value!r}, but {start} was made with {made[name]!r}")
+    return model, start
 
 
-def run_phase(args, phase, epochs, lr):
-    out = run_folder(args, phase)
+def samples(model, corpus, count=3):
+    """Lines of text: reconstructions (of a language model, none), then samples from the prior."""
+    write = partial(model.eval().decode_texts, max_new_tokens=int(corpus.lengths.max()))
+    if model.latent_dim == 0:
+        torch.manual_seed(0)
+        return [f"sampled        {text}" for text in write(torch.zeros(2 * count, 0), do_sample=True, top_k=0)]
+    texts = [model.tokenizer.decode(corpus.row(i), skip_special_tokens=True) for i in range(min(count, len(corpus)))]
+    pairs = zip(texts, write(model.encode_texts(texts)[0]), strict=True)
+    lines = [line for text, output in pairs for line in (f"text           {text}", f"reconstructed  {output}")]
+    prior = next(data.latent_noise(model.latent_dim, 0, 0, np.arange(count), data.PRIOR))
+    return lines + [f"sampled        {text}" for text in write(prior)]
+
+
+def finish(model, measured, corpus, args, out):
+    """Print and write what the run measured; with metrics.json it is finished, and its checkpoint goes."""
+    for name, value in measured.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FloatingPointError(f"{name} of the test split is {value}")
+    print(metrics.format_table({str(out): measured}))
+    if args.kl_target and measured["iw_samples"] and abs(measured["kl"] / args.kl_target - 1) > 0.1:
+        print(f"warning: asked for a KL of {args.kl_target:g} nats per sentence, got {measured['kl']:.2f}")
+    lines = samples(model, corpus)
+    (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(*lines, sep="\n")
+    write_whole(out / "metrics.json", lambda file: file.write((json.dumps(measured, indent=2) + "\n").encode()))
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def run_phase(args, transform):
+    """Train and evaluate one phase in its run folder; `args` are its own, with one `phase`, `epochs` and `lr`."""
+    out, rank = run_folder(args, args.phase), metrics.processes()[0]
     if args.resume and (out / "metrics.json").exists():
         print(f"{out} is finished")
         return
-    try:
-        check_folders(args, phase)
-        made, corpora, config = prepare(args, phase)
-        log, last, saved = open_run(args, out, config)
-    except (OSError, ValueError) as error:
-        sys.exit(f"train.py: {error}")
-    trained, total = (sum(p.numel() for p in made.model.parameters() if p.requires_grad or every) for every in (0, 1))
-    print(f"trains {trained:,} of {total:,} parameters")
-    try:
-        with log:
-            seconds = train(made, corpora, epochs, lr, args, out, log, last, saved)
-            finish(made, corpora, args, phase, out, seconds)
-    except (FloatingPointError, OSError) as error:
-        left = [path.name for path in checkpoints(out) if path.suffix == ".pt"]
-        sys.exit(f"train.py: {error}; {f'{left[-1]} is there to --resume from' if left else 'no checkpoint yet'}")
+    for split in data.SPLITS if args.dataset != "grammar" else ():  # a missing file is noticed before a model is made
+        data.split_path(args.dataset, split, args.data_dir)
+    torch.manual_seed(args.seed)
+    model, start = load_model(args)
+    corpora = {}
+    for split, limit in zip(data.SPLITS, (args.limit, None, None), strict=True):
+        rest = args.data_dir, args.max_length, limit, args.split
+        corpora[split] = corpus = data.load_corpus(args.dataset, split, model.tokenizer, *rest)
+        cut = f"{corpus.truncated:,} texts cut at {args.max_length}, {corpus.skipped:,} empty lines"
+        print(f"{split}: {len(corpus):,} texts, {corpus.ids.size:,} tokens, {cut}")
+    sha256 = {split: corpus.sha256 for split, corpus in corpora.items()}
+    config = vars(args) | {name: getattr(model, name) for name in VAE_FLAGS}
+    config |= {"start": start, "data_sha256": sha256, "processes": metrics.processes()[1]}
+    config["command"] = "python train.py " + shlex.join(args.argv)
+    config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+
+    model.train().to(args.device)
+    if args.phase == 1 and args.freeze_decoder:
+        model.freeze_decoder()
+    if model.latent_dim == 0:  # a language model does not encode: its encoder has nothing to learn
+        for module in (model.t5.encoder.block, model.t5.encoder.final_layer_norm, model.w_mu, model.w_logvar):
+            module.requires_grad_(False)
+    if transform:
+        transform(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"phase {args.phase} starts from {start}, trains {trained:,} parameters, amp {args.amp}")
+    entropy = data.GRAMMAR_ENTROPY if args.dataset == "grammar" else None
+    evaluate = partial(metrics.evaluate, model, batch_size=args.eval_batch_size, entropy=entropy)
+    make_batch = partial(data.training_batch, denoise=args.denoise, latent_dim=model.latent_dim, seed=args.seed)
+    anneal_steps = args.kl_anneal_epochs * math.ceil(len(corpora["train"]) / args.batch_size)
+
+    def next_weight(step, weight, terms):
+        if args.phase == 1:
+            return 0.0
+        if args.kl_target:
+            return controlled_kl_weight(weight, terms["kl"], args.kl_target, anneal_steps) if terms else 0.0
+        return kl_weight(step, args.kl_schedule, anneal_steps, args.kl_cycles)
+
+    log, saved = open_run(out, config, args)
+    validate, objective = partial(evaluate, corpora["valid"]), ELBO(model, args.kl_threshold)
+    with log:
+        seconds = train(objective, corpora["train"], make_batch, next_weight, validate, args, out, log, saved)
+    if rank == 0:
+        model.save_pretrained(out / "model")
+    # Importance weighting measures a density, which phase 1 does not train: there it takes a request.
+    iw_samples = args.iw_samples if args.phase == 2 or "iw_samples" in args.given else 0
+    measured = evaluate(corpora["test"], iw_samples=iw_samples, thorough=True) | {"train_seconds": round(seconds, 1)}
+    if rank == 0:
+        finish(model, measured, corpora["test"], args, out)
+    if distributed.is_initialized():
+        distributed.barrier()  # the next phase reads what the first process wrote
 
 
-# --------------------------------------------------------------------------------- the benchmark
+# ---------------------------------------------------------------------------------------- command line
 
 
-def flops_needed(model, read, written, trains):
-    """FLOPs of the matrix products for texts of which `read` and `written` tokens, (B,) each, are real.
+def at_least(low, kind=int, below=math.inf):
+    """An argparse type: a number of `kind` in [low, below)."""
 
-    Forward and, if it `trains`, back through the activations and to the weights that train. A multiply-add is two.
-    """
-    t5 = getattr(model, "t5", model)
-    literal = t5 is model  # phase 0: its decoder attends to all that the encoder read
-    read = read * (getattr(model, "latent_dim", 1) > 0)  # a language model has nothing to encode
-    flops = 0
-    for name, part in model.named_modules():
-        if isinstance(part, nn.Linear):
-            rows = read if re.search(r"encoder\.|EncDecAttention\.[kv]$", name) else written
-            if re.search(r"^w_|layer\.1\.o$", name):  # a latent, and what it adds to a layer: one row a text
-                rows = torch.ones_like(written)
-            # Back to what trains before it; before the decoder's first layer that is at most the embeddings.
-            back = t5.shared.weight.requires_grad or not re.search(r"decoder\.block\.0\.layer\.0\.", name)
-            flops += 2 * int(rows.sum()) * part.weight.numel() * (1 + trains * (back + part.weight.requires_grad))
-    scores = len(t5.encoder.block) * read**2
-    scores += len(t5.decoder.block) * (written * (written + 1) // 2 + literal * read * written)
-    return flops + 4 * int(scores.sum()) * t5.config.num_heads * t5.config.d_kv * (1 + 2 * trains)
+    def number(text):
+        if low <= (value := kind(text)) < below:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+
+    return number
 
 
-def clock(work, *inputs):
-    """(seconds, result) of work(*inputs)."""
-    start = time.perf_counter()
-    result = work(*inputs)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
-
-
-def matmul_rates(args):
-    """FLOP/s of a product of 2048 x 2048 matrices, PyTorch's own and `vae.multiply`'s: the best of 7."""
-    a = torch.randn(2048, 2048, device=args.device, dtype=HALF.get(args.amp, torch.float32))
-    times = ([clock(product, a, a)[0] for _ in range(8)][1:] for product in (torch.matmul, vae.multiply))
-    return [2 * 2048**3 / min(seconds) for seconds in times]
-
-
-def peak_memory(args):
-    """Bytes: the GPU's, or of the process, all libraries included."""
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def prepare_benchmark(args, phase):
-    """`prepare`, from --init or --model itself, where `tiny` has random weights: no run need have been before."""
-    with tempfile.TemporaryDirectory() as folder:
-        if phase and args.model == "tiny" and not args.init:
-            tiny = make_t5(args)
-            tiny.model.save_pretrained(folder)
-            tiny.tokenizer.save_pretrained(folder)
-        start = args.init or (folder if args.model == "tiny" else args.model)
-        return prepare(argparse.Namespace(**vars(args) | {"phase": [phase], "init": start}), phase)
-
-
-def plain_t5(t5):
-    """An objective: the mean loss of T5 as transformers has it, of the shape of `t5`, with random weights."""
-    plain = type(t5)(t5.config).to(t5.device).train()
-
-    def objective(batch, eps, weight):
-        labels = batch.labels.masked_fill(batch.labels == t5.config.pad_token_id, -100)
-        loss = plain(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss
-        return {"loss": loss.expand(len(labels))}
-
-    return plain, objective
-
-
-def lengths(pad_id, *batches):
-    """(n,) tokens read and written, and the positions that they take with their padding."""
-    read = torch.cat([b.mask.sum(1) for b in batches])
-    written = torch.cat([(b.labels != pad_id).sum(1) for b in batches])
-    return read, written, sum(b.ids.numel() + b.labels.numel() for b in batches)
-
-
-def cost_row(name, model, rates, costs, trains=False):
-    """A row of the benchmark's table, from (seconds, *lengths) of each time; the first does not count."""
-    each = []
-    for seconds, read, written, positions in costs[1:]:
-        flops, tokens = flops_needed(model, read, written, trains), int(written.sum())
-        padding = 100 - 100 * (int(read.sum()) + tokens) / positions
-        shares = (100 * flops / seconds / rate for rate in rates)
-        each.append((len(read) / seconds, tokens / seconds, *shares, padding, flops / 1e9))
-    return [name, *(f"{statistics.median(x):,.1f} ({min(x):,.1f}-{max(x):,.1f})" for x in zip(*each, strict=True))]
-
-
-def benchmark(args, phase, repeats=7):
-    """Print what a step, an evaluation and 64 generated texts cost: `repeats` times each, after a warm-up."""
-    try:
-        made, corpora, _ = prepare_benchmark(args, phase)
-    except (OSError, ValueError) as error:
-        sys.exit(f"train.py: {error}")
-    model, corpus, pad_id = made.model, corpora["train"], made.tokenizer.pad_token_id
-    rates = matmul_rates(args)
-
-    def step(index, objective, optimizer, scaler):
-        terms, _ = backward(made, objective, corpus, index, 0, float(phase == 2), scaler, args)
-        update(optimizer, scaler, 0.0, args.clip, terms["loss"] / terms["sentences"], "the benchmark")
-
-    ours, costs = (made.objective, *make_optimizer(model, 0.0, args)), []
-    order = itertools.cycle(data.epoch_order(corpus.lengths, args.batch_size, args.seed, 0))
-    order = list(itertools.islice(order, repeats + 1))
-    for index in order:
-        costs.append((clock(step, index, *ours)[0], *lengths(pad_id, made.batch(corpus, index, epoch=0))))
-    rows, memory = [cost_row("training", model, rates, costs, trains=True)], peak_memory(args)
-
-    batches, costs = list(data.evaluation_batches(corpora["valid"], args.eval_batch_size)), []
-    for i in range(repeats + 1):  # batches of all lengths, with the padding of the whole split
-        some = batches[i % len(batches) :: max(repeats + 1, len(batches) // 8)]
-        part = corpora["valid"].take(torch.cat([batch.index for batch in some]).numpy())
-        costs.append((clock(made.evaluate, part, False)[0], *lengths(pad_id, *some)))
-    rows.append(cost_row("evaluation", model, rates, costs))
-
-    tokens, costs = round(corpus.lengths.mean()), []  # the mean text
-    for _ in range(repeats + 1 if phase else 0):
-        z = torch.randn(64, model.latent_dim, device=args.device)
-        seconds, ids = clock(partial(model.eval().generate, max_new_tokens=tokens), z)
-        ended = (ids[:, 1:] == made.tokenizer.eos_token_id).cumsum(1).roll(1, 1)  # before this token
-        ended[:, 0] = 0
-        written = (ended == 0).sum(1).cpu()
-        costs.append((seconds, torch.zeros_like(written), written, ended.numel()))
-    rows += [cost_row(f"generation, {tokens} tokens", model, rates, costs)] if phase else []
-
-    model.train()
-    plain, objective = plain_t5(getattr(model, "t5", model))
-    theirs = objective, torch.optim.AdamW(plain.parameters()), ours[2]
-    ratios = [clock(step, index, *theirs)[0] / clock(step, index, *ours)[0] for index in order][1:]
-    heads = ["median (min-max)", "texts/s", "tokens/s", "% of a @ b", "% of multiply", "% padding", "GFLOP needed"]
-    print(metrics.align([heads, *rows]))
-    print("a @ b: {:,.0f} GFLOP/s, multiply: {:,.0f}".format(*(rate / 1e9 for rate in rates)), end=", ")
-    print(f"{torch.get_num_threads()} CPU threads; peak memory of training: {memory / 1e6:,.0f} MB")
-    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-    print(f"a plain transformers T5 step on the same batch takes {ratio} times as long")
-
-
-# --------------------------------------------------------------------------------- command line
-
-
-def option(text, default=None, kind=None, metavar=None, **more):
-    """The arguments of add_argument for a flag with a value."""
-    return {"help": text, "default": default, "type": kind, "metavar": metavar} | more
-
-
-def switch(text, action="store_true", **more):
-    return {"help": text, "action": action} | more
-
-
-OWN = "your own: a directory with train.txt, valid.txt and test.txt, or a file"
-COUNT, AMOUNT = vae.at_least(1), vae.at_least(0, float)
-FLAGS = {
-    "data": {
-        "--dataset": option(f"{', '.join(data.DATASETS)}, or {OWN}", metavar="NAME|DIR", required=True),
-        "--split": option(
-            "shares of train, valid and test of a --dataset that is one file (0.9,0.05,0.05)",
-            data.SHARES,
-            data.parse_shares,
-            "A,B,C",
-        ),
-        "--data-dir": option("where the folders of named data sets live (data)", "data", metavar="DIR"),
-        "--limit": option("first N training texts only", None, COUNT, "N"),
-        "--max-length": option("texts are cut here, </s> included (256)", 256, vae.at_least(2), "TOKENS"),
-        "--denoise": option("share of tokens deleted from the encoder's input in training (0.15)", 0.15, float, "P"),
-    },
-    "model": {
-        "--model": option("T5 to start from: hub name, directory, or tiny: phase 0's (t5-small)", "t5-small"),
-        "--latent-dim": option("dimensions of z (32, or those of the model started from)", None, COUNT, "Z"),
-        "--no-latent": switch("language model: no z, the same decoder", "store_const", dest="latent_dim", const=0),
-        "--pool": option("how a sentence's states become one (max)", choices=vae.POOLINGS),
-        "--pool-layers": option(
-            "the encoder's output, or the outputs of all its layers (last)", choices=vae.POOL_LAYERS
-        ),
-    },
-    "model of phase 0": {
-        "--d-model": option("width (128); feed-forward layers are four times as wide", 128, COUNT),
-        "--layers": option("encoder layers, and as many decoder layers (2)", 2, COUNT),
-        "--heads": option("attention heads (4)", 4, COUNT),
-        "--vocab-size": option("sentencepiece vocabulary, at most (4000)", 4000, COUNT),
-    },
-    "phases": {
-        "--recipe": option(
-            "defaults of all flags: the paper's, or the best measured (paper)", "paper", choices=RECIPES
-        ),
-        "--phase": option("one or several, run in this order (1 2)", [1, 2], int, nargs="+", choices=(0, 1, 2)),
-        "--epochs": option("of each phase named (0: 10, 1: 5, 2: 3)", None, vae.at_least(0), "N", nargs="+"),
-        "--init": option("model that the first phase named starts from (the phase before)", metavar="RUN|DIR"),
-        "--freeze-decoder": switch("in phase 1 (yes)", argparse.BooleanOptionalAction, default=True),
-        "--kl-schedule": option(
-            "of the KL weight in phase 2 (linear)", "linear", choices=("linear", "cyclical", "constant")
-        ),
-        "--kl-anneal-epochs": option("epochs until the weight is 1 (50; best: all of phase 2)", 50, AMOUNT, "N"),
-        "--kl-cycles": option("of the cyclical schedule (4)", 4, COUNT, "N"),
-        "--kl-threshold": option("lambda, the least KL that a dimension pays in phase 2 (0.5)", 0.5, AMOUNT, "NATS"),
-    },
-    "optimization": {
-        "--batch-size": option("sentences a step, of all processes together (32)", 32, COUNT, "N"),
-        "--grad-accum": option("parts of a batch, computed one after the other (1)", 1, COUNT, "N"),
-        "--lr": option("AdamW's learning rate, of each phase named (1e-3)", None, AMOUNT, nargs="+"),
-        "--lr-schedule": option("linear: to 0 at the end (constant)", "constant", choices=("constant", "linear")),
-        "--adam-eps": option("AdamW's epsilon (1e-3)", 1e-3, AMOUNT),
-        "--clip": option("largest gradient norm, nats a sentence (100)", 100.0, AMOUNT, "NORM"),
-        "--amp": option("mixed precision (bf16 on a GPU, off on a CPU)", choices=("bf16", "fp16", "off")),
-    },
-    "run": {
-        "--out": option("run folder (runs/<dataset>/phase<k>); with several phases, the one of theirs", metavar="DIR"),
-        "--overwrite": switch("begin anew what that folder holds"),
-        "--resume": switch("go on from the last checkpoint in that folder, or begin where there is none"),
-        "--save-every": option("between checkpoints; 0: each step (10)", 10.0, AMOUNT, "MINUTES"),
-        "--seed": option("of everything random (0)", 0, vae.at_least(0)),
-        "--device": option(
-            "cuda where there is one", "cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
-        ),
-        "--benchmark": switch("print what a step, an evaluation and generating cost, and write no run"),
-        "--log-every": option("steps a training record (20)", 20, COUNT, "STEPS"),
-        "--eval-batch-size": option("sentences (64); no number depends on it", 64, COUNT, "N"),
-        "--iw-samples": option("of the importance-weighted NLL on the test split (100)", 100, COUNT, "K"),
-    },
-}
-
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Without --dataset, the demonstration: python train.py {DEMO}",
+def make_parser():
+    """The flags of train.py. Their defaults are those of `--recipe paper`."""
+    about = f"{__doc__.splitlines()[0]} Without flags, the demonstration: python train.py {DEMO}"
+    style, usage = argparse.ArgumentDefaultsHelpFormatter, "python train.py --dataset NAME|DIR [flags]"
+    parser = argparse.ArgumentParser(usage=usage, description=about, formatter_class=style)
+    flag, count, amount = parser.add_argument, at_least(1), at_least(0, float)
+    shares = lambda text: tuple(map(float, text.split(",")))  # noqa: E731
+    own = "your own: a folder with train.txt, valid.txt and test.txt, or one file"
+    flag("--dataset", metavar="NAME|DIR", help=f"one of {', '.join(data.DATASETS)}, or {own}")
+    flag("--split", type=shares, default=data.SHARES, metavar="A,B,C", help="shares of train, valid, test in one file")
+    flag("--data-dir", default="data", metavar="DIR", help="where the folders of named data sets are")
+    flag("--limit", type=count, metavar="N", help="train on the first N texts only")
+    flag("--max-length", type=at_least(2), default=256, metavar="TOKENS", help="texts are cut here, </s> included")
+    flag("--denoise", type=at_least(0, float, 1), default=0.15, metavar="P", help="share of input tokens deleted")
+    flag("--model", default="t5-small", help="hub name or folder of a T5, or tiny: a small one with random weights")
+    flag("--latent-dim", type=count, default=32, metavar="Z", help="dimensions of z")
+    flag(
+        "--no-latent", action="store_const", dest="latent_dim", const=0, help="a language model: the decoder without z"
     )
-    for group, flags in FLAGS.items():
-        add = parser.add_argument_group(group).add_argument
-        for flag, arguments in flags.items():
-            add(flag, **arguments)
-    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].recipe])
-    args = parser.parse_args(argv)
+    flag("--pool", dest="pooling", choices=POOLINGS, default="max", help="how a sentence's states become one")
+    flag("--pool-layers", choices=POOL_LAYERS, default="last", help="pool the encoder's output, or all its layers")
+    flag("--d-model", type=count, default=128, metavar="D", help="width of tiny; its feed-forward layers have 4 D")
+    flag("--layers", type=count, default=2, metavar="L", help="encoder layers of tiny, and decoder layers")
+    flag("--heads", type=count, default=4, metavar="A", help="attention heads of tiny; they divide D")
+    flag("--vocab-size", type=count, default=4000, metavar="V", help="largest vocabulary of tiny")
+    flag("--recipe", choices=RECIPES, default="paper", help="defaults: the paper's, or those that measured best")
+    flag("--phase", type=int, choices=(1, 2), nargs="+", default=[1, 2], help="one phase, or both in order")
+    flag("--epochs", type=at_least(0), nargs="+", default=[5, 3], metavar="N", help="of each phase named")
+    flag("--lr", type=amount, nargs="+", default=[1e-3, 1e-3], help="learning rate, of each phase named")
+    flag("--init", metavar="RUN|DIR", help="what the first phase starts from instead of --model, or of phase 1's run")
+    flag("--freeze-decoder", action=argparse.BooleanOptionalAction, default=True, help="in phase 1")
+    flag("--kl-target", type=amount, default=0.0, metavar="R", help="KL to end with, nats per sentence; 0: a schedule")
+    flag("--kl-threshold", type=amount, default=0.5, metavar="NATS", help="lambda: what each dimension costs at least")
+    flag("--kl-schedule", choices=("linear", "cyclical", "constant"), default="linear", help="of the KL weight")
+    flag("--kl-anneal-epochs", type=amount, metavar="N", help="in which the KL weight may rise to 1 (50, or by recipe)")
+    flag("--kl-cycles", type=count, default=4, metavar="N", help="of the cyclical schedule")
+    flag("--batch-size", type=count, default=32, metavar="N", help="sentences per step, of all processes together")
+    flag("--lr-schedule", choices=("constant", "linear"), default="constant", help="linear: falls to 0 at the end")
+    flag("--adam-eps", type=amount, default=1e-3, metavar="EPS", help="epsilon of AdamW")
+    flag("--clip", type=amount, default=100.0, metavar="NORM", help="largest norm of the gradient; 0: not clipped")
+    flag("--amp", choices=metrics.HALF, help="precision of matrix products (GPU: bf16 or else fp16; CPU: off)")
+    flag("--out", metavar="DIR", help="run folder, or their parent (runs/<dataset>/phase<k>)")
+    flag("--overwrite", action="store_true", help="replace what the run folder holds")
+    flag("--resume", action="store_true", help="resume from the folder's checkpoint, or start where there is none")
+    flag("--save-every", type=amount, default=10.0, metavar="MINUTES", help="between checkpoints; 0: each step")
+    flag("--seed", type=at_least(0), default=0, metavar="N", help="of everything random")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--device", choices=("cpu", "cuda"), default=device, help="where to compute")
+    flag("--log-every", type=count, default=20, metavar="STEPS", help="steps per training record")
+    flag("--eval-batch-size", type=count, default=64, metavar="N", help="of evaluations; no number depends on it")
+    flag("--iw-samples", type=count, default=100, metavar="K", help="for the test split's NLL; phase 1: if given")
+    return parser
+
+
+def parse_args(parser, argv, defaults=""):
+    """The settings of `defaults` and `argv`, with `given`: the names of the flags that stand in `argv`.
+
+    What depends on other flags is resolved; what contradicts itself ends the program with one line.
+    """
+    args = parser.parse_args(shlex.split(defaults) + argv)
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse leaves a value alone that is there before
+    args.given = sorted(name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None)
+    args.argv, args.phases, phases = argv, args.phase, len(args.phase)
     for name in ("epochs", "lr"):
         values = getattr(args, name)
-        if isinstance(values, dict):  # a recipe's
-            values = [values[phase] for phase in args.phase]
-        if len(values) not in (1, len(args.phase)):
-            parser.error(f"--{name} has {len(values)} values for {len(args.phase)} phases")
-        setattr(args, name, values * (len(args.phase) if len(values) == 1 else 1))
-    if args.kl_anneal_epochs is None:
-        args.kl_anneal_epochs = float(dict(zip(args.phase, args.epochs, strict=True)).get(2, 0))
-    if 0 in args.phase and args.model != "tiny":
-        parser.error(f"phase 0 makes a T5 of its own: it goes with --model tiny, not {args.model}")
-    if 1 in args.phase and args.latent_dim == 0:
-        parser.error("--no-latent has no encoder to warm up: leave phase 1 out")
-    if args.init and args.phase[0] == 0:
-        parser.error("--init is for phases 1 and 2: phase 0 starts from random weights")
-    if args.d_model % args.heads:
-        parser.error(f"--d-model {args.d_model} is not a multiple of --heads {args.heads}")
-    if not 0 <= args.denoise < 1:
-        parser.error(f"--denoise {args.denoise} is not in [0, 1)")
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with what --overwrite would begin anew: leave one of them out")
-    if args.benchmark and "RANK" in os.environ:
-        parser.error("--benchmark measures one process: run it without torchrun")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU")
-    args.amp = args.amp or ("bf16" if args.device == "cuda" else "off")
-    args.argv = argv
+        if name not in args.given and len(values) == 2:  # a default, of phases 1 and 2
+            values = [values[phase - 1] for phase in args.phase]
+        if len(values) not in (1, phases):
+            parser.error(f"--{name} has {len(values)} values for {phases} phases")
+        setattr(args, name, values * (phases // len(values)))
+    schedule = {"kl_threshold", "kl_schedule", "kl_cycles"} & set(args.given)
+    # Some GPUs only emulate bf16, slowly. fp16 runs on all of them; it needs the loss scaling of `train`.
+    bf16 = args.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    refused = {
+        "--dataset is missing (the demonstration takes --resume, --overwrite, --out, --seed)": args.dataset is None,
+        f"--split is {args.split}; it must be three shares that sum to 1": abs(sum(args.split) - 1) > 1e-6,
+        f"--d-model {args.d_model} is not a multiple of --heads {args.heads}": args.d_model % args.heads,
+        "--resume continues what --overwrite would replace: leave one out": args.resume and args.overwrite,
+        "--device cuda: torch finds no GPU": args.device == "cuda" and not torch.cuda.is_available(),
+        "--amp bf16: this GPU does not have it; it must be fp16 or off": args.amp == "bf16" and not bf16,
+        f"--phase is {args.phase}; it must be 1, 2 or 1 2": args.phase not in ([1], [2], [1, 2]),
+        "--no-latent has no encoder to warm up: give --phase 2": args.latent_dim == 0 and 1 in args.phase,
+        f"--kl-target {args.kl_target:g} takes no {schedule}": schedule
+        and args.kl_target
+        and "kl_target" in args.given,
+    }
+    for message in (message for message, wrong in refused.items() if wrong):
+        parser.error(message)
+    args.amp = args.amp or ("off" if args.device == "cpu" else "bf16" if bf16 else "fp16")
+    if args.latent_dim == 0 or (schedule and "kl_target" not in args.given):
+        args.kl_target = 0.0  # there is nothing to control, or it is to be left alone
+    if args.kl_target:
+        args.kl_threshold = 0.0
+    if args.kl_anneal_epochs is None:  # `paper`: 50; else in proportion to phase 2
+        scaled = args.kl_target or args.recipe == "best" or args.kl_schedule == "cyclical"
+        args.kl_anneal_epochs = args.epochs[-1] * (0.5 if args.kl_target else 1.0) if scaled else 50.0
     return args
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if not {"-h", "--help"} & set(argv) and not any(a.split("=")[0] == "--dataset" for a in argv):
+def main(argv=None, transform=None):
+    """The program. `transform`, a function of the T5VAE, may change its layers before it is trained."""
+    argv, parser = sys.argv[1:] if argv is None else list(map(str, argv)), make_parser()
+    if {flag.partition("=")[0] for flag in argv if flag[:2] == "--"} <= {"--resume", "--overwrite", "--out", "--seed"}:
         argv = shlex.split(DEMO) + argv
         print("The demonstration: python train.py " + shlex.join(argv))
-    args = parse_args(argv)
+    args = parse_args(parser, argv, RECIPES[parser.parse_known_args(argv)[0].recipe])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
@@ -875,25 +534,23 @@ def main(argv=None):
     if "RANK" in os.environ:  # set by torchrun
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group()
-    stop.number = 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    first = metrics.processes()[0] == 0
+        # With gloo beside NCCL, sums are reduced wherever they are: evaluations keep theirs on the CPU.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+    rank = metrics.processes()[0]
     try:
-        with contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w")):
-            for phase, epochs, lr in zip(args.phase, args.epochs, args.lr, strict=True):
-                if args.benchmark:
-                    benchmark(args, phase)
-                else:
-                    run_phase(args, phase, epochs, lr)
-    except SystemExit:
-        if stop.number and first:
-            name = signal.Signals(stop.number).name
-            print(f"train.py: stopped by {name}; the same command with --resume goes on", file=sys.stderr)
-        raise
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+        for out in (run_folder(args, phase) for phase in args.phases):  # all of them before the first phase starts
+            begun = (out / "metrics.json").exists() or (out / "checkpoint.pt").exists()
+            if begun and not (args.resume or args.overwrite):
+                raise ValueError(f"{out} holds a run: --resume it, give another --out, or --overwrite")
+        with contextlib.redirect_stdout(sys.stdout if rank == 0 else open(os.devnull, "w")):
+            for phase, epochs, lr in zip(args.phases, args.epochs, args.lr, strict=True):
+                own = {"phase": phase, "epochs": epochs, "lr": lr}
+                run_phase(argparse.Namespace(**vars(args) | own), transform)
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
