@@ -30,8 +30,6 @@ from transformers import T5Tokenizer
 SPLITS = ("train", "valid", "test")
 SHARES = (0.9, 0.05, 0.05)  # of the splits, where the data set is one file
 
-# ---------------------------------------------------------------------------------------- grammar
-
 # A language whose entropy is known: every factor is drawn independently, its values equally likely, those in OPTIONAL
 # absent half of the time, and each sentence has exactly one derivation. Two ties span the sentence: the verb's tense
 # with the time, and his/her/their with who it was. No valid bound on -log p(x) can be below this entropy.
@@ -95,9 +93,6 @@ def grammar_factors(split):
         }
 
 
-# ---------------------------------------------------------------------------------------- downloads
-
-
 GITHUB = "https://raw.githubusercontent.com"
 DELLA = f"{GITHUB}/OpenVLG/DELLA/55fdf6c018358294bbfb771ce574a1b6c23e2507/data"
 SOURCES = {  # url, pinned to a commit; checksums of the splits as published ("blob" is git's id of a content)
@@ -156,7 +151,6 @@ def download(name, split, path):
     os.replace(part, path)
 
 
-# ---------------------------------------------------------------------------------------- texts
 def split_path(dataset, split, data_dir="data"):
     """The file of a split: `<split>.txt` or `<dataset>.<split>.txt` in `<data_dir>/<dataset>` for a benchmark, which
     is downloaded if it is missing, or in a folder of your own; or the one file that is the whole data set.
@@ -284,8 +278,6 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
     return Corpus(*arrays, truncated, skipped, tokenizer.pad_token_id, tokenizer.unk_token_id, sha256)
 
 
-# ---------------------------------------------------------------------------------------- noise
-
 DELETION, LATENT, POSTERIOR, PRIOR = 0, 2, 3, 4  # what a stream of random numbers is for
 
 
@@ -330,7 +322,6 @@ def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0)
     return input_ids.gather(1, order)[:, : mask.shape[1]].masked_fill(~mask, pad_id), mask.long()
 
 
-# ---------------------------------------------------------------------------------------- batches
 class Batch(NamedTuple):
     """What the encoder reads, and what the decoder must produce. Made on the CPU; `to` moves all but the index."""
 

@@ -47,7 +47,6 @@ RECIPES = {
 DEMO = "--dataset grammar --recipe best --model tiny --epochs 4 6 --kl-target 10"  # what `python train.py` stands for
 
 
-# ---------------------------------------------------------------------------------------- the objective
 def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
     """w(step), the weight of the KL in phase 2, in [0, 1].
 
@@ -102,8 +101,6 @@ class ELBO(nn.Module):
         return {"loss": rec + penalty, "rec": rec, "kl": kl.sum(1)}
 
 
-# ---------------------------------------------------------------------------------------- a run's files
-
 # Settings that change neither weights nor records, except by rounding: a run that resumes may change them.
 INCIDENTAL = {"argv", "command", "given", "versions", "processes", "device", "out", "data_dir", "overwrite", "resume"}
 INCIDENTAL |= {"save_every", "eval_batch_size", "iw_samples"}
@@ -135,8 +132,8 @@ def open_run(out, config, args):
         before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(config))
         for name in sorted((before.keys() | now.keys()) - INCIDENTAL):
             if before.get(name) != now.get(name):
-                was = f"{out} was started with {name} {before.get(name)!r}, not {now.get(name)!r}"
-                raise ValueError(f"{was}: --resume needs the command of the run")
+                was = f"{name} was {before.get(name)!r} when {out} was started, not {now.get(name)!r}"
+                raise ValueError(f"--resume needs the command of the run: {was}")
         print(f"{out} resumes from step {saved['step']}")
     if metrics.processes()[0]:  # only the first process writes
         return io.StringIO(), saved
@@ -161,14 +158,10 @@ def record(log, bar, at, split, values):
         bar.write(f"step {at['step']}: {shown}", file=sys.stdout)
 
 
-# ---------------------------------------------------------------------------------------- the loop
 def gradient_step(objective, batch, index, count, weight, optimizer, scaler, stop, args):
-    """Backward pass and optimizer step on the texts `index` of all processes.
+    """Backward pass and optimizer step on the texts `index`; the first `count` of `batch` are this process's share.
 
-    Args:
-        batch, count: its first `count` sentences are this process's share, 0 where there are not enough texts.
-        stop: whether this process was told to stop.
-    Returns: the mean of each term over the texts, with the gradient's norm; whether any process was told to stop.
+    Returns: the mean of each term over the texts, with the gradient's norm; whether any process was told to `stop`.
     Raises: FloatingPointError before a NaN or an infinity reaches the weights.
     """
     with metrics.autocast(args.device, args.amp):
@@ -198,11 +191,9 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
 
     Args:
         objective: a module, (Batch, KL weight) -> {"loss": (B,) nats, ...: (B,)}.
-        corpus: the training texts, a `data.Corpus`.
-        make_batch: (corpus, index, epoch) -> `data.Batch`.
+        make_batch: (corpus, index, epoch) -> Batch.
         next_weight: (steps taken, KL weight of the last step, its mean terms) -> KL weight.
         validate: () -> dict for the log, called before each epoch and after the last.
-        args: epochs, lr, batch_size, seed, lr_schedule, adam_eps, clip, amp, device, log_every, save_every.
         out, log, saved: the run folder, and what `open_run` returns.
     """
     rank, world = metrics.processes()
@@ -212,16 +203,16 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
     # scaled back before the step. bf16 has the 8 bits of float32 and needs nothing.
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     parts = {"objective": objective, "optimizer": optimizer, "scaler": scaler}
-    at = {"step": 0, "kl_weight": next_weight(0, 0.0, {}), "sums": {}, "seconds": 0.0}  # where the run is
+    at = {"step": 0, "kl_weight": next_weight(0, 0.0, {}), "seconds": 0.0}  # where the run is
     if saved:
         at = {name: saved[name] for name in at}
         for name, part in parts.items():
             part.load_state_dict(saved.pop(name))
     parallel = DistributedDataParallel(objective) if world > 1 else objective
     steps_per_epoch = math.ceil(len(corpus) / args.batch_size)
-    steps, started, saved_at, signals = args.epochs * steps_per_epoch, time.time() - at["seconds"], time.time(), []
-    for number in (signal.SIGINT, signal.SIGTERM):  # the step is finished first
-        signal.signal(number, lambda number, frame: signals.append(number))
+    steps, started, saved_at = args.epochs * steps_per_epoch, time.time() - at["seconds"], time.time()
+    signals, wait = [], lambda number, frame: signals.append(number)  # SIGTERM and Ctrl-C wait for the end of a step
+    handlers = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def load(index):
         # A process without a share computes a sentence that does not count: all must meet in the backward pass.
@@ -242,14 +233,9 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
                 terms, stop = gradient_step(parallel, batch, index, count, weight, optimizer, scaler, stop, args)
                 at["step"] += 1
                 at["kl_weight"] = next_weight(at["step"], weight, terms)
-                for name, mean in (terms | {"sentences": 1}).items():
-                    at["sums"][name] = at["sums"].get(name, 0.0) + mean * len(index)
                 bar.update()
                 if at["step"] % args.log_every == 0 or at["step"] == steps:
-                    sentences = at["sums"].pop("sentences")
-                    means = {name: total / sentences for name, total in at["sums"].items()}
-                    record(log, bar, at, "train", means | {"kl_weight": weight})
-                    at["sums"] = {}
+                    record(log, bar, at, "train", terms | {"kl_weight": weight})
                 due = stop or at["step"] % steps_per_epoch == 0 or time.time() - saved_at >= 60 * args.save_every
                 if due and rank == 0:
                     at["seconds"], saved_at = time.time() - started, time.time()
@@ -260,12 +246,13 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
                     print("train.py: stopped by a signal; the same command with --resume resumes", file=sys.stderr)
                     sys.exit(128 + (*signals, signal.SIGTERM)[0])  # what a shell expects
         record(log, bar, at, "valid", validate())
-    for number in (signal.SIGINT, signal.SIGTERM):  # the last checkpoint is written: stop at once
-        signal.signal(number, signal.SIG_DFL)
+    for number, handler in handlers.items():  # from here on they need not wait: the last checkpoint is written
+        signal.signal(number, handler)
+    for number in signals:
+        sys.exit(128 + number)
     return time.time() - started
 
 
-# ---------------------------------------------------------------------------------------- a phase
 def make_tiny_t5(args):
     """`--model tiny`: (tokenizer, T5Config) of a small T5, with a vocabulary made from the training text."""
     texts = filter(None, data.read_texts(args.dataset, "train", args.data_dir, args.split))
@@ -287,8 +274,8 @@ def run_folder(args, phase):
 def load_model(args):
     """The model that a phase starts from, and where it is: (T5VAE, a folder or a hub name or "tiny").
 
-    It is that of --init, or of --model for phase 1 and language models, or that of the run of phase 1.
-    Raises ValueError where there is no such model, or where a flag that was given contradicts the run that made it.
+    It is that of --init; else of --model for phase 1 and language models, and of the run of phase 1 for phase 2.
+    Raises ValueError where there is none, or where a flag that was given contradicts the run that made it.
     """
     start = args.model if args.phase == 1 or args.latent_dim == 0 else str(run_folder(args, 1))
     start = args.init if args.init and args.phase == args.phases[0] else start
@@ -335,9 +322,8 @@ def samples(model, corpus, count=3):
 
 def finish(model, measured, corpus, args, out):
     """Print and write what the run measured; with metrics.json it is finished, and its checkpoint goes."""
-    for name, value in measured.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise FloatingPointError(f"{name} of the test split is {value}")
+    if wrong := [name for name, value in measured.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise FloatingPointError(f"{', '.join(wrong)} of the test split: not a finite number")
     print(metrics.format_table({str(out): measured}))
     if args.kl_target and measured["iw_samples"] and abs(measured["kl"] / args.kl_target - 1) > 0.1:
         print(f"warning: asked for a KL of {args.kl_target:g} nats per sentence, got {measured['kl']:.2f}")
@@ -407,9 +393,6 @@ def run_phase(args, transform):
         distributed.barrier()  # the next phase reads what the first process wrote
 
 
-# ---------------------------------------------------------------------------------------- command line
-
-
 def at_least(low, kind=int, below=math.inf):
     """An argparse type: a number of `kind` in [low, below)."""
 
@@ -476,10 +459,7 @@ def make_parser():
 
 
 def parse_args(parser, argv, defaults=""):
-    """The settings of `defaults` and `argv`, with `given`: the names of the flags that stand in `argv`.
-
-    What depends on other flags is resolved; what contradicts itself ends the program with one line.
-    """
+    """The settings of `defaults` and `argv`; `given` are the names of the flags in `argv`. Contradictions are refused."""
     args = parser.parse_args(shlex.split(defaults) + argv)
     blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse leaves a value alone that is there before
     args.given = sorted(name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None)

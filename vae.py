@@ -94,9 +94,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
         t5_config: the T5's configuration as a dictionary (`T5Config.to_dict()`); its weights are random here.
             "tie_word_embeddings" says whether the LM head is the token embedding (transformers 5 always says True).
         latent_dim: Z; 0 makes a language model, the same decoder with nothing encoded.
-        pooling: "max", "mean" or "last".
-        pool_layers: "last" pools the encoder's output, "all" the outputs of all its layers.
-    Raises: ValueError for any other value.
+        pooling: "max", "mean" or "last"; see `pool`.
+        pool_layers: "last" pools the encoder's output, "all" the outputs of all its layers. Else ValueError.
     """
 
     def __init__(self, t5_config: dict, latent_dim: int = 32, pooling: str = "max", pool_layers: str = "last"):
@@ -151,8 +150,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
         """
         if self.latent_dim == 0:  # a language model has nothing to encode
             return (self.w_mu.weight.new_zeros(len(input_ids), 0),) * 2
-        encoder = self.t5.encoder
-        out = encoder(input_ids, attention_mask, output_hidden_states=self.pool_layers == "all")
+        encoder, mask = self.t5.encoder, attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
+        # Four axes: of a mask with two, T5 would ask whether it hides anything, and the CPU would wait for the answer.
+        out = encoder(input_ids, mask, output_hidden_states=self.pool_layers == "all")
         layers = [out.last_hidden_state]
         if self.pool_layers == "all":  # T5 normalizes the last layer only; raw inner states reach hundreds
             layers += [encoder.final_layer_norm(h) for h in out.hidden_states[1:-1]]
