@@ -248,15 +248,14 @@ class Corpus:
         return np.diff(self.offsets)
 
     def row(self, i):
-        """The ids of text i, its </s> included."""
         return self.ids[self.offsets[i] : self.offsets[i + 1]]
 
 
 def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None, shares=SHARES):
     """The `Corpus` of a split, or of its first `limit` texts; see `read_texts` for the other arguments and errors.
 
-    Texts are cut at `max_length` tokens, </s> included; empty lines are skipped. They are tokenized a thousand at a
-    time, into flat arrays: Python's lists of numbers would take ten times the memory.
+    Texts are cut at `max_length` tokens, </s> included; empty lines are skipped. A thousand at a time are tokenized
+    into flat arrays: Python's lists of numbers would take ten times the memory.
     """
     lines = read_texts(dataset, split, data_dir, shares)
     texts = [line for line in lines if line]

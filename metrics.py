@@ -6,7 +6,6 @@ included) and averaged over sentences. Noise is drawn per sentence, so no number
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -22,7 +21,7 @@ from torch import distributed
 import data
 from vae import T5VAE
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}  # --amp
+HALF = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: precision of matrix products
 
 
 def processes():
@@ -35,12 +34,6 @@ def sum_over_processes(tensor):
     if processes()[1] > 1:
         distributed.all_reduce(tensor)
     return tensor
-
-
-def autocast(device, amp):
-    """The context of --amp: matrix products in half precision; softmax, norms and sums stay in float32."""
-    half = HALF[amp]
-    return torch.autocast(torch.device(device).type, half) if half else contextlib.nullcontext()
 
 
 def kl_divergence(mu, logvar):
@@ -135,13 +128,12 @@ def evaluate(
 
     Args:
         model: a T5VAE. It is left in the mode it was in; no global random state is read or advanced.
-        corpus: a `data.Corpus`.
         iw_samples: K of the importance-weighted NLL. 0: without it, from one encoder and one decoder pass;
             otherwise rec (and with it -ELBO) is the mean over the same K samples.
         thorough: also rec with other latents, and the greedy reconstruction.
         entropy: of the data's distribution, nats per sentence, where it is known.
         posterior: see `sample_posterior`.
-        amp: "off" is float32; "bf16" or "fp16" compute matrix products in half precision.
+        amp: precision of matrix products, a key of HALF.
     Returns: means over sentences, each with its standard error under `<name>_se`; ratios; and the counts they rest on.
     """
     training, device, n, latent_dim = model.training, model.device, len(corpus), model.latent_dim
@@ -155,7 +147,7 @@ def evaluate(
         return {"mu": mu, "logvar": logvar, "z": z, "rec": rec, "kl": kl, "nll_iw": nll_iw}
 
     model.eval()
-    with autocast(device, amp):
+    with torch.autocast(device.type, HALF[amp], enabled=amp != "off"):
         fill(columns | latents, corpus, device, batch_size, measure)
         if thorough:
             columns |= other_latents(model, corpus, batch_size, seed, latents["mu"], latents["z"])
@@ -249,6 +241,23 @@ def format_table(runs, spread="standard error of the mean over sentences"):
     return "\n".join([*lines, f"Likelihoods, KL and MI in nats, per sentence; ±: {spread}."])
 
 
+def verdict(measured, target=0.0, lm_nll=None):
+    """One line of text: is z used, what does that cost, and is the KL the `target`, if there is one?
+
+    lm_nll: NLL of the language model on the same texts, nats per sentence.
+    """
+    if measured["latent_dim"] == 0 or "rec_other" not in measured:
+        return f"rec {measured['rec']:.2f} nats per sentence"
+    loss, nll = measured["rec_other"] - measured["rec"], measured.get("nll_iw")
+    said = f"z is {'used' if loss > 1 else 'ignored'}: with another sentence's z, rec is {loss:.1f} nats higher"
+    if nll is not None:
+        said += f"; of {measured['kl']:.1f} nats of KL, {measured['gain']:.1f} explain the text"
+        said += f"; NLL {nll:.2f}, the language model's {lm_nll:.2f}" if lm_nll else ""
+        met = "met" if target and abs(measured["kl"] / target - 1) <= 0.1 else "MISSED by more than 10 %"
+        said += f"; KL target {target:g}: {met} ({measured['kl']:.2f})" if target else ""
+    return said
+
+
 def load_run(run, device="cpu"):
     """(config, model, read) of a run folder; read(split) is a `Corpus` of its data. Raises OSError, ValueError."""
     config = json.loads(Path(run, "config.json").read_text())
@@ -276,6 +285,7 @@ def main(argv=None):
     flag("--iw-samples", type=int, metavar="K", help="importance samples per sentence (100; phase 1: none)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (a GPU, if any)")
     flag("--amp", choices=HALF, default="off", help="precision of matrix products (off: float32)")
+    flag("--lm", metavar="RUN", help="run of a language model to compare with (lm beside the run, if there is one)")
     args, results = parser.parse_args(argv), {}
     if args.batch_size < 1 or args.iw_samples is not None and args.iw_samples < 1:
         parser.error("--batch-size and --iw-samples must be at least 1")
@@ -289,6 +299,10 @@ def main(argv=None):
         except (OSError, ValueError, KeyError) as error:
             sys.exit(f"metrics.py: cannot use {run}: {error}")
     print(format_table(results))
+    for run, measured in results.items():
+        config, lm = json.loads(Path(run, "config.json").read_text()), Path(args.lm or Path(run).parent / "lm")
+        nll = json.loads((lm / "metrics.json").read_text())["rec"] if (lm / "metrics.json").is_file() else None
+        print(f"{run}: {verdict(measured, config.get('kl_target'), nll)}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@
     python train.py --dataset ptb --phase 1 2
     python train.py                                      a demonstration: no download, a few minutes
 
-A run is a folder, runs/<dataset>/phase<k>: config.json, log.jsonl, model/, metrics.json, samples.txt. A run that was
-cut short resumes with --resume added to its command, and ends with the same weights and the same log.
+A run is a folder. Cut short, it resumes with --resume added to its command, and ends with the same weights and log.
 `torchrun --nproc_per_node=N train.py ...` trains with N processes, to the same result.
 """
 
@@ -120,8 +119,8 @@ def write_whole(path, write):
 def open_run(out, config, args):
     """Take the run folder `out`: (its log, opened, and the state of its checkpoint or None).
 
-    log.jsonl is cut to its length at the checkpoint; a new run starts with an empty one. No code in a checkpoint runs.
-    Raises ValueError where it is damaged or of another run.
+    log.jsonl is cut to its length at the checkpoint; a new run starts with an empty one. No code in a checkpoint runs;
+    ValueError where it is damaged or of another run.
     """
     path, saved = out / "checkpoint.pt", None
     if args.resume and path.exists():
@@ -164,7 +163,7 @@ def gradient_step(objective, batch, index, count, weight, optimizer, scaler, sto
     Returns: the mean of each term over the texts, with the gradient's norm; whether any process was told to `stop`.
     Raises: FloatingPointError before a NaN or an infinity reaches the weights.
     """
-    with metrics.autocast(args.device, args.amp):
+    with torch.autocast(args.device, metrics.HALF[args.amp], enabled=args.amp != "off"):
         terms = objective(batch, weight)
     sums = {name: values[:count].sum().double() for name, values in terms.items()}
     # Divided by the sentences of the whole batch. DistributedDataParallel takes the mean over processes: undone here.
@@ -292,16 +291,12 @@ def load_model(args):
         else:
             model = T5VAE.from_t5(start, **asked)
     except OSError as error:
-        why = f"is neither a folder with a model nor available from the hub ({str(error).splitlines()[0]})"
-        hint = "run phase 1 first" if args.phase == 2 else "take a folder with a T5, or --model tiny"
-        raise ValueError(
-            f"phase {args.phase} starts from {start}, which {why}: {hint}, or name it with --init"
-        ) from error
+        hint = "run phase 1 first, or give --init" if args.phase == 2 else "take a folder with a T5, or --model tiny"
+        why = f"neither a folder with a model nor available from the hub ({str(error).splitlines()[0]}): {hint}"
+        raise ValueError(f"phase {args.phase} starts from {start}, which is {why}") from error
     made |= {name: getattr(model, name) for name in VAE_FLAGS}
-    judged = {*VAE_FLAGS, "model", "d_model", "layers", "heads", "vocab_size"} | (
-        {"dataset"} if not args.init else set()
-    )
-    for name in sorted(judged & set(args.given) & made.keys()):
+    judged = {*VAE_FLAGS, "model", "d_model", "layers", "heads", "vocab_size", "dataset"} & set(args.given)
+    for name in sorted(judged & made.keys() - ({"dataset"} if args.init else set())):
         if Path(str(made[name])).resolve() != Path(str(value := getattr(args, name))).resolve():
             raise ValueError(f"{name} is {value!r}, but {start} was made with {made[name]!r}")
     return model, start
@@ -325,8 +320,7 @@ def finish(model, measured, corpus, args, out):
     if wrong := [name for name, value in measured.items() if isinstance(value, float) and not math.isfinite(value)]:
         raise FloatingPointError(f"{', '.join(wrong)} of the test split: not a finite number")
     print(metrics.format_table({str(out): measured}))
-    if args.kl_target and measured["iw_samples"] and abs(measured["kl"] / args.kl_target - 1) > 0.1:
-        print(f"warning: asked for a KL of {args.kl_target:g} nats per sentence, got {measured['kl']:.2f}")
+    print(metrics.verdict(measured, args.kl_target))
     lines = samples(model, corpus)
     (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(*lines, sep="\n")
@@ -350,10 +344,9 @@ def run_phase(args, transform):
         corpora[split] = corpus = data.load_corpus(args.dataset, split, model.tokenizer, *rest)
         cut = f"{corpus.truncated:,} texts cut at {args.max_length}, {corpus.skipped:,} empty lines"
         print(f"{split}: {len(corpus):,} texts, {corpus.ids.size:,} tokens, {cut}")
-    sha256 = {split: corpus.sha256 for split, corpus in corpora.items()}
-    config = vars(args) | {name: getattr(model, name) for name in VAE_FLAGS}
-    config |= {"start": start, "data_sha256": sha256, "processes": metrics.processes()[1]}
-    config["command"] = "python train.py " + shlex.join(args.argv)
+    config = vars(args) | {name: getattr(model, name) for name in VAE_FLAGS} | {"start": start}
+    config |= {"command": "python train.py " + shlex.join(args.argv), "processes": metrics.processes()[1]}
+    config["data_sha256"] = {split: corpus.sha256 for split, corpus in corpora.items()}
     config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, np)}
 
     model.train().to(args.device)
@@ -459,7 +452,7 @@ def make_parser():
 
 
 def parse_args(parser, argv, defaults=""):
-    """The settings of `defaults` and `argv`; `given` are the names of the flags in `argv`. Contradictions are refused."""
+    """The settings of `defaults` and `argv`, and `given`, the names of the flags in `argv`; refuses contradictions."""
     args = parser.parse_args(shlex.split(defaults) + argv)
     blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse leaves a value alone that is there before
     args.given = sorted(name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None)
@@ -507,6 +500,8 @@ def main(argv=None, transform=None):
         argv = shlex.split(DEMO) + argv
         print("The demonstration: python train.py " + shlex.join(argv))
     args = parse_args(parser, argv, RECIPES[parser.parse_known_args(argv)[0].recipe])
+    # oneDNN keeps what it compiles for each batch shape, up to 1,024 of them: gigabytes in a long run on a CPU.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network

@@ -77,13 +77,6 @@ class LatentCrossAttention(nn.Module):
         return hidden_states + self.dropout(added.expand_as(hidden_states)), None, None
 
 
-def use_latent_cross_attention(t5):
-    """Replace the cross-attention of a T5 encoder-decoder, with pretrained or random weights, in place."""
-    for layer, block in enumerate(t5.decoder.block):
-        block.layer[1] = LatentCrossAttention(block.layer[1], layer)
-    return t5
-
-
 class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://aclanthology.org/2021.insights-1.5/"):
     """q(z|x) and p(x|z) on the two halves of a T5.
 
@@ -104,9 +97,11 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
             raise ValueError(f"latent_dim is {latent_dim}; it must be 0 (a language model) or more")
         if pooling not in POOLINGS or pool_layers not in POOL_LAYERS:
             raise ValueError(f"pooling {pooling!r}, {pool_layers!r} is not of {POOLINGS}, {POOL_LAYERS}")
-        self.pooling, self.pool_layers, self.tokenizer = pooling, pool_layers, None
+        self.latent_dim, self.pooling, self.pool_layers, self.tokenizer = latent_dim, pooling, pool_layers, None
         config = AutoConfig.for_model(**t5_config)
-        self.t5 = use_latent_cross_attention(AutoModelForSeq2SeqLM.from_config(config))
+        self.t5 = AutoModelForSeq2SeqLM.from_config(config)
+        for layer, block in enumerate(self.t5.decoder.block):
+            block.layer[1] = LatentCrossAttention(block.layer[1], layer)
         if not t5_config.get("tie_word_embeddings", True):  # a head of its own, which transformers 5 would tie
             self.t5.lm_head.weight = nn.Parameter(self.t5.lm_head.weight.detach().clone())
         self.w_mu = nn.Linear(config.d_model, latent_dim, bias=False)
@@ -128,14 +123,11 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
         config = t5.config.to_dict() | {"tie_word_embeddings": t5.lm_head.weight is t5.shared.weight}
         del config["_name_or_path"]  # a path on this machine says nothing elsewhere
         vae = cls(config, latent_dim, pooling, pool_layers)
-        t5.generation_config = vae.t5.generation_config  # a checkpoint may bring beams or penalties of its own
-        vae.t5 = use_latent_cross_attention(t5)
+        # Weights only: a checkpoint may bring beams or penalties of its own. Strict: nothing may be lost on the way.
+        weights = {name.replace("layer.1.EncDecAttention.o", "layer.1.o"): w for name, w in t5.state_dict().items()}
+        vae.t5.load_state_dict({name: weights[name] for name in vae.t5.state_dict()})
         vae.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         return vae
-
-    @property
-    def latent_dim(self):
-        return self.w_mu.out_features
 
     @property
     def device(self):
