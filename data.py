@@ -122,7 +122,6 @@ SOURCES = {  # url, pinned to a commit; checksums of the splits as published ("b
     ),
 }
 DATASETS = (*SOURCES, "grammar")
-TIMEOUT = 20  # seconds without a byte
 
 
 def download(name, split, path):
@@ -134,7 +133,7 @@ def download(name, split, path):
     url, (kind, expected) = url.format(split=split), checksums[SPLITS.index(split)].split(":")
     print(f"downloading {url}; its terms of use are in docs/data.md")
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        with urllib.request.urlopen(url, timeout=20) as response:
             content = response.read()
         digest = hashlib.sha1(b"blob %d\0" % len(content)) if kind == "blob" else hashlib.new(kind)
         digest.update(content)
@@ -154,8 +153,6 @@ def download(name, split, path):
 def split_path(dataset, split, data_dir="data"):
     """The file of a split: `<split>.txt` or `<dataset>.<split>.txt` in `<data_dir>/<dataset>` for a benchmark, which
     is downloaded if it is missing, or in a folder of your own; or the one file that is the whole data set.
-
-    Raises FileNotFoundError that says where it was looked for.
     """
     folder = Path(data_dir, dataset) if dataset in SOURCES else Path(dataset)
     places = (folder / f"{split}.txt", folder / f"{folder.name}.{split}.txt", folder)
@@ -183,8 +180,10 @@ def read_texts(dataset, split, data_dir="data", shares=SHARES):
     try:
         lines = raw.decode().removeprefix("\ufeff").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        line, byte = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
+        raise ValueError(
+            f"{path}, line {line}, byte {byte}: not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from None
     texts = [line.strip() for line in lines]
     if dataset == "yelp":
         texts = [re.sub(r"^\S+\t\s*", "", text) for text in texts]

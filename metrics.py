@@ -73,10 +73,7 @@ def mutual_information(mu, logvar, generator=None, z=None, chunk=256):
 
 
 def active_units(mu, threshold=0.01):
-    """How many dimensions of the posterior mean vary by more than `threshold` over a split (n, Z).
-
-    Burda et al. 2016; the variance is the unbiased one, with n - 1.
-    """
+    """How many dimensions of mu (n, Z) have an unbiased variance above `threshold` over a split (Burda et al. 2016)."""
     return int((mu.double().var(0) > threshold).sum()) if len(mu) > 1 and mu.numel() else 0
 
 
@@ -85,8 +82,7 @@ def sample_posterior(model, batch, num_samples, seed=0, posterior=None):
     """What K samples z ~ q(z|x) say about each sentence, from one run of the encoder and K of the decoder.
 
     The importance-weighted NLL is -log of the mean over K of p(x|z) p(z) / q(z|x) (Burda et al. 2016, eq. 8): an upper
-    bound of -log p(x). K = 1 is -ELBO with one sample; on average it falls with K towards the truth.
-    A sentence's noise depends on (seed, batch.index) alone.
+    bound of -log p(x), which on average falls with K towards it. Noise depends on (seed, batch.index) alone.
 
     Args:
         num_samples: K, at least 1.

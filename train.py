@@ -157,10 +157,10 @@ def record(log, bar, at, split, values):
         bar.write(f"step {at['step']}: {shown}", file=sys.stdout)
 
 
-def gradient_step(objective, batch, index, count, weight, optimizer, scaler, stop, args):
+def gradient_step(objective, batch, index, count, weight, optimizer, scaler, signals, args):
     """Backward pass and optimizer step on the texts `index`; the first `count` of `batch` are this process's share.
 
-    Returns: the mean of each term over the texts, with the gradient's norm; whether any process was told to `stop`.
+    Returns: the mean of each term over the texts, with the gradient's norm; whether any process has `signals` to stop.
     Raises: FloatingPointError before a NaN or an infinity reaches the weights.
     """
     with torch.autocast(args.device, metrics.HALF[args.amp], enabled=args.amp != "off"):
@@ -170,7 +170,7 @@ def gradient_step(objective, batch, index, count, weight, optimizer, scaler, sto
     scaler.scale(sums["loss"] * (metrics.processes()[1] / len(index))).backward()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.clip or math.inf)
-    sums["stop"] = torch.full_like(sums["loss"], float(stop))
+    sums["stop"] = torch.full_like(sums["loss"], float(len(signals) > 0))
     numbers = metrics.sum_over_processes(torch.stack(list(sums.values())).detach() / len(index))
     *numbers, norm = torch.cat([numbers, norm[None]]).tolist()  # the one moment in which the CPU waits for the device
     means = dict(zip(sums, numbers, strict=True))
@@ -228,8 +228,8 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
                 torch.manual_seed(int(np.random.SeedSequence([args.seed, at["step"], rank]).generate_state(1)[0]))
                 if args.lr_schedule == "linear":
                     optimizer.param_groups[0]["lr"] = args.lr * (1 - at["step"] / steps)
-                weight, stop = at["kl_weight"], bool(signals)
-                terms, stop = gradient_step(parallel, batch, index, count, weight, optimizer, scaler, stop, args)
+                weight = at["kl_weight"]
+                terms, stop = gradient_step(parallel, batch, index, count, weight, optimizer, scaler, signals, args)
                 at["step"] += 1
                 at["kl_weight"] = next_weight(at["step"], weight, terms)
                 bar.update()
@@ -258,8 +258,7 @@ def make_tiny_t5(args):
     tokenizer = data.train_tokenizer(texts, args.vocab_size)
     shape = {"d_model": args.d_model, "d_ff": 4 * args.d_model, "d_kv": args.d_model // args.heads}
     shape |= {"num_heads": args.heads, "num_layers": args.layers, "dropout_rate": 0.0}  # as T5 v1.1 is pretrained
-    special = {"pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
-    return tokenizer, transformers.T5Config(vocab_size=len(tokenizer), **shape, **special)
+    return tokenizer, transformers.T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **shape)
 
 
 def run_folder(args, phase):
@@ -401,11 +400,10 @@ def make_parser():
     """The flags of train.py. Their defaults are those of `--recipe paper`."""
     about = f"{__doc__.splitlines()[0]} Without flags, the demonstration: python train.py {DEMO}"
     style, usage = argparse.ArgumentDefaultsHelpFormatter, "python train.py --dataset NAME|DIR [flags]"
-    parser = argparse.ArgumentParser(usage=usage, description=about, formatter_class=style)
+    parser = argparse.ArgumentParser("train.py", usage, about, formatter_class=style)
     flag, count, amount = parser.add_argument, at_least(1), at_least(0, float)
-    shares = lambda text: tuple(map(float, text.split(",")))  # noqa: E731
-    own = "your own: a folder with train.txt, valid.txt and test.txt, or one file"
-    flag("--dataset", metavar="NAME|DIR", help=f"one of {', '.join(data.DATASETS)}, or {own}")
+    shares = lambda text: tuple(float(share) for share in text.split(","))  # noqa: E731
+    flag("--dataset", metavar="NAME|DIR", help=f"{', '.join(data.DATASETS)}, or a folder or file of your own")
     flag("--split", type=shares, default=data.SHARES, metavar="A,B,C", help="shares of train, valid, test in one file")
     flag("--data-dir", default="data", metavar="DIR", help="where the folders of named data sets are")
     flag("--limit", type=count, metavar="N", help="train on the first N texts only")
@@ -469,7 +467,8 @@ def parse_args(parser, argv, defaults=""):
     bf16 = args.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     refused = {
         "--dataset is missing (the demonstration takes --resume, --overwrite, --out, --seed)": args.dataset is None,
-        f"--split is {args.split}; it must be three shares that sum to 1": abs(sum(args.split) - 1) > 1e-6,
+        f"--split is {args.split}; it must be three shares that sum to 1": (len(args.split), round(sum(args.split), 6))
+        != (3, 1),
         f"--d-model {args.d_model} is not a multiple of --heads {args.heads}": args.d_model % args.heads,
         "--resume continues what --overwrite would replace: leave one out": args.resume and args.overwrite,
         "--device cuda: torch finds no GPU": args.device == "cuda" and not torch.cuda.is_available(),

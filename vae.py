@@ -254,7 +254,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
         return self
 
     def _save_pretrained(self, save_directory):  # config.json, the arguments of __init__, is ModelHubMixin's work
-        safetensors.torch.save_model(self, str(Path(save_directory, "model.safetensors")))
+        # `named_parameters` names a tied weight once, always by the same name: equal models make equal files.
+        safetensors.torch.save_file(dict(self.named_parameters()), Path(save_directory, "model.safetensors"))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
 
@@ -275,9 +276,12 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
         folder = folder / "model" if (folder / "model").is_dir() else folder
         try:
             vae = cls(**json.loads((folder / "config.json").read_text()))
-            safetensors.torch.load_model(vae, folder / "model.safetensors")
-        except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{folder} holds no T5VAE that can be loaded: {error}") from error
+            saved = safetensors.torch.load_file(folder / "model.safetensors")
+            if wrong := saved.keys() ^ dict(vae.named_parameters()).keys():
+                raise ValueError(f"missing or not expected: {', '.join(sorted(wrong))}")
+            vae.load_state_dict(saved, strict=False)  # a tied weight is there under one of its names
+        except Exception as error:  # whatever files of another kind, or damaged ones, lead to
+            raise ValueError(f"{folder} holds no T5VAE: its config.json or model.safetensors: {error}") from error
         if (folder / "tokenizer_config.json").is_file():
             vae.tokenizer = AutoTokenizer.from_pretrained(folder)
         return vae.eval()

@@ -1,0 +1,266 @@
+"""Files: downloads, data sets of your own, saved models and the hub."""
+
+# ruff: noqa: F811  # pytest hands fixtures over by name
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import data
+import pytest
+import safetensors.torch
+import torch
+from huggingface_hub import hub_mixin
+from transformers import (
+    BertConfig,
+    GenerationConfig,
+    UMT5Config,
+)
+from vae import T5VAE
+
+from test_vae import EOS, PAD, cli_tokenizer, data_tokenizer, files, from_t5, saved, t5_folder, texts_of, write  # noqa: F401
+
+
+def break_weights(folder, change):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+
+
+def break_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("harm", "lacks"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "model.safetensors"),
+        (lambda f: break_weights(f, lambda w: w.pop("w_mu.weight")), "w_mu.weight"),
+        (lambda f: break_weights(f, lambda w: w.update(w_logsd=torch.ones(1))), "w_logsd"),
+        (lambda f: break_config(f, lambda c: c.pop("t5_config")), "t5_config"),
+        (lambda f: break_config(f, lambda c: c.update(latent_dim=6)), "size mismatch for w_mu.weight"),
+        (lambda f: break_config(f, lambda c: c["t5_config"].update(model_type="bart")), "config.json"),
+    ],
+)
+def test_folders_of_others_are_refused_by_name(saved, harm, lacks):
+    T5VAE.from_pretrained(saved)
+    harm(saved)
+    with pytest.raises(ValueError, match=r"(?s)old.*" + lacks.replace(".", r"\.")) as caught:
+        T5VAE.from_pretrained(saved)
+    assert str(saved) in str(caught.value)
+
+
+def test_a_t5_is_no_vae_and_others_are_no_t5(t5_folder, tmp_path):
+    with pytest.raises(ValueError, match="holds no T5VAE"):
+        T5VAE.from_pretrained(t5_folder)
+    for config in BertConfig(), UMT5Config():
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"a {config.model_type}; it must be one of t5, mt5"):
+            T5VAE.from_t5(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no/such/run is neither a folder here"):
+        T5VAE.from_pretrained("no/such/run")
+
+
+def test_generation_settings_of_the_checkpoint_do_not_stay(t5_folder, tmp_path):
+    shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
+    settings = GenerationConfig(num_beams=3, repetition_penalty=9.0, decoder_start_token_id=0, eos_token_id=1)
+    settings.save_pretrained(tmp_path)
+    z = torch.randn(4, 5)
+    loud = from_t5(t5_folder)
+    plain = loud.generate(z, 8)
+    assert torch.equal(from_t5(tmp_path).generate(z, 8), plain)
+    loud.t5.generation_config = settings
+    assert not torch.equal(loud.generate(z, 8), plain)
+
+
+def test_a_run_folder_is_a_model_too_and_can_be_pushed(saved, tmp_path, monkeypatch):
+    run, pushed = tmp_path / "run", {}
+    shutil.copytree(saved, run / "model")
+    for a, b in zip(T5VAE.from_pretrained(run).parameters(), T5VAE.from_pretrained(saved).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **kwargs):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, **kwargs):
+            pushed[repo_id] = files(folder_path)
+
+    monkeypatch.setattr(hub_mixin, "HfApi", Hub)
+    T5VAE.from_pretrained(run).push_to_hub("me/sentences")
+    assert pushed["me/sentences"]["model.safetensors"] == files(saved)["model.safetensors"]
+    assert {"config.json", "tokenizer_config.json", "README.md"} <= pushed["me/sentences"].keys()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves `server.files`; a path in `server.cuts` is cut there."""
+
+    def do_GET(self):
+        body = self.server.files.get(self.path)
+        if body is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.server.cuts.get(self.path, len(body))])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.cuts = {}, {}
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+DIGESTS = {
+    "sha256": lambda text: hashlib.sha256(text),
+    "md5": lambda text: hashlib.md5(text),
+    "blob": lambda text: hashlib.sha1(b"blob %d\0" % len(text) + text),
+}
+
+
+@pytest.mark.parametrize("kind", DIGESTS)
+def test_a_download_is_whole_and_checked_or_leaves_nothing(server, monkeypatch, tmp_path, kind, capsys):
+    text = b"a king paints\n" * 9000
+    server.files["/ptb.valid.txt"] = text
+    url, right = server.url + "/ptb.{split}.txt", f"{kind}:{DIGESTS[kind](text).hexdigest()}"
+    monkeypatch.setitem(data.SOURCES, "ptb", (url, right, right, right))
+    path = data.split_path("ptb", "valid", tmp_path)
+    assert path.read_bytes() == text
+    assert "docs/data.md" in capsys.readouterr().out
+    server.files.clear()
+    assert data.split_path("ptb", "valid", tmp_path) == path, "what is there is not fetched again"
+    path.unlink()
+    for served, cuts, checksum, reason in (
+        ({}, {}, right, "404"),
+        ({"/ptb.valid.txt": text}, {"/ptb.valid.txt": 4000}, right, "read"),
+        ({"/ptb.valid.txt": text}, {}, right[:-2] + "zz", kind),
+    ):
+        server.files, server.cuts = served, cuts
+        monkeypatch.setitem(data.SOURCES, "ptb", (url, checksum, checksum, checksum))
+        with pytest.raises(FileNotFoundError, match=reason) as error:
+            data.split_path("ptb", "valid", tmp_path)
+        assert "\n" not in str(error.value)
+        assert "--data-dir" in str(error.value)
+        assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_sources_are_pinned():
+    for url, *checksums in data.SOURCES.values():
+        assert re.search(r"/[0-9a-f]{40}/.*\{split\}", url), url
+        assert [len(bytes.fromhex(c.split(":")[1])) for c in checksums] == [
+            {"sha256": 32, "md5": 16, "blob": 20}[c.split(":")[0]] for c in checksums
+        ]
+        assert len(checksums) == len(data.SPLITS)
+
+
+def test_own_directory(data_tokenizer, tmp_path):
+    own = write(tmp_path, content="\ufeffa king\r\n\r\n  a queen \r\n\n".encode())
+    write(tmp_path, "ptb.valid.txt")
+    assert list(data.read_texts(own, "train")) == ["a king", "", "a queen", ""]
+    corpus = data.load_corpus(own, "train", data_tokenizer)
+    assert texts_of(corpus, data_tokenizer) == ["a king", "a queen"]
+    assert (corpus.skipped, corpus.truncated, corpus.words.tolist()) == (2, 0, [3, 3])
+    with pytest.raises(FileNotFoundError, match=r"no valid.txt in .*" + tmp_path.name):
+        data.load_corpus(own, "valid", data_tokenizer)
+    (one,) = texts_of(data.load_corpus(own, "train", data_tokenizer, limit=1), data_tokenizer)
+    assert one == "a king"
+    write(tmp_path / "ptb", "ptb.valid.txt")
+    assert data.split_path("ptb", "valid", tmp_path).name == "ptb.valid.txt"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\r\n   \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_refused_by_name(data_tokenizer, tmp_path, content):
+    own = write(tmp_path, "test.txt", content)
+    with pytest.raises(ValueError, match="test.txt: no text"):
+        data.load_corpus(own, "test", data_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"good\n\ncaf\xe9 bad\n", r"train.txt, line 3, byte 4"),
+        ("text".encode("utf-16"), r"train.txt, line 1, byte 1"),
+        ("\ufeffab".encode() + b"\xc3\n", r"train.txt, line 1, byte 6"),
+    ],
+)
+def test_what_is_not_utf8_is_refused_with_its_place(tmp_path, content, place):
+    with pytest.raises(ValueError, match=place):
+        list(data.read_texts(write(tmp_path, content=content), "train"))
+    with pytest.raises(ValueError, match="^" + re.escape(str(tmp_path)) + ".*" + place):
+        data.train_tokenizer(data.read_texts(str(tmp_path), "train"), 100)
+
+
+def test_a_vocabulary_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="vocab_size is 5"):
+        data.train_tokenizer(["a king paints"], 5)
+    with pytest.raises(ValueError, match="vocab_size is 100"):
+        data.train_tokenizer([], 100)
+
+
+def test_overlong_lines_are_cut_and_counted(data_tokenizer, tmp_path):
+    own = write(tmp_path, content=b"a king paints\n" + b"the old king paints a red boat " * 5000 + b"\na queen\n")
+    corpus = data.load_corpus(own, "train", data_tokenizer, max_length=16)
+    assert corpus.truncated == 1
+    assert corpus.lengths.max() == corpus.lengths[1] == 16
+    assert corpus.ids[corpus.offsets[2] - 1] == data_tokenizer.eos_token_id
+    assert corpus.words[1] == len(texts_of(corpus, data_tokenizer)[1].split()) + 1
+    whole = data.load_corpus(own, "train", data_tokenizer, max_length=10**6)
+    assert whole.truncated == 0
+    assert whole.words[1] == 7 * 5000 + 1
+
+
+def test_one_file_is_split_by_its_texts(tmp_path):
+    lines = [f"text {i % 3000}" for i in range(4000)]  # a quarter of them twice
+    (tmp_path / "all.txt").write_text("\n".join(lines))
+    one = str(tmp_path / "all.txt")
+    parts = {split: list(data.read_texts(one, split)) for split in data.SPLITS}
+    assert sorted(sum(parts.values(), [])) == sorted(lines)
+    assert [len(set(part)) / 3000 for part in parts.values()] == pytest.approx([0.9, 0.05, 0.05], abs=0.02)
+    assert not set(parts["train"]) & set(parts["test"])  # the same text twice is in the same split
+    (tmp_path / "all.txt").write_text("\n".join(reversed(lines)))
+    assert set(data.read_texts(one, "test")) == set(parts["test"])  # whatever the order
+    other = list(data.read_texts(one, "test", shares=(0.2, 0.3, 0.5)))
+    assert len(other) / 4000 == pytest.approx(0.5, abs=0.05)
+    (tmp_path / "all.txt").write_text("one text")
+    with pytest.raises(ValueError, match="all.txt: no text for '(valid|test)'"):
+        [list(data.read_texts(one, split)) for split in data.SPLITS]
+
+
+def test_yelp_loses_its_labels_and_other_texts_keep_their_tabs(tmp_path):
+    for name in ("yelp", "ptb"):
+        write(tmp_path / name, "train.txt", b"4\tgood food\nno label\n")
+    assert data.read_texts("yelp", "train", tmp_path) == ["good food", "no label"]
+    assert data.read_texts("ptb", "train", tmp_path) == ["4\tgood food", "no label"]
+
+
+def test_words_become_pieces():
+    tokenizer = data.train_tokenizer(data.read_texts("grammar", "train")[:5000], 4000)
+    text = "the lonely queens will secretly repair a purple statue outside the palace soon"
+    assert tokenizer.tokenize(text) == ["\u2581" + word for word in text.split()]
+    assert tokenizer.pad_token_id == PAD
+    assert tokenizer.eos_token_id == EOS
