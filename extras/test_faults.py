@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import train
 
+import train
 from test_vae import (  # noqa: F401  # noqa: F401
     SHORT,
     TINY,

@@ -12,7 +12,6 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import data
 import pytest
 import safetensors.torch
 import torch
@@ -22,9 +21,10 @@ from transformers import (
     GenerationConfig,
     UMT5Config,
 )
-from vae import T5VAE
 
+import data
 from test_vae import EOS, PAD, cli_tokenizer, data_tokenizer, files, from_t5, saved, t5_folder, texts_of, write  # noqa: F401
+from vae import T5VAE
 
 
 def break_weights(folder, change):
