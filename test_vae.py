@@ -18,15 +18,11 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import data
-import metrics
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import train
 import transformers
-import vae
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -37,6 +33,11 @@ from transformers import (
     T5Config,
 )
 from transformers.modeling_outputs import BaseModelOutput
+
+import data
+import metrics
+import train
+import vae
 from vae import POOLINGS, T5VAE, pool
 
 ROOT = Path(__file__).resolve().parent

@@ -150,8 +150,8 @@ def open_run(out, config, args):
 def record(log, bar, at, split, values):
     """A line of log.jsonl, and what of it fits on the screen."""
     log.write(json.dumps({"step": at["step"], "split": split} | values) + "\n")
-    names = [name for name in ("rec", "kl", "kl_weight", "loss", "neg_elbo", "mi", "au") if name in values]
-    shown = ", ".join(f"{name} {values[name]:.2f}" for name in names)
+    names = [name for name, value in values.items() if isinstance(value, float) and not name.endswith("_se")]
+    shown = ", ".join(f"{name} {values[name]:.2f}" for name in names[:6])
     bar.set_postfix_str(shown)
     if split == "valid":
         bar.write(f"step {at['step']}: {shown}", file=sys.stdout)
@@ -185,7 +185,7 @@ def gradient_step(objective, batch, index, count, weight, optimizer, scaler, sig
     return means | {"grad_norm": 0.0 if overflow else norm}, stopping
 
 
-def train(objective, corpus, make_batch, next_weight, validate, args, out, log, saved=None):
+def train(objective, corpus, make_batch, next_weight, validate, args, out, log, saved=None, steps=None):
     """The training loop, of both phases, from step 0 or from the state `saved`. Returns the seconds it took.
 
     Args:
@@ -194,6 +194,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
         next_weight: (steps taken, KL weight of the last step, its mean terms) -> KL weight.
         validate: () -> dict for the log, called before each epoch and after the last.
         out, log, saved: the run folder, and what `open_run` returns.
+        steps: how many, instead of those of args.epochs.
     """
     rank, world = metrics.processes()
     trained = [p for p in objective.parameters() if p.requires_grad]
@@ -209,7 +210,8 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
             part.load_state_dict(saved.pop(name))
     parallel = DistributedDataParallel(objective) if world > 1 else objective
     steps_per_epoch = math.ceil(len(corpus) / args.batch_size)
-    steps, started, saved_at = args.epochs * steps_per_epoch, time.time() - at["seconds"], time.time()
+    steps = args.epochs * steps_per_epoch if steps is None else steps
+    started, saved_at = time.time() - at["seconds"], time.time()
     signals, wait = [], lambda number, frame: signals.append(number)  # SIGTERM and Ctrl-C wait for the end of a step
     handlers = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -219,10 +221,12 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
         return index, len(share), make_batch(corpus, share if len(share) else index[:1], epoch).to(args.device)
 
     with tqdm(total=steps, initial=at["step"], disable=None if rank == 0 else True) as bar:
-        for epoch in range(at["step"] // steps_per_epoch, args.epochs):
+        for epoch in range(at["step"] // steps_per_epoch, math.ceil(steps / steps_per_epoch)):
             if at["step"] % steps_per_epoch == 0:
                 record(log, bar, at, "valid", validate())
-            order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)
+            order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)[
+                : steps - epoch * steps_per_epoch
+            ]
             for index, count, batch in data.prefetch(load, order[at["step"] % steps_per_epoch :]):
                 # Dropout, all that draws from torch's generator, is a function of these: no random state needs saving.
                 torch.manual_seed(int(np.random.SeedSequence([args.seed, at["step"], rank]).generate_state(1)[0]))
@@ -235,7 +239,12 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
                 bar.update()
                 if at["step"] % args.log_every == 0 or at["step"] == steps:
                     record(log, bar, at, "train", terms | {"kl_weight": weight})
-                due = stop or at["step"] % steps_per_epoch == 0 or time.time() - saved_at >= 60 * args.save_every
+                due = (
+                    stop
+                    or at["step"] == steps
+                    or at["step"] % steps_per_epoch == 0
+                    or time.time() - saved_at >= 60 * args.save_every
+                )
                 if due and rank == 0:
                     at["seconds"], saved_at = time.time() - started, time.time()
                     os.fsync(log.fileno())
@@ -252,13 +261,11 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
     return time.time() - started
 
 
-def make_tiny_t5(args):
-    """`--model tiny`: (tokenizer, T5Config) of a small T5, with a vocabulary made from the training text."""
-    texts = filter(None, data.read_texts(args.dataset, "train", args.data_dir, args.split))
-    tokenizer = data.train_tokenizer(texts, args.vocab_size)
+def tiny_config(args, tokenizer):
+    """The T5Config of `--model tiny`."""
     shape = {"d_model": args.d_model, "d_ff": 4 * args.d_model, "d_kv": args.d_model // args.heads}
     shape |= {"num_heads": args.heads, "num_layers": args.layers, "dropout_rate": 0.0}  # as T5 v1.1 is pretrained
-    return tokenizer, transformers.T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **shape)
+    return transformers.T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **shape)
 
 
 def run_folder(args, phase):
@@ -282,8 +289,9 @@ def load_model(args):
     made = json.loads(config.read_text()) if config.is_file() else {}
     try:
         if start == "tiny":
-            tokenizer, t5_config = make_tiny_t5(args)
-            model = T5VAE(t5_config.to_dict(), **asked)
+            texts = filter(None, data.read_texts(args.dataset, "train", args.data_dir, args.split))
+            tokenizer = data.train_tokenizer(texts, args.vocab_size)
+            model = T5VAE(tiny_config(args, tokenizer).to_dict(), **asked)
             model.tokenizer = tokenizer
         elif made.keys() & {"phase", "t5_config"}:  # a run folder, or the model in it
             model = T5VAE.from_pretrained(start)

@@ -1,0 +1,204 @@
+"""Train faster on a CPU: the same computation by other layers.
+
+    python -m extras.fast_cpu <flags of train.py>
+
+`quicken(model)` replaces, in place and under the same names of weights, linear layers (oneDNN's products, which use
+AVX-512 on every CPU that has it; PyTorch's default, MKL, does so on Intel's alone), dropout (16 random bits per element
+instead of 64), a ReLU with its dropout (one tensor kept for the backward pass), and `rec` (the logits of real tokens
+only, a slice at a time). On a GPU, and where a form does not apply, torch's own is used.
+"""
+
+import sys
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+import train
+
+
+def multiply(a, b):
+    """a b^T of matrices (M, K) and (N, K), contiguous or the transpose of a contiguous one: (M, N).
+
+    On a CPU in float32 oneDNN does it, which uses AVX-512 on every CPU that has it. What PyTorch calls by default,
+    MKL, does so on Intel's alone: on AMD's it takes twice the time. The operator is private to torch, whose version
+    requirements.txt pins.
+    """
+    if a.is_cpu and a.dtype == b.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.T
+
+
+class Product(torch.autograd.Function):
+    """x W^T with `multiply`, forward and backward; computes only the gradients that are needed."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return multiply(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x, weight), (needs_x, needs_weight) = ctx.saved_tensors, ctx.needs_input_grad
+        grad = grad.contiguous()
+        return multiply(grad, weight.T) if needs_x else None, multiply(grad.T, x.T) if needs_weight else None
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias that multiplies with `multiply`; under autocast and on a GPU, torch's own."""
+
+    def forward(self, x):
+        if self.bias is not None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return Product.apply(rows, self.weight).view(*x.shape[:-1], -1)
+
+
+class Drop(torch.autograd.Function):
+    """x * kept * scale, which keeps one byte per element for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, kept, scale):
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
+        return kept.to(x.dtype).mul_(scale).mul_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0].to(grad.dtype).mul_(ctx.scale).mul_(grad), None, None
+
+
+class DropOfReLU(torch.autograd.Function):
+    """relu(x) * kept * scale, which keeps only its result: the gradient passes where that is positive."""
+
+    @staticmethod
+    def forward(ctx, x, kept, scale):
+        out = kept.to(x.dtype).mul_(scale).mul_(x).clamp_(min=0)
+        ctx.save_for_backward(out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return (ctx.saved_tensors[0] > 0).to(grad.dtype).mul_(ctx.scale).mul_(grad), None, None
+
+
+class Dropout(nn.Dropout):
+    """Dropout from 16 random bits per element, where torch draws 64 on a CPU: a third of the time.
+
+    The rate is p to within 2^-17, and kept elements are divided by exactly what is kept on average.
+    """
+
+    def draw(self, x):
+        """What to keep of x, and its scale; None where torch's own dropout is as good."""
+        drop = round(self.p * 2**16)  # of 2^16
+        if not (self.training and x.is_cpu and 0 < drop < 2**16):
+            return None
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        return bits[: x.numel()].view(x.shape) >= drop - 2**15, 2**16 / (2**16 - drop)
+
+    def forward(self, x):
+        drawn = self.draw(x)
+        return Drop.apply(x, *drawn) if drawn else super().forward(x)
+
+
+class DropoutOfReLU(Dropout):
+    """A ReLU and the dropout after it, in the widest place of T5, for half the memory."""
+
+    def forward(self, x):
+        drawn = self.draw(x)
+        return DropOfReLU.apply(x, *drawn) if drawn else nn.Dropout.forward(self, x.relu())
+
+
+class TokenNats(torch.autograd.Function):
+    """-log softmax(h W^T)[label] of N tokens: (N,), nats. The (N, V) logits are never there, only CHUNK rows of them.
+
+    The gradient of their sum is computed in the forward pass, while they are there, and `backward` scales it. That is
+    exact for h, whose rows belong to one token each, and for W where all tokens weigh the same, as in a mean over
+    sentences. Otherwise the tokens of each weight are computed again. Not for fp16, whose loss scale comes later.
+
+    Args: hidden (N, D); weight (V, D), of the LM head, whose gradient is only computed if it is trained; labels (N,).
+    """
+
+    CHUNK = 256  # 32 MiB of logits
+
+    @staticmethod
+    def run(hidden, weight, labels, needs_hidden, needs_weight):
+        """(N,) nats, and the gradients of their sum: (N, D) and (V, D), or None where they are not needed."""
+        nats, d_hidden, d_weight = [], [], torch.zeros_like(weight) if needs_weight else None
+        for h, label in zip(hidden.split(TokenNats.CHUNK), labels.split(TokenNats.CHUNK), strict=True):
+            h = h.to(weight.dtype)
+            logits = multiply(h, weight).float()  # (C, V)
+            nats.append(F.cross_entropy(logits, label, reduction="none"))
+            if needs_hidden or needs_weight:
+                d_logits = logits.softmax(1)
+                d_logits[torch.arange(len(label), device=label.device), label] -= 1
+                d_logits = d_logits.to(weight.dtype)
+            if needs_hidden:
+                d_hidden.append(multiply(d_logits, weight.T).float())
+            if needs_weight:
+                d_weight.addmm_(d_logits.T, h)  # in place: here another (V, D) would cost more than MKL does
+        return torch.cat(nats), torch.cat(d_hidden) if needs_hidden else None, d_weight
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        nats, d_hidden, ctx.d_weight = TokenNats.run(hidden, weight, labels, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(hidden, weight, labels, d_hidden)
+        return nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, labels, d_hidden = ctx.saved_tensors
+        d_weight, ctx.d_weight = ctx.d_weight, None  # scaled in place, so it serves once
+        if d_weight is not None and (grad == grad[0]).all():
+            d_weight.mul_(grad[0])
+        elif ctx.needs_input_grad[1]:
+            groups = ((g, grad == g) for g in grad.unique())
+            d_weight = sum(g * TokenNats.run(hidden[at], weight, labels[at], False, True)[2] for g, at in groups)
+        return d_hidden * grad[:, None] if ctx.needs_input_grad[0] else None, d_weight, None
+
+
+def quick_rec(model, z, labels):
+    """`T5VAE.rec` by TokenNats: (B,), nats."""
+    if not z.is_cpu or labels.numel() == 0:
+        return type(model).rec(model, z, labels)
+    t5, real = model.t5, labels != model.t5.config.pad_token_id  # (B, T)
+    hidden = t5.decoder(
+        t5.prepare_decoder_input_ids_from_labels(labels), encoder_hidden_states=model.memory(z), use_cache=False
+    ).last_hidden_state  # (B, T, D)
+    if getattr(t5.config, "scale_decoder_outputs", False):
+        hidden = hidden * hidden.shape[-1] ** -0.5
+    weight = t5.lm_head.weight if torch.is_grad_enabled() else t5.lm_head.weight.detach()
+    if torch.is_autocast_enabled("cpu"):
+        weight = weight.to(torch.get_autocast_dtype("cpu"))
+    nats = TokenNats.apply(hidden[real], weight, labels[real])  # (N,), N real tokens
+    return nats.new_zeros(labels.shape).masked_scatter(real, nats).sum(1)
+
+
+def quicken(module):
+    """Give the layers of a T5VAE, or of a T5, forms that are faster on a CPU, in place; weights keep their names."""
+    for part in module.modules():
+        if faster := {nn.Linear: Linear, nn.Dropout: Dropout}.get(type(part)):
+            part.__class__ = faster  # the same weights under the same names
+        if isinstance(getattr(part, "act", None), nn.ReLU):  # a feed-forward layer
+            part.act, part.dropout = DropoutOfReLU(part.dropout.p), nn.Identity()
+    if hasattr(module, "t5"):  # a T5VAE
+        module.rec = partial(quick_rec, module)
+    return module
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    if "fp16" in argv:
+        sys.exit("fast_cpu.py: --amp fp16 needs gradients that the loss scale reaches; it must be bf16 or off")
+    train.main(argv, transform=quicken)
+
+
+if __name__ == "__main__":
+    main()
