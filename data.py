@@ -125,10 +125,7 @@ DATASETS = (*SOURCES, "grammar")
 
 
 def download(name, split, path):
-    """Fetch a split of a benchmark into `path`, which appears only whole and checked; a cut download starts over.
-
-    Raises FileNotFoundError, in one line, where it is not available or not the published file.
-    """
+    """Fetch a split into `path`, which appears only whole and checked; else FileNotFoundError, in one line."""
     url, *checksums = SOURCES[name]
     url, (kind, expected) = url.format(split=split), checksums[SPLITS.index(split)].split(":")
     print(f"downloading {url}; its terms of use are in docs/data.md")
@@ -299,11 +296,8 @@ def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0)
 
     The last real token of a row, </s>, stays, and so does at least one other: the one that came closest to staying.
 
-    Args:
-        input_ids, attention_mask: (B, T), padding on the right.
-        prob: in [0, 1).
-        seed, epoch, index: what the noise depends on, and all of it; index: (B,) of the texts.
-    Returns: input_ids, attention_mask: (B, T' <= T), order kept, padded anew.
+    input_ids, attention_mask: (B, T), padding on the right; prob: in [0, 1), else ValueError; noise depends on seed,
+    epoch and index (B,), the texts' numbers, alone. Returns: input_ids, attention_mask: (B, T' <= T), order kept.
     """
     if not 0 <= prob < 1:
         raise ValueError(f"prob is {prob}; the share of tokens to delete must be in [0, 1)")

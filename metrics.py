@@ -166,9 +166,8 @@ def evaluate(
 def other_latents(model, corpus, batch_size, seed, mu, z):
     """rec of each sentence given another's z and given the prior's, and its greedy reconstruction from the mean.
 
-    Args:
-        mu, z: (n, Z) posterior means and samples of the whole corpus, on the CPU.
-    Returns: columns (n,): rec_other, rec_prior: nats; hits: tokens right in their place; exact: 1 where all are.
+    mu, z: (n, Z) posterior means and samples of the corpus, on the CPU. Returns columns (n,): rec_other and rec_prior,
+    nats; hits, tokens that are right in their place; exact, 1 where all are.
     """
     n = len(corpus)
     # One cycle through all sentences in random order: everybody gets somebody else's z.
@@ -238,10 +237,7 @@ def format_table(runs, spread="standard error of the mean over sentences"):
 
 
 def verdict(measured, target=0.0, lm_nll=None):
-    """One line of text: is z used, what does that cost, and is the KL the `target`, if there is one?
-
-    lm_nll: NLL of the language model on the same texts, nats per sentence.
-    """
+    """One line: is z used, what does that cost against a language model's NLL, and is the KL the `target`?"""
     if measured["latent_dim"] == 0 or "rec_other" not in measured:
         return f"rec {measured['rec']:.2f} nats per sentence"
     loss, nll = measured["rec_other"] - measured["rec"], measured.get("nll_iw")
@@ -263,10 +259,7 @@ def load_run(run, device="cpu"):
 
 
 def evaluate_run(run, iw_samples=None, device="cpu", **settings):
-    """The measures of a run folder's model on its test split; `settings` are those of `evaluate`.
-
-    iw_samples: K; None is 100, but 0 for phase 1, which trains no density that importance weighting could measure.
-    """
+    """The measures of a run folder's model on its test split; iw_samples None: 100, for phase 1 none (see train.py)."""
     config, model, read = load_run(run, device)
     samples = iw_samples if iw_samples is not None else 100 * (config["phase"] == 2)
     entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None

@@ -12,6 +12,7 @@ A run is a folder. Cut short, it resumes with --resume added to its command, and
 
 import argparse
 import contextlib
+import ctypes
 import io
 import json
 import math
@@ -52,11 +53,9 @@ def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
     The weight rises slowly because an encoder that says little yet would pay for nothing: at full price from the
     first step, the cheapest thing to do is to ignore z, and the decoder learns to do without it (section 2.2.1).
 
-    Args:
-        step: optimizer steps taken before this one.
-        schedule: "linear" rises from 0 to 1 over `anneal_steps` and stays there (Eq. 6). "cyclical" cuts
-            `anneal_steps` into `cycles`, each rising linearly over its first `ratio` and then at 1; after
-            the last it stays at 1 (Fu et al. 2019). "constant" is 1.
+    `step` counts the optimizer steps before this one. "linear" rises from 0 to 1 over `anneal_steps` and stays there
+    (Eq. 6). "cyclical" cuts `anneal_steps` into `cycles`, each rising linearly over its first `ratio` and then at 1;
+    after the last it stays at 1 (Fu et al. 2019). "constant" is 1.
     """
     if schedule == "constant" or step >= anneal_steps:
         return 1.0
@@ -66,18 +65,16 @@ def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
 
 
 def controlled_kl_weight(weight, kl, target, anneal_steps):
-    """The KL weight of the next step, which leads the KL to `target` and holds it there; in [0, 1].
+    """The KL weight of the next step, which leads the KL to `target` and holds it there; at least 0.
 
     An integral controller: the weight moves by the relative error of the KL, at most by 1 / anneal_steps. Far above
     the target that is linear annealing; at the target it rests. (Related: the minimum desired rate of Pelsmaeker & Aziz
     2020, the controller of Shao et al. 2020.)
 
-    Args:
-        weight, kl: of this step; kl: the mean over its batch, nats per sentence.
-        target: R, nats per sentence, above 0.
+    `weight` and `kl`, the mean over the batch, are this step's; `target` is R, above 0; both in nats per sentence.
     """
     error = max(-1.0, min(1.0, (kl - target) / target))
-    return max(0.0, min(1.0, weight + error / max(1, anneal_steps)))
+    return max(0.0, weight + error / max(1, anneal_steps))  # above 1 where a small target asks for it
 
 
 class ELBO(nn.Module):
@@ -119,8 +116,7 @@ def write_whole(path, write):
 def open_run(out, config, args):
     """Take the run folder `out`: (its log, opened, and the state of its checkpoint or None).
 
-    log.jsonl is cut to its length at the checkpoint; a new run starts with an empty one. No code in a checkpoint runs;
-    ValueError where it is damaged or of another run.
+    log.jsonl is cut to its length at the checkpoint. ValueError where that is damaged or of another run.
     """
     path, saved = out / "checkpoint.pt", None
     if args.resume and path.exists():
@@ -189,8 +185,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
     """The training loop, of both phases, from step 0 or from the state `saved`. Returns the seconds it took.
 
     Args:
-        objective: a module, (Batch, KL weight) -> {"loss": (B,) nats, ...: (B,)}.
-        make_batch: (corpus, index, epoch) -> Batch.
+        objective: module, (Batch, KL weight) -> {"loss": (B,) nats, ...}; make_batch: (corpus, index, epoch) -> Batch.
         next_weight: (steps taken, KL weight of the last step, its mean terms) -> KL weight.
         validate: () -> dict for the log, called before each epoch and after the last.
         out, log, saved: the run folder, and what `open_run` returns.
@@ -507,8 +502,11 @@ def main(argv=None, transform=None):
         argv = shlex.split(DEMO) + argv
         print("The demonstration: python train.py " + shlex.join(argv))
     args = parse_args(parser, argv, RECIPES[parser.parse_known_args(argv)[0].recipe])
-    # oneDNN keeps what it compiles for each batch shape, up to 1,024 of them: gigabytes in a long run on a CPU.
+    # Batches have many shapes. In a long run on a CPU, oneDNN's kernels for them and the holes that malloc leaves
+    # between freed tensors take gigabytes: here fewer kernels are kept, and large tensors go back to the system.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network

@@ -41,11 +41,8 @@ LOSS_SLICE = 2048  # target positions whose logits exist at one time: 2048 * 32,
 def pool(hidden, attention_mask, pooling="max"):
     """One vector per sentence from the states of its real tokens; padding never counts (section 2.2.5).
 
-    Args:
-        hidden: (B, T, D) states.
-        attention_mask: (B, T), 1 on real tokens, at least one in each row.
-        pooling: "max" or "mean" over the tokens, or the state of the "last" one.
-    Returns: (B, D)
+    hidden: (B, T, D); attention_mask: (B, T), 1 on real tokens, at least one in each row; pooling: "max" or "mean" over
+    the tokens, or the state of the "last" one. Returns: (B, D).
     """
     real = attention_mask.bool()[:, :, None]  # (B, T, 1)
     if pooling == "max":
@@ -136,9 +133,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
     def encode(self, input_ids, attention_mask):
         """q(z|x) = N(mu, exp(logvar)), diagonal (Eq. 3; the paper's "log sigma" is the log variance).
 
-        Args:
-            input_ids, attention_mask: (B, T); padding is where the mask is 0.
-        Returns: mu, logvar: (B, Z) each, float32 under autocast too.
+        input_ids, attention_mask: (B, T). Returns: mu, logvar: (B, Z) each, float32 under autocast too.
         """
         if self.latent_dim == 0:  # a language model has nothing to encode
             return (self.w_mu.weight.new_zeros(len(input_ids), 0),) * 2
@@ -179,10 +174,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
     def decode(self, z, labels):
         """Teacher-forced logits of p(x|z): position t has seen z and labels[:, :t].
 
-        Args:
-            z: (B, Z).
-            labels: (B, T) token ids that end in </s>, padded with T5's pad id.
-        Returns: (B, T, V).
+        z: (B, Z); labels: (B, T) token ids that end in </s>, padded with T5's pad id. Returns: (B, T, V).
         """
         return self.t5.lm_head(self._hidden(z, labels))
 
