@@ -12,9 +12,11 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from huggingface_hub import hub_mixin
 from transformers import (
     BertConfig,
@@ -264,3 +266,46 @@ def test_words_become_pieces():
     assert tokenizer.tokenize(text) == ["\u2581" + word for word in text.split()]
     assert tokenizer.pad_token_id == PAD
     assert tokenizer.eos_token_id == EOS
+
+
+def test_unknown_tokens_are_written_as_they_were_read(t5_folder):
+    model = from_t5(t5_folder)
+    text = "the <unk> sells <unk>"
+    rows = model.tokenizer([text], return_tensors="pt")["input_ids"]
+    model.generate = lambda z, **_: F.pad(rows, (1, 3), value=0)
+    assert model.decode_texts(torch.zeros(1, 5)) == [text]
+
+
+LENGTHS = {
+    "ptb": np.random.default_rng(0)
+    .gamma(5.5, 5.1, 42_068)
+    .astype(int)
+    .clip(2, 133),  # mean 28, as PTB's training texts
+    "yahoo": (20 + np.random.default_rng(0).lognormal(4.3, 0.6, 100_000)).astype(int).clip(28, 256),  # mean 110
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_epochs_are_whole_random_and_waste_little(name):
+    lengths, world = LENGTHS[name], 4
+    first = data.epoch_order(lengths, 32, seed=0, epoch=0)
+    shares = [index[rank::world] for index in first for rank in range(world) if len(index) > rank]
+    assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(len(lengths)))
+    waste = 1 - lengths.sum() / sum(len(share) * lengths[share].max() for share in shares)
+    assert waste <= 0.05, f"{waste:.2%} of positions are padding"
+    order = np.random.default_rng(0).permutation(len(lengths))
+    unsorted = 1 - lengths.sum() / sum(32 * lengths[i].max() for i in np.array_split(order, len(lengths) // 32))
+    assert unsorted > 0.2  # what the buckets spare
+    again = data.epoch_order(lengths, 32, seed=0, epoch=1)
+    together = {tuple(sorted(batch)) for batch in first} & {tuple(sorted(batch)) for batch in again}
+    assert len(together) < 0.01 * len(first)  # other company in the next epoch
+    means = np.array([lengths[batch].mean() for batch in first])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.1  # short and long batches come mixed
+    repeat = data.epoch_order(lengths, 32, seed=0, epoch=0)
+    assert all(np.array_equal(a, b) for a, b in zip(first, repeat, strict=True))
+
+
+def test_evaluation_has_every_text_once(data_tokenizer):
+    corpus = data.load_corpus("grammar", "train", data_tokenizer, limit=5)
+    seen = [i for batch in data.evaluation_batches(corpus, 2) for i in batch.index.tolist()]
+    assert sorted(seen) == list(range(5))

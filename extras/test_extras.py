@@ -1,0 +1,427 @@
+"""Tests of the scripts in this folder."""
+
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import copy
+import io
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import data
+import metrics
+import train
+from extras import (
+    benchmark,
+    describe,
+    fast_cpu,
+    latent,
+    paper_tables,
+    plots,
+    pretrain,
+    probe,
+    refine,
+    seeds,
+)
+from test_vae import ROOT, TINY, random_texts, tiny_vae
+from vae import T5VAE
+
+SHORT = ["--batch-size", "5", "--log-every", "3", "--device", "cpu"]
+EOS = 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A data set of 23 texts."""
+    home = tmp_path_factory.mktemp("texts")
+    texts = data.read_texts("grammar", "train")[:23]
+    for split in data.SPLITS:
+        (home / f"{split}.txt").write_text("\n".join(texts[: 23 if split == "train" else 7]) + "\n")
+    return home
+
+
+@pytest.fixture(scope="session")
+def run(home):
+    """A run of phase 2 on these texts, whose z is heard."""
+    flags = [*TINY, *SHORT, "--epochs", "1", "--iw-samples", "2", "--latent-dim", "4", "--vocab-size", "60"]
+    train.main(["--dataset", str(home), *flags, "--out", str(home / "run")])
+    model = T5VAE.from_pretrained(home / "run" / "phase2")
+    with torch.no_grad():
+        model.w_proj.weight.normal_(std=3)
+        model.t5.shared.weight *= 0.1
+    model.save_pretrained(home / "run" / "phase2" / "model")
+    return str(home / "run" / "phase2")
+
+
+def read_json(run, name):
+    return json.loads(Path(run, name).read_text())
+
+
+# ---------------------------------------------------------------------------------------- latent
+
+
+@pytest.fixture
+def ask(run, capsys):
+    """Lines that `latent COMMAND RUN ...` prints."""
+
+    def lines(command, *args):
+        latent.main([command, run, *map(str, args), "--max-length", "8"])
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+def test_reconstruct_reads_arguments_files_and_standard_input(ask, run, tmp_path, monkeypatch):
+    texts = ["the old king", "", "a queen sells"]
+    model = T5VAE.from_pretrained(run)
+    expected = model.decode_texts(model.encode_texts(texts, max_length=8)[0], max_new_tokens=8)
+    assert ask("reconstruct", *texts) == expected
+    (tmp_path / "texts").write_text("\n".join(texts) + "\n")
+    assert ask("reconstruct", "--file", tmp_path / "texts") == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(texts).encode())))
+    assert ask("reconstruct") == expected
+    first = json.loads(ask("reconstruct", texts[0], "--json")[0])
+    assert first == {"text": texts[0], "output": expected[0]}
+    drawn = [ask("reconstruct", texts[0], "--samples", 8, "--seed", seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_interpolations_end_in_the_reconstructions():
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    straight, arc = latent.interpolate(a, b, 3), latent.interpolate(a, b, 3, spherical=True)
+    assert straight[1].tolist() == [0.5, 0.5]
+    assert arc.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
+    for path in straight, arc:
+        torch.testing.assert_close(path[[0, 2]], torch.stack([a, b]))
+    torch.testing.assert_close(latent.interpolate(a, 2 * a, 3, spherical=True)[1], 1.5 * a)
+
+
+def test_arithmetic_neighbors_traversal_and_encoding(ask, run, tmp_path):
+    model = T5VAE.from_pretrained(run)
+    texts = ["the old king", "a queen sells", "the nuns hide a lamp"]
+    mu = model.encode_texts(texts, max_length=8)[0]
+    for name, lines in ("from", texts[:1]), ("to", texts[1:2]), ("all", texts):
+        (tmp_path / name).write_text("\n".join(lines))
+    moved = model.decode_texts(mu[2:] + 2 * (mu[1] - mu[0]), max_new_tokens=8)
+    flags = ("--from", tmp_path / "from", "--to", tmp_path / "to", "--k", 2)
+    assert ask("arithmetic", *flags, texts[2]) == moved
+    near = ask("neighbors", tmp_path / "all", texts[1], "-n", 2)
+    assert near[0] == f"0.000\t{texts[1]}"
+    assert len(near) == 2
+    rows = [line.split("\t") for line in ask("traverse", texts[0], "--dim", 3, 1, "--steps", 2)]
+    assert [row[:2] for row in rows] == [["3", "-3.000"], ["3", "3.000"], ["1", "-3.000"], ["1", "3.000"]]
+    ask("encode", tmp_path / "all", "-o", tmp_path / "z.npz")
+    np.testing.assert_allclose(np.load(tmp_path / "z.npz")["mu"], mu, atol=1e-5)
+    assert len(ask("sample", "-n", 3)) == 3
+    assert len(ask("interpolate", *texts[:2], "--steps", 4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["reconstruct", "no/run", "x"], "no/run is neither a folder here nor"),
+        (["reconstruct", "{run}", "--file", "no/file"], "no/file"),
+        (["traverse", "{run}", "x", "--dim", "4"], "--dim is 4; it must be in [0, 4)"),
+    ],
+)
+def test_latent_refuses_in_one_line(args, words, run):
+    with pytest.raises(SystemExit) as stop:
+        latent.main([arg.format(run=run) for arg in args])
+    assert words in str(stop.value)
+    assert "\n" not in str(stop.value)
+    assert str(stop.value).startswith("latent.py: ")
+
+
+def test_unknown_characters_are_counted_on_stderr(ask, run, capsys):
+    latent.main(["reconstruct", run, "a king", "\u4e2d"])
+    assert "1 of 2 texts have characters outside the vocabulary" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- probe, refine, describe
+
+
+def test_linear_probe():
+    generator = torch.Generator().manual_seed(0)
+    mu = torch.randn(600, 3, generator=generator)
+    classes = [int(x) for x in (mu[:, 0] > 0)]
+    accuracy, chance = probe.linear_probe(mu[:400], classes[:400], mu[400:], classes[400:])
+    assert accuracy > 95
+    assert 40 < chance < 60
+    deaf, _ = probe.linear_probe(mu[:400, 1:], classes[:400], mu[400:, 1:], classes[400:])
+    assert deaf < 65
+
+
+def test_grammar_is_read_as_it_was_written():
+    for factors in itertools.islice(data.grammar_factors("test"), 500):
+        text = data.grammar_sentence(factors)
+        assert probe.grammar_parse(text) == factors
+        assert probe.grammar_parse(text + " boat") is None
+    assert probe.grammar_parse("yesterday the king paints a boat on the roof") is None, "tense and time disagree"
+
+
+def test_probe_finds_what_a_latent_holds(run, monkeypatch):
+    texts = {split: data.read_texts("grammar", split)[:300] for split in ("train", "test")}
+    true = {split: list(itertools.islice(data.grammar_factors(split), 300)) for split in texts}
+
+    class Oracle:  # mu is the tense, one-hot, and decoding writes it into one sentence
+        latent_dim, device = 3, torch.device("cpu")
+
+        def encode(self, ids, mask):
+            return torch.eye(3)[ids[:, 0]], None
+
+        def decode_texts(self, z, *args, **kwargs):
+            changed = [true["test"][0] | {"tense": list(data.TENSES)[i]} for i in z.argmax(1)]
+            return [data.grammar_sentence(factors) for factors in changed]
+
+    def corpus(split):
+        ids = np.array([[list(data.TENSES).index(f["tense"]), 1] for f in true[split]], np.int32)
+        return data.Corpus(ids.ravel(), np.arange(0, 601, 2), np.full(300, 2), 0, 0, 99, 98, "")
+
+    rows = {row["factor"]: row for row in probe.probe_grammar(Oracle(), {s: corpus(s) for s in texts})}
+    assert (rows["tense"]["accuracy"], rows["tense"]["changed"], rows["tense"]["alone"]) == (100, 100, 100)
+    assert rows["verb"]["accuracy"] < 25
+    with pytest.raises(SystemExit, match="must be grammar"):
+        probe.main([run])
+
+
+def test_refinement_lowers_the_bound_and_does_not_mix_sentences(run, capsys):
+    _, model, read = metrics.load_run(run)
+    corpus = read("test")
+    gaps = []
+    for steps in (1, 100):
+        result = metrics.evaluate(model, corpus, 7, 20, posterior=partial(refine.refine_posterior, steps=steps))
+        gaps.append(result["neg_elbo"])
+    assert gaps[1] < gaps[0] - 0.1, gaps
+    (batch,) = data.evaluation_batches(corpus, len(corpus))
+    whole = refine.refine_posterior(model, batch, 5)
+    alone = refine.refine_posterior(model, data.make_batch(corpus, batch.index[3:4].numpy()), 5)
+    for a, b in zip(whole, alone, strict=True):
+        torch.testing.assert_close(a[3:4], b, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(a[4:5], b, rtol=1e-3, atol=1e-4)
+    refine.main([run, "--steps", "2", "--iw-samples", "2"])
+    assert read_json(run, "metrics-refined.json")["refine"] == 2
+    assert "refined" in capsys.readouterr().out
+
+
+def test_description(home, capsys, tmp_path):
+    tokenizer = data.train_tokenizer(data.read_texts(str(home), "train"), 60)
+    lines = list(describe.describe(str(home), tokenizer))
+    assert lines[1].split()[:3] == ["train", "23", "0"]
+    assert "7 in train" in lines[2], "its texts are the first of the training texts"
+    assert [line.split()[0] for line in lines[5:]] == ["0%"] * 3 + ["15%"] * 3 + ["40%"] * 3
+    with pytest.raises(SystemExit, match="describe.py: .*no/such"):
+        describe.main(["no/such"])
+
+
+# ---------------------------------------------------------------------------------------- tables and pictures
+
+
+@pytest.mark.parametrize(
+    ("dataset", "true_n", "neg_elbo"),
+    [
+        ("yahoo", 113.0, [343.4, 384.8, 463.5, 451.6]),
+        ("ptb", 26.45, [104.3, 107.3, 146.1, 173.5]),
+        ("yelp", 131.7, [405.0, 482.9, 587.8, 523.1]),
+        ("snli", 13.66, [34.8, 37.1, 60.9, 106.1]),
+    ],
+)
+def test_a_data_set_has_one_n_and_hence_the_true_bound(dataset, true_n, neg_elbo):
+    rows = [row for row in paper_tables.reread(dataset) if row["unit"] == "T5 token"]
+    assert [row["n"] for row in rows] == pytest.approx([true_n] * 4, rel=1e-3)
+    assert [row["neg_elbo"] for row in rows] == pytest.approx(neg_elbo, abs=0.06)
+    printed = [row["n_printed"] for row in rows]
+    assert max(printed) > 1.5 * min(printed), "the control: as printed there is no such number"
+
+
+def test_paper_tables_print_all_and_put_a_run_under_its_own(run, tmp_path, capsys):
+    paper_tables.main([])
+    assert capsys.readouterr().out.count("Optimus") == 4
+    with pytest.raises(SystemExit, match="cannot use"):
+        paper_tables.main([run])
+    own = shutil.copytree(run, tmp_path / "own")
+    config = json.loads((own / "config.json").read_text()) | {"dataset": "ptb"}
+    (own / "config.json").write_text(json.dumps(config))
+    paper_tables.main([str(own)])
+    out = capsys.readouterr().out
+    assert out.count("Optimus") == 1
+    assert str(own) in out
+
+
+def test_seeds_are_summarised_and_different_k_refused(run, tmp_path, capsys):
+    folders, measured = [], read_json(run, "metrics.json")
+    for seed in range(3):
+        folders.append(str(shutil.copytree(run, tmp_path / str(seed))))
+        config = json.loads((tmp_path / str(seed) / "config.json").read_text()) | {"seed": seed, "out": str(seed)}
+        (tmp_path / str(seed) / "config.json").write_text(json.dumps(config))
+        changed = measured | {"rec": 10.0 + seed}
+        (tmp_path / str(seed) / "metrics.json").write_text(json.dumps(changed))
+    seeds.main(folders)
+    out = capsys.readouterr().out
+    assert "3 seeds" in out
+    assert "11.00\u00b11.00" in out
+    (tmp_path / "2" / "metrics.json").write_text(json.dumps(measured | {"iw_samples": 7}))
+    with pytest.raises(SystemExit, match="different numbers of importance samples"):
+        seeds.main(folders)
+    with pytest.raises(SystemExit, match="no two of these runs"):
+        seeds.main(folders[:1])
+    seeds.main(list(map(str, (ROOT / "results" / "grammar" / "lambda0").iterdir())))  # of an earlier version
+    assert "3 seeds" in capsys.readouterr().out
+
+
+def test_pictures_hold_every_point(run, tmp_path, capsys):
+    warm_up = run.replace("phase2", "phase1")
+    figure = plots.draw(plots.parse_args(["curves", "--out", "x.png", run, warm_up]))
+    records = [r for r in map(json.loads, Path(run, "log.jsonl").read_text().splitlines()) if r["split"] == "valid"]
+    lines = figure.axes[0].get_lines()
+    assert len(lines) == 2
+    assert lines[0].get_ydata() == pytest.approx([record["mi"] for record in records])
+    args = ["plane", "--out", str(tmp_path / "p.png"), "--points", "ours", run, warm_up, "--lm", "30", "--paper", "ptb"]
+    figure = plots.draw(plots.parse_args(args))
+    (points,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "ours"]
+    measured = [read_json(r, "metrics.json") for r in (run, warm_up)]
+    assert sorted(points.get_xdata()) == pytest.approx(sorted(m["kl"] for m in measured))
+    assert "Li et al. (lambda 3)" in {text.get_text() for text in figure.axes[0].texts}
+    plots.main(args)
+    assert matplotlib.image.imread(tmp_path / "p.png").std() > 0
+    with pytest.raises(SystemExit, match="needs grammar's factors"):
+        plots.main(["map", "--out", "x.png", run])
+    with pytest.raises(SystemExit, match="no/run"):
+        plots.main(["curves", "--out", "x.png", "no/run"])
+
+
+# ---------------------------------------------------------------------------------------- pretraining
+
+
+def test_span_corruption_loses_nothing():
+    sentinels, lost, total = list(range(1000, 1100)), 0, 0
+    for n in (1, 2, 3, 7, 40, 255):
+        tokens = np.arange(10, 10 + n)
+        inputs, targets = pretrain.corrupt_spans(tokens, sentinels, EOS, np.random.default_rng(n))
+        assert inputs[-1] == targets[-1] == EOS
+        inside = {}
+        for token in targets[:-1]:
+            if token >= 1000:
+                inside[token] = []
+            else:
+                inside[list(inside)[-1]].append(token)
+        whole = [t for token in inputs[:-1] for t in (inside[token] if token >= 1000 else [token])]
+        assert whole == tokens.tolist()
+        lost, total = lost + sum(map(len, inside.values())), total + n
+    assert lost / total == pytest.approx(0.15, abs=0.03)
+
+
+def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_path):
+    flags = ["--dataset", str(home), str(home / "train.txt"), *TINY[2:], *SHORT, "--steps", "12", "--out"]
+    pretrain.main([*flags, str(tmp_path / "whole")])
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 12
+    assert log[-1]["nats_per_target"] < log[0]["nats_per_target"]
+    assert log[0]["query_growth"] == pytest.approx(1, abs=0.2)
+    code = "import sys; from extras import pretrain; import train, os\nstep, n = train.gradient_step, 0\n"
+    code += "def cut(*a):\n    global n; n += 1\n    return os._exit(9) if n == 8 else step(*a)\n"
+    code += "train.gradient_step = cut; pretrain.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *flags, str(tmp_path / "cut"), "--save-every", "0"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 9
+    pretrain.main([*flags, str(tmp_path / "cut"), "--resume"])
+    for name in "log.jsonl", "model/model.safetensors":
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    model = ["--model", str(tmp_path / "whole" / "model")]
+    train.main(["--dataset", str(home), *model, "--phase", "1", *SHORT, "--epochs", "0", "--out", str(tmp_path / "v")])
+    pretrain.main(
+        ["--dataset", str(home), "--tokenizer", model[1], "--steps", "0", *TINY[2:], "--out", str(tmp_path / "zero")]
+    )
+    start = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "zero" / "model")
+    assert pretrain.query_growth(start) == pytest.approx(1, abs=0.2)
+    for wrong in (["--kl-target", "3"], ["--phase", "1"]):
+        with pytest.raises(SystemExit):
+            pretrain.main([*flags, str(tmp_path / "no"), *wrong])
+    assert not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------------------------------- fast_cpu, benchmark
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}])
+def test_quick_layers_compute_the_same(changes, frozen, amp):
+    plain = tiny_vae(**changes).train()
+    quick = fast_cpu.quicken(copy.deepcopy(plain))
+    assert plain.state_dict().keys() == quick.state_dict().keys()
+    ids, mask = random_texts(4, 9)
+    found = []
+    for model in plain, quick:
+        if frozen:
+            model.freeze_decoder()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            mu, logvar = model.encode(ids, mask)
+            rec = model.rec(mu, ids)
+        rec.mean().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append({"rec": rec, "mu": mu} | grads)
+    assert found[0].keys() == found[1].keys()
+    scale = 0.1 if amp else 1e-4
+    for name, value in found[0].items():
+        error = (found[1][name] - value).norm() / value.norm().clamp(min=1e-6)
+        assert error < scale, f"{name}: {error}"
+    with torch.no_grad():
+        assert not torch.allclose(quick.rec(mu + 1, ids), found[1]["rec"], rtol=1e-3)
+
+
+def test_quick_losses_weigh_tokens_of_their_own():
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
+    for share in torch.ones(6) / 6, torch.rand(6), torch.zeros(6):
+        found = []
+        for loss in fast_cpu.TokenNats.apply, lambda h, w, y: F.cross_entropy(h @ w.T, y, reduction="none"):
+            h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            (loss(h, w, labels) * share).sum().backward()
+            found.append((h.grad, w.grad))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_quick_dropout_drops_p_and_keeps_the_mean():
+    x = torch.randn(400, 250).abs()
+    for layer, plain in (fast_cpu.Dropout(0.1), x), (fast_cpu.DropoutOfReLU(0.1), x.relu()):
+        out = layer.train()(x)
+        assert (out == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
+        assert out.mean().item() == pytest.approx(plain.mean().item(), rel=0.01)
+        assert torch.equal(layer.eval()(x), plain)
+
+
+def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
+    flags = ["--dataset", str(home), *TINY, *SHORT, "--epochs", "1", "--phase", "1", "--out", str(tmp_path / "run")]
+    fast_cpu.main(flags)
+    assert T5VAE.from_pretrained(tmp_path / "run").eval().rec is not None
+    with pytest.raises(SystemExit, match="must be bf16 or off"):
+        fast_cpu.main([*flags, "--amp", "fp16"])
+
+
+def test_the_benchmark_compares_and_writes_nothing(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    benchmark.main(["--dataset", str(home), *TINY, *SHORT, "--repeats", "1"])
+    out = capsys.readouterr().out
+    for word in ("phase 1  core", "phase 2  quicken", "times transformers", "evaluation", "generation"):
+        assert word in out
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="benchmark.py: "):
+        benchmark.main(["--dataset", "no/such", *TINY])
