@@ -213,33 +213,27 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
     def load(index):
         # A process without a share computes a sentence that does not count: all must meet in the backward pass.
         share = index[rank::world]
-        return index, len(share), make_batch(corpus, share if len(share) else index[:1], epoch).to(args.device)
+        return index, len(share), make_batch(corpus, share if len(share) else index[:1], epoch)
 
     with tqdm(total=steps, initial=at["step"], disable=None if rank == 0 else True) as bar:
         for epoch in range(at["step"] // steps_per_epoch, math.ceil(steps / steps_per_epoch)):
             if at["step"] % steps_per_epoch == 0:
                 record(log, bar, at, "valid", validate())
-            order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)[
-                : steps - epoch * steps_per_epoch
-            ]
-            for index, count, batch in data.prefetch(load, order[at["step"] % steps_per_epoch :]):
+            first = epoch * steps_per_epoch
+            order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)[: steps - first]
+            for index, count, batch in data.prefetch(load, order[at["step"] - first :]):
                 # Dropout, all that draws from torch's generator, is a function of these: no random state needs saving.
                 torch.manual_seed(int(np.random.SeedSequence([args.seed, at["step"], rank]).generate_state(1)[0]))
                 if args.lr_schedule == "linear":
                     optimizer.param_groups[0]["lr"] = args.lr * (1 - at["step"] / steps)
-                weight = at["kl_weight"]
+                weight, batch = at["kl_weight"], batch.to(args.device)  # not in the thread, which has no GPU of its own
                 terms, stop = gradient_step(parallel, batch, index, count, weight, optimizer, scaler, signals, args)
                 at["step"] += 1
                 at["kl_weight"] = next_weight(at["step"], weight, terms)
                 bar.update()
                 if at["step"] % args.log_every == 0 or at["step"] == steps:
                     record(log, bar, at, "train", terms | {"kl_weight": weight})
-                due = (
-                    stop
-                    or at["step"] == steps
-                    or at["step"] % steps_per_epoch == 0
-                    or time.time() - saved_at >= 60 * args.save_every
-                )
+                due = stop or at["step"] - first == len(order) or time.time() - saved_at >= 60 * args.save_every
                 if due and rank == 0:
                     at["seconds"], saved_at = time.time() - started, time.time()
                     os.fsync(log.fileno())
