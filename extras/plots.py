@@ -99,7 +99,7 @@ def draw_plane(groups, lm=None, entropy=None, paper=()):
         axes.annotate(row["name"], (float(row["kl"]), row["rec"]), **place)
     axes.set(xlim=(0, right), ylim=(bottom, top))
     axes.set(xlabel="KL: what z costs, nats per sentence", ylabel="rec: what is left to say, nats per sentence")
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="upper right", framealpha=1)
     return figure
 
 
