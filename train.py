@@ -459,13 +459,12 @@ def parse_args(parser, argv, defaults=""):
         if len(values) not in (1, phases):
             parser.error(f"--{name} has {len(values)} values for {phases} phases")
         setattr(args, name, values * (phases // len(values)))
-    schedule = {"kl_threshold", "kl_schedule", "kl_cycles"} & set(args.given)
+    schedule, total = {"kl_threshold", "kl_schedule", "kl_cycles"} & set(args.given), round(sum(args.split), 6)
     # Some GPUs only emulate bf16, slowly. fp16 runs on all of them; it needs the loss scaling of `train`.
     bf16 = args.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     refused = {
         "--dataset is missing (the demonstration takes --resume, --overwrite, --out, --seed)": args.dataset is None,
-        f"--split is {args.split}; it must be three shares that sum to 1": (len(args.split), round(sum(args.split), 6))
-        != (3, 1),
+        f"--split is {args.split}; it must be three shares that sum to 1": (len(args.split), total) != (3, 1),
         f"--d-model {args.d_model} is not a multiple of --heads {args.heads}": args.d_model % args.heads,
         "--resume continues what --overwrite would replace: leave one out": args.resume and args.overwrite,
         "--device cuda: torch finds no GPU": args.device == "cuda" and not torch.cuda.is_available(),
