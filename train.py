@@ -290,6 +290,8 @@ def load_model(args):
         hint = "run phase 1 first, or give --init" if args.phase == 2 else "take a folder with a T5, or --model tiny"
         why = f"neither a folder with a model nor available from the hub ({str(error).splitlines()[0]}): {hint}"
         raise ValueError(f"phase {args.phase} starts from {start}, which is {why}") from error
+    if model.tokenizer is None:
+        raise ValueError(f"{start} holds a model without a tokenizer: save it with one (model.tokenizer)")
     made |= {name: getattr(model, name) for name in VAE_FLAGS}
     judged = {*VAE_FLAGS, "model", "d_model", "layers", "heads", "vocab_size", "dataset"} & set(args.given)
     for name in sorted(judged & made.keys() - ({"dataset"} if args.init else set())):

@@ -92,8 +92,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
         super().__init__()
         if latent_dim < 0:
             raise ValueError(f"latent_dim is {latent_dim}; it must be 0 (a language model) or more")
-        if pooling not in POOLINGS or pool_layers not in POOL_LAYERS:
-            raise ValueError(f"pooling {pooling!r}, {pool_layers!r} is not of {POOLINGS}, {POOL_LAYERS}")
+        for name, value, allowed in ("pooling", pooling, POOLINGS), ("pool_layers", pool_layers, POOL_LAYERS):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         self.latent_dim, self.pooling, self.pool_layers, self.tokenizer = latent_dim, pooling, pool_layers, None
         config = AutoConfig.for_model(**t5_config)
         self.t5 = AutoModelForSeq2SeqLM.from_config(config)
@@ -188,7 +189,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
         """-log p(x|z) (Eq. 1): (B,), nats, positive, summed over a sentence's tokens, </s> included, padding not.
 
         The logits are the largest tensor of a step. Beyond LOSS_SLICE positions they are computed slice by slice,
-        and again in the backward pass, so that they never exist all at once: long texts fit, for a tenth more time.
+        and again in the backward pass, so that they never exist all at once.
         """
         hidden, flat = self._hidden(z, labels).flatten(0, 1), labels.flatten()  # (B*T, D), (B*T,)
         if len(flat) <= LOSS_SLICE:
