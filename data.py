@@ -28,7 +28,7 @@ import torch
 from transformers import T5Tokenizer
 
 SPLITS = ("train", "valid", "test")
-SHARES = (0.9, 0.05, 0.05)  # of the splits, where the data set is one file
+SHARES = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1)}  # of a data set that is one file
 
 # A language whose entropy is known: every factor is drawn independently, its values equally likely, those in OPTIONAL
 # absent half of the time, and each sentence has exactly one derivation. Two ties span the sentence: the verb's tense
@@ -124,6 +124,16 @@ SOURCES = {  # url, pinned to a commit; checksums of the splits as published ("b
 DATASETS = (*SOURCES, "grammar")
 
 
+def write_whole(path, write):
+    """`write(file)` into `path`, which holds all of it or what it held before, whatever happens meanwhile."""
+    beside = path.with_name(path.name + ".partial")
+    with open(beside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it gets its name
+    os.replace(beside, path)
+
+
 def download(name, split, path):
     """Fetch a split into `path`, which appears only whole and checked; else FileNotFoundError, in one line."""
     url, *checksums = SOURCES[name]
@@ -142,9 +152,7 @@ def download(name, split, path):
             f"there, point --data-dir at the folder that holds {name}/, or use --dataset grammar"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    write_whole(path, lambda file: file.write(content))
 
 
 def split_path(dataset, split, data_dir="data"):
@@ -164,7 +172,7 @@ def split_path(dataset, split, data_dir="data"):
     )
 
 
-def read_texts(dataset, split, data_dir="data", shares=SHARES):
+def read_texts(dataset, split, data_dir="data"):
     """The stripped lines of a split, empty ones too: a list of str.
 
     One file as a data set: a line's split depends on its text alone, so no text is in two splits.
@@ -185,7 +193,7 @@ def read_texts(dataset, split, data_dir="data", shares=SHARES):
     if dataset == "yelp":
         texts = [re.sub(r"^\S+\t\s*", "", text) for text in texts]
     if path == Path(dataset):  # one file
-        low, high = {"train": (0, shares[0]), "valid": (shares[0], 1 - shares[2]), "test": (1 - shares[2], 1)}[split]
+        low, high = SHARES[split]
         digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
         ranks = [int.from_bytes(digest, "big") / 2**64 for digest in digests]  # even in [0, 1)
         texts = [text for text, rank in zip(texts, ranks, strict=True) if low <= rank < high]
@@ -247,13 +255,13 @@ class Corpus:
         return self.ids[self.offsets[i] : self.offsets[i + 1]]
 
 
-def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None, shares=SHARES):
+def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None):
     """The `Corpus` of a split, or of its first `limit` texts; see `read_texts` for the other arguments and errors.
 
     Texts are cut at `max_length` tokens, </s> included; empty lines are skipped. A thousand at a time are tokenized
     into flat arrays: Python's lists of numbers would take ten times the memory.
     """
-    lines = read_texts(dataset, split, data_dir, shares)
+    lines = read_texts(dataset, split, data_dir)
     texts = [line for line in lines if line]
     skipped, texts = len(lines) - len(texts), texts[:limit]
     ids, offsets, words, truncated = array("i"), array("q", [0]), array("q"), 0

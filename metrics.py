@@ -46,21 +46,16 @@ def log_normal(z, mu, logvar):
     return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 / logvar.exp()).sum(-1)
 
 
-def mutual_information(mu, logvar, generator=None, z=None, chunk=256):
+def mutual_information(mu, logvar, z, chunk=256):
     """I(x; z) under q, with q(z) the mixture of the posteriors given: E[log q(z|x)] - E[log q(z)], a scalar, nats.
 
     Hoffman & Johnson 2016, estimated with one z per sentence as in He et al. 2019. It cannot exceed ln n, whatever
     the posteriors: never report it without n. Both terms are taken at the same z (He et al. take the first in closed
     form): their noise cancels, and the ceiling holds for the estimate itself, not only for its mean.
 
-    Args:
-        mu, logvar: (n, Z) of a whole split.
-        z: (n, Z) samples of the posteriors; drawn with `generator` if not given.
-        chunk: rows of the n x n densities held at one time: memory is O(chunk * n).
+    mu, logvar, z: (n, Z), the posteriors of a whole split and a sample of each. Memory is O(chunk * n).
     """
     mu, logvar = mu.double(), logvar.double()
-    if z is None:
-        z = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
     # -2 log q(z_i|x_j) = sum over dimensions of (z_i - mu_j)^2 / var_j + logvar_j + ln 2 pi: two matrix products.
     precision = (-logvar).exp()  # (n, Z)
     factors = torch.cat([precision, -2 * mu * precision], 1).T  # (2Z, n)
@@ -152,7 +147,7 @@ def evaluate(
         del columns["nll_iw"]
     unk_tokens = int((corpus.ids == corpus.unk_id).sum())
     return summarize(columns, int(corpus.offsets[-1]), int(corpus.words.sum())) | {
-        "mi": mutual_information(latents["mu"], latents["logvar"], z=latents["z"]).item(),
+        "mi": mutual_information(**latents).item(),
         "mi_n": n,
         "au": active_units(latents["mu"]),
         "latent_dim": latent_dim,
@@ -254,7 +249,7 @@ def load_run(run, device="cpu"):
     """(config, model, read) of a run folder; read(split) is a `Corpus` of its data. Raises OSError, ValueError."""
     config = json.loads(Path(run, "config.json").read_text())
     model = T5VAE.from_pretrained(run).to(device).requires_grad_(False)
-    where = {"data_dir": config["data_dir"], "max_length": config["max_length"], "shares": config["split"]}
+    where = {"data_dir": config["data_dir"], "max_length": config["max_length"]}
     return config, model, partial(data.load_corpus, config["dataset"], tokenizer=model.tokenizer, **where)
 
 

@@ -41,17 +41,18 @@ from vae import POOL_LAYERS, POOLINGS, T5VAE
 # measured best (RESULTS.md), before those of the command, so that whatever the command says wins.
 RECIPES = {
     "paper": "",
-    "best": "--epochs 4 10 --lr 2e-3 --lr-schedule linear --adam-eps 1e-8 --batch-size 64 --denoise 0 "
+    "best": "--epochs 4 10 --optimizer adamw-rms --lr-schedule linear --batch-size 64 --denoise 0 "
     "--no-freeze-decoder --kl-threshold 0 --kl-target 8",
 }
+OPTIMIZERS = {"adamw": 1e-3, "adamw-rms": 2e-2}  # with the learning rate that suits it
 DEMO = "--dataset grammar --recipe best --model tiny --epochs 4 6 --kl-target 10"  # what `python train.py` stands for
 
 
 def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
     """w(step), the weight of the KL in phase 2, in [0, 1].
 
-    The weight rises slowly because an encoder that says little yet would pay for nothing: at full price from the
-    first step, the cheapest thing to do is to ignore z, and the decoder learns to do without it (section 2.2.1).
+    It rises slowly because at full price from the first step the cheapest thing to do is to ignore z, and the decoder
+    learns to do without it (section 2.2.1).
 
     `step` counts the optimizer steps before this one. "linear" rises from 0 to 1 over `anneal_steps` and stays there
     (Eq. 6). "cyclical" cuts `anneal_steps` into `cycles`, each rising linearly over its first `ratio` and then at 1;
@@ -103,16 +104,6 @@ INCIDENTAL |= {"save_every", "eval_batch_size", "iw_samples"}
 VAE_FLAGS = ("latent_dim", "pooling", "pool_layers")  # a model that was saved has its own
 
 
-def write_whole(path, write):
-    """`write(file)` into `path`, which holds all of it or what it held before, whatever happens meanwhile."""
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it gets its name
-    os.replace(beside, path)
-
-
 def open_run(out, config, args):
     """Take the run folder `out`: (its log, opened, and the state of its checkpoint or None).
 
@@ -153,6 +144,16 @@ def record(log, bar, at, split, values):
         bar.write(f"step {at['step']}: {shown}", file=sys.stdout)
 
 
+def set_lr(optimizer, lr, relative):
+    """The learning rate of the next step; `relative`: in units of the RMS of the weight that moves, at least 1e-3.
+
+    T5's weights begin at sizes from 0.008 (queries) to 1 (embeddings). A step of one size is too large for some and too
+    small for others, so T5 was pretrained with relative steps (Adafactor, Shazeer & Stern 2018, section 8).
+    """
+    for group in optimizer.param_groups:  # adamw-rms has one for each weight
+        group["lr"] = lr * group["params"][0].detach().square().mean().sqrt().clamp(min=1e-3) if relative else lr
+
+
 def gradient_step(objective, batch, index, count, weight, optimizer, scaler, signals, args):
     """Backward pass and optimizer step on the texts `index`; the first `count` of `batch` are this process's share.
 
@@ -165,7 +166,7 @@ def gradient_step(objective, batch, index, count, weight, optimizer, scaler, sig
     # Divided by the sentences of the whole batch. DistributedDataParallel takes the mean over processes: undone here.
     scaler.scale(sums["loss"] * (metrics.processes()[1] / len(index))).backward()
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or math.inf)
     sums["stop"] = torch.full_like(sums["loss"], float(len(signals) > 0))
     numbers = metrics.sum_over_processes(torch.stack(list(sums.values())).detach() / len(index))
     *numbers, norm = torch.cat([numbers, norm[None]]).tolist()  # the one moment in which the CPU waits for the device
@@ -192,8 +193,10 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
         steps: how many, instead of those of args.epochs.
     """
     rank, world = metrics.processes()
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps, fused=True)
+    trained = [p for p in objective.parameters() if p.requires_grad and p.numel()]
+    relative = args.optimizer == "adamw-rms"
+    groups = [{"params": [p]} for p in trained] if relative else trained  # each weight has a step of its own size
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=args.adam_eps, fused=True)
     # fp16 has 5 bits of exponent: the loss is scaled up so that small gradients do not vanish, and the gradients are
     # scaled back before the step. bf16 has the 8 bits of float32 and needs nothing.
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
@@ -224,8 +227,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
             for index, count, batch in data.prefetch(load, order[at["step"] - first :]):
                 # Dropout, all that draws from torch's generator, is a function of these: no random state needs saving.
                 torch.manual_seed(int(np.random.SeedSequence([args.seed, at["step"], rank]).generate_state(1)[0]))
-                if args.lr_schedule == "linear":
-                    optimizer.param_groups[0]["lr"] = args.lr * (1 - at["step"] / steps)
+                set_lr(optimizer, args.lr * (1 - at["step"] / steps if args.lr_schedule == "linear" else 1), relative)
                 weight, batch = at["kl_weight"], batch.to(args.device)  # not in the thread, which has no GPU of its own
                 terms, stop = gradient_step(parallel, batch, index, count, weight, optimizer, scaler, signals, args)
                 at["step"] += 1
@@ -238,7 +240,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
                     at["seconds"], saved_at = time.time() - started, time.time()
                     os.fsync(log.fileno())
                     state = at | {"log_bytes": log.tell()} | {name: part.state_dict() for name, part in parts.items()}
-                    write_whole(out / "checkpoint.pt", partial(torch.save, state))
+                    data.write_whole(out / "checkpoint.pt", partial(torch.save, state))
                 if stop:
                     print("train.py: stopped by a signal; the same command with --resume resumes", file=sys.stderr)
                     sys.exit(128 + (*signals, signal.SIGTERM)[0])  # what a shell expects
@@ -278,7 +280,7 @@ def load_model(args):
     made = json.loads(config.read_text()) if config.is_file() else {}
     try:
         if start == "tiny":
-            texts = filter(None, data.read_texts(args.dataset, "train", args.data_dir, args.split))
+            texts = filter(None, data.read_texts(args.dataset, "train", args.data_dir))
             tokenizer = data.train_tokenizer(texts, args.vocab_size)
             model = T5VAE(tiny_config(args, tokenizer).to_dict(), **asked)
             model.tokenizer = tokenizer
@@ -322,7 +324,7 @@ def finish(model, measured, corpus, args, out):
     lines = samples(model, corpus)
     (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(*lines, sep="\n")
-    write_whole(out / "metrics.json", lambda file: file.write((json.dumps(measured, indent=2) + "\n").encode()))
+    data.write_whole(out / "metrics.json", lambda file: file.write((json.dumps(measured, indent=2) + "\n").encode()))
     (out / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -332,13 +334,11 @@ def run_phase(args, transform):
     if args.resume and (out / "metrics.json").exists():
         print(f"{out} is finished")
         return
-    for split in data.SPLITS if args.dataset != "grammar" else ():  # a missing file is noticed before a model is made
-        data.split_path(args.dataset, split, args.data_dir)
     torch.manual_seed(args.seed)
     model, start = load_model(args)
     corpora = {}
     for split, limit in zip(data.SPLITS, (args.limit, None, None), strict=True):
-        rest = args.data_dir, args.max_length, limit, args.split
+        rest = args.data_dir, args.max_length, limit
         corpora[split] = corpus = data.load_corpus(args.dataset, split, model.tokenizer, *rest)
         cut = f"{corpus.truncated:,} texts cut at {args.max_length}, {corpus.skipped:,} empty lines"
         print(f"{split}: {len(corpus):,} texts, {corpus.ids.size:,} tokens, {cut}")
@@ -353,6 +353,11 @@ def run_phase(args, transform):
     if model.latent_dim == 0:  # a language model does not encode: its encoder has nothing to learn
         for module in (model.t5.encoder.block, model.t5.encoder.final_layer_norm, model.w_mu, model.w_logvar):
             module.requires_grad_(False)
+    for module in model.modules() if args.dropout is not None else ():
+        if isinstance(getattr(module, "dropout", None), float):  # of attention weights
+            module.dropout = args.dropout
+        elif isinstance(module, nn.Dropout):
+            module.p = args.dropout
     if transform:
         transform(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -401,18 +406,15 @@ def make_parser():
     style, usage = argparse.ArgumentDefaultsHelpFormatter, "python train.py --dataset NAME|DIR [flags]"
     parser = argparse.ArgumentParser("train.py", usage, about, formatter_class=style)
     flag, count, amount = parser.add_argument, at_least(1), at_least(0, float)
-    shares = lambda text: tuple(float(share) for share in text.split(","))  # noqa: E731
     flag("--dataset", metavar="NAME|DIR", help=f"{', '.join(data.DATASETS)}, or a folder or file of your own")
-    flag("--split", type=shares, default=data.SHARES, metavar="A,B,C", help="shares of train, valid, test in one file")
     flag("--data-dir", default="data", metavar="DIR", help="where the folders of named data sets are")
     flag("--limit", type=count, metavar="N", help="train on the first N texts only")
     flag("--max-length", type=at_least(2), default=256, metavar="TOKENS", help="texts are cut here, </s> included")
     flag("--denoise", type=at_least(0, float, 1), default=0.15, metavar="P", help="share of input tokens deleted")
     flag("--model", default="t5-small", help="hub name or folder of a T5, or tiny: a small one with random weights")
     flag("--latent-dim", type=count, default=32, metavar="Z", help="dimensions of z")
-    flag(
-        "--no-latent", action="store_const", dest="latent_dim", const=0, help="a language model: the decoder without z"
-    )
+    flag("--no-latent", action="store_const", dest="latent_dim", const=0, help="a language model: no z")
+    flag("--dropout", type=at_least(0, float, 1), metavar="P", help="in training (what the model's configuration says)")
     flag("--pool", dest="pooling", choices=POOLINGS, default="max", help="how a sentence's states become one")
     flag("--pool-layers", choices=POOL_LAYERS, default="last", help="pool the encoder's output, or all its layers")
     flag("--d-model", type=count, default=128, metavar="D", help="width of tiny; its feed-forward layers have 4 D")
@@ -422,7 +424,8 @@ def make_parser():
     flag("--recipe", choices=RECIPES, default="paper", help="defaults: the paper's, or those that measured best")
     flag("--phase", type=int, choices=(1, 2), nargs="+", default=[1, 2], help="one phase, or both in order")
     flag("--epochs", type=at_least(0), nargs="+", default=[5, 3], metavar="N", help="of each phase named")
-    flag("--lr", type=amount, nargs="+", default=[1e-3, 1e-3], help="learning rate, of each phase named")
+    flag("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw-rms: each step relative to its weight's RMS")
+    flag("--lr", type=amount, nargs="+", help="learning rate, of each phase named (the optimizer's: see OPTIMIZERS)")
     flag("--init", metavar="RUN|DIR", help="what the first phase starts from instead of --model, or of phase 1's run")
     flag("--freeze-decoder", action=argparse.BooleanOptionalAction, default=True, help="in phase 1")
     flag("--kl-target", type=amount, default=0.0, metavar="R", help="KL to end with, nats per sentence; 0: a schedule")
@@ -432,7 +435,7 @@ def make_parser():
     flag("--kl-cycles", type=count, default=4, metavar="N", help="of the cyclical schedule")
     flag("--batch-size", type=count, default=32, metavar="N", help="sentences per step, of all processes together")
     flag("--lr-schedule", choices=("constant", "linear"), default="constant", help="linear: falls to 0 at the end")
-    flag("--adam-eps", type=amount, default=1e-3, metavar="EPS", help="epsilon of AdamW")
+    flag("--adam-eps", type=amount, default=1e-3, metavar="EPS", help="epsilon of adamw (adamw-rms: 1e-8)")
     flag("--clip", type=amount, default=100.0, metavar="NORM", help="largest norm of the gradient; 0: not clipped")
     flag("--amp", choices=metrics.HALF, help="precision of matrix products (GPU: bf16 or else fp16; CPU: off)")
     flag("--out", metavar="DIR", help="run folder, or their parent (runs/<dataset>/phase<k>)")
@@ -454,6 +457,7 @@ def parse_args(parser, argv, defaults=""):
     blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse leaves a value alone that is there before
     args.given = sorted(name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None)
     args.argv, args.phases, phases = argv, args.phase, len(args.phase)
+    args.lr = args.lr or [OPTIMIZERS[args.optimizer]]
     for name in ("epochs", "lr"):
         values = getattr(args, name)
         if name not in args.given and len(values) == 2:  # a default, of phases 1 and 2
@@ -461,26 +465,25 @@ def parse_args(parser, argv, defaults=""):
         if len(values) not in (1, phases):
             parser.error(f"--{name} has {len(values)} values for {phases} phases")
         setattr(args, name, values * (phases // len(values)))
-    schedule, total = {"kl_threshold", "kl_schedule", "kl_cycles"} & set(args.given), round(sum(args.split), 6)
+    schedule, explicit = {"kl_threshold", "kl_schedule", "kl_cycles"} & set(args.given), "kl_target" in args.given
     # Some GPUs only emulate bf16, slowly. fp16 runs on all of them; it needs the loss scaling of `train`.
     bf16 = args.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     refused = {
         "--dataset is missing (the demonstration takes --resume, --overwrite, --out, --seed)": args.dataset is None,
-        f"--split is {args.split}; it must be three shares that sum to 1": (len(args.split), total) != (3, 1),
         f"--d-model {args.d_model} is not a multiple of --heads {args.heads}": args.d_model % args.heads,
         "--resume continues what --overwrite would replace: leave one out": args.resume and args.overwrite,
         "--device cuda: torch finds no GPU": args.device == "cuda" and not torch.cuda.is_available(),
         "--amp bf16: this GPU does not have it; it must be fp16 or off": args.amp == "bf16" and not bf16,
+        "--adam-eps is a setting of --optimizer adamw": args.optimizer != "adamw" and "adam_eps" in args.given,
         f"--phase is {args.phase}; it must be 1, 2 or 1 2": args.phase not in ([1], [2], [1, 2]),
         "--no-latent has no encoder to warm up: give --phase 2": args.latent_dim == 0 and 1 in args.phase,
-        f"--kl-target {args.kl_target:g} takes no {schedule}": schedule
-        and args.kl_target
-        and "kl_target" in args.given,
+        f"--kl-target {args.kl_target:g} takes no {schedule}": schedule and explicit and args.kl_target,
     }
     for message in (message for message, wrong in refused.items() if wrong):
         parser.error(message)
+    args.adam_eps = args.adam_eps if args.optimizer == "adamw" else 1e-8
     args.amp = args.amp or ("off" if args.device == "cpu" else "bf16" if bf16 else "fp16")
-    if args.latent_dim == 0 or (schedule and "kl_target" not in args.given):
+    if args.latent_dim == 0 or (schedule and not explicit):
         args.kl_target = 0.0  # there is nothing to control, or it is to be left alone
     if args.kl_target:
         args.kl_threshold = 0.0

@@ -59,8 +59,6 @@ class LatentCrossAttention(nn.Module):
     A softmax over a single key is 1, whatever the query. So every query receives the value itself: layer l adds
     W_o m[:, l] to every position. The query and key projections, and the layer norm before them, drop out of the
     computation, and this module leaves them out. It replaces a decoder block's `layer[1]` and is called like it.
-
-    Differs from T5: in training, T5 would also apply dropout to the attention weight, which is the constant 1 here.
     """
 
     def __init__(self, cross_attention, layer):

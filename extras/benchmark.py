@@ -118,7 +118,7 @@ def main(argv=None):
         model, _ = train.load_model(args)
         rest = args.data_dir, args.max_length
         corpora = {
-            split: data.load_corpus(args.dataset, split, model.tokenizer, *rest, limit, args.split)
+            split: data.load_corpus(args.dataset, split, model.tokenizer, *rest, limit)
             for split, limit in (("train", args.limit), ("valid", 256))
         }
     except (OSError, ValueError) as error:

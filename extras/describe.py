@@ -1,7 +1,7 @@
 """Describe a data set: its sizes and lengths, what is cut or unknown, what occurs twice, and what deletion leaves.
 
     python -m extras.describe ptb [--tokenizer t5-small] [--data-dir data] [--max-length 256]
-    python -m extras.describe my-texts.txt --split 0.9,0.05,0.05
+    python -m extras.describe my-texts.txt
     python -m extras.describe grammar
 
 A named data set is downloaded if it is not there. `grammar` is described with a vocabulary of its own.
@@ -24,12 +24,12 @@ TERMS = {
 }
 
 
-def describe(dataset, tokenizer, data_dir="data", max_length=256, shares=data.SHARES):
+def describe(dataset, tokenizer, data_dir="data", max_length=256):
     """Yields lines about a data set. Raises OSError, ValueError where it cannot be read."""
     heads = ["texts", "empty", "tokens-mean", "median", "max", "words-mean", "median", "max", "cut", "unknown", "twice"]
     yield f"{'':8}" + "".join(f"{head:>12}" for head in heads) + "  in others"
-    corpora = {s: data.load_corpus(dataset, s, tokenizer, data_dir, max_length, None, shares) for s in data.SPLITS}
-    texts = {s: set(filter(None, data.read_texts(dataset, s, data_dir, shares))) for s in data.SPLITS}
+    corpora = {s: data.load_corpus(dataset, s, tokenizer, data_dir, max_length) for s in data.SPLITS}
+    texts = {s: set(filter(None, data.read_texts(dataset, s, data_dir))) for s in data.SPLITS}
     for split, corpus in corpora.items():
         cells = [f"{len(corpus):,}", f"{corpus.skipped:,}"]
         for counts in corpus.lengths, corpus.words - 1:  # without the end mark
@@ -53,21 +53,17 @@ def main(argv=None):
     flag("--data-dir", default="data", metavar="DIR", help="Where the folders of named data sets are (data).")
     flag("--tokenizer", metavar="NAME|DIR", help="Tokenizer of a T5 (t5-small; grammar: one of its own).")
     flag("--max-length", type=at_least(2), default=256, metavar="TOKENS", help="Texts are cut here (256).")
-    flag("--split", default="0.9,0.05,0.05", metavar="A,B,C", help="Shares of train, valid, test in one file.")
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     try:
-        shares = [float(share) for share in args.split.split(",")]
-        if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"--split is {args.split}; it must be three shares that sum to 1")
         if args.dataset in TERMS:
             print(TERMS[args.dataset])
-        texts = filter(None, data.read_texts(args.dataset, "train", args.data_dir, shares))
+        texts = filter(None, data.read_texts(args.dataset, "train", args.data_dir))
         if args.dataset == "grammar" and not args.tokenizer:
             tokenizer = data.train_tokenizer(texts, 4000)
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer or "t5-small")
-        print(*describe(args.dataset, tokenizer, args.data_dir, args.max_length, shares), sep="\n")
+        print(*describe(args.dataset, tokenizer, args.data_dir, args.max_length), sep="\n")
     except (OSError, ValueError) as error:
         sys.exit(f"describe.py: {str(error).splitlines()[0]}")
 

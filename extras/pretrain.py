@@ -28,8 +28,9 @@ from torch import nn
 import data
 import metrics
 import train
+from extras.fast_cpu import quicken
 
-DEFAULTS = "--model tiny --phase 1 --epochs 10 --lr-schedule linear --adam-eps 1e-8 --batch-size 64"
+DEFAULTS = "--model tiny --phase 1 --epochs 10 --optimizer adamw-rms --lr-schedule linear --batch-size 64"
 USELESS = {"model", "phase", "init", "latent_dim", "pooling", "pool_layers", "recipe", "denoise", "freeze_decoder"}
 USELESS |= {"kl_target", "kl_threshold", "kl_schedule", "kl_anneal_epochs", "kl_cycles", "iw_samples"}
 SPANS = 1  # the use of its stream of random numbers, beside those in data.py
@@ -124,9 +125,7 @@ def parse_args(argv):
 
 def make_t5(args):
     """(T5 with random weights, tokenizer) of the shape and vocabulary that the flags ask for."""
-    texts = [
-        text for name in args.dataset for text in data.read_texts(name, "train", args.data_dir, args.split) if text
-    ]
+    texts = [text for name in args.dataset for text in data.read_texts(name, "train", args.data_dir) if text]
     if args.tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     else:
@@ -145,9 +144,11 @@ def run(args):
             raise ValueError(f"{out} holds a run: give another --out, or --overwrite")
     t5, tokenizer = make_t5(args)
     t5.train().to(args.device)
+    if args.device == "cpu" and args.amp != "fp16":
+        quicken(t5)
     corpora = {}
     for split, limit in ("train", args.limit), ("valid", None):
-        rest = split, tokenizer, args.data_dir, args.max_length, limit, args.split
+        rest = split, tokenizer, args.data_dir, args.max_length, limit
         corpora[split] = join([data.load_corpus(name, *rest) for name in args.dataset])
         print(f"{split}: {len(corpora[split]):,} texts, {corpora[split].ids.size:,} tokens")
     sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])

@@ -1,13 +1,10 @@
 """Tests of the scripts in this folder."""
 
-import os
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
 import copy
 import io
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys

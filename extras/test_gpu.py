@@ -1,0 +1,312 @@
+"""The GPU path: what can be shown without a GPU, and checks that run where there is one.
+
+    pytest extras/test_gpu.py -rs        without a GPU, each check is skipped by name
+    python -m extras.test_gpu CHECK      one check, on the first GPU
+
+All tests hide the GPUs from their process. So each check runs in a process of its own that sees them again.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import data
+import metrics
+import train
+from vae import T5VAE, pool
+
+ROOT = Path(train.__file__).resolve().parent
+RUN = "--dataset grammar --model tiny --recipe best --limit 640 --epochs 1 2 --kl-target 10 --iw-samples 2".split()  # noqa: SIM905
+
+
+@cache
+def tokenizer():
+    return data.train_tokenizer(data.read_texts("grammar", "test"), 300)
+
+
+def small_vae(device="cpu"):
+    """A VAE of `grammar` with random weights that hears z."""
+    torch.manual_seed(0)
+    args = train.argparse.Namespace(d_model=32, heads=4, layers=2)
+    model = T5VAE(train.tiny_config(args, tokenizer()).to_dict(), 8).to(device)
+    torch.nn.init.normal_(model.w_proj.weight, std=1.0)
+    return model
+
+
+def stepper(model, device, amp):
+    """(a batch, a function that takes a step on it, learning rate and all)."""
+    corpus, index = data.load_corpus("grammar", "train", tokenizer(), limit=64), np.arange(64)
+    batch = data.training_batch(corpus, index, 0, denoise=0.1, latent_dim=8, seed=0).to(device)
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in model.parameters()], fused=True)
+    scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
+    args, objective = train.argparse.Namespace(device=device, amp=amp, clip=1.0), train.ELBO(model, 0.1)
+
+    def step():
+        train.set_lr(optimizer, 1e-2, relative=True)
+        return train.gradient_step(objective, batch, index, 64, 0.5, optimizer, scaler, [], args)
+
+    return batch, step
+
+
+# ------------------------------------------------------------------------------------------------- on every machine
+
+
+class Factories(TorchFunctionMode):
+    """Collects the calls that make a tensor without saying on which device: on a GPU they would make it on the CPU."""
+
+    NAMES = {"empty", "zeros", "ones", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"}
+    NAMES |= {"tensor", "as_tensor", "from_numpy", "scalar_tensor"}
+
+    def __init__(self):
+        super().__init__()
+        self.stray, self.calls = [], 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in self.NAMES and getattr(torch, name, None) is function:
+            self.calls += 1
+            if (kwargs or {}).get("device") is None:
+                self.stray.append(name)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_every_tensor_of_a_step_says_where_it_is(amp, monkeypatch):
+    monkeypatch.setattr("vae.LOSS_SLICE", 100)  # the loss in slices too
+    model = small_vae()
+    batch, step = stepper(model, "cpu", amp)
+    with Factories() as made:
+        step()
+    assert made.calls, "T5 itself makes tensors"
+    assert made.stray == []
+
+
+def test_every_tensor_of_evaluation_and_generation_says_where_it_is(monkeypatch):
+    model = small_vae().eval()
+    batch, _ = stepper(model, "cpu", "off")
+    posterior = model.encode(batch.ids, batch.mask)
+    monkeypatch.setattr(data, "latent_noise", lambda *_: iter([batch.eps] * 2))  # batches are made on the CPU
+    with Factories() as made:
+        metrics.sample_posterior(model, batch, 2)
+        model.reparameterize(*posterior)
+        for pooling in "max", "mean", "last":
+            pool(torch.ones_like(batch.eps)[:, :, None], torch.ones_like(batch.eps), pooling)
+        for sampled in {}, {"do_sample": True, "top_k": 5}:
+            model.generate(posterior[0][:4], max_new_tokens=4, **sampled)
+    assert made.calls
+    assert made.stray == []
+
+
+def test_a_stray_tensor_is_found():
+    with Factories() as made:
+        torch.zeros(2, device="cpu")
+        assert made.stray == []
+        torch.zeros(2)
+        torch.arange(2)
+    assert made.stray == ["zeros", "arange"]
+
+
+class Reads(TorchFunctionMode):
+    """Counts the calls that make the CPU wait for a GPU: they read a tensor, or make one whose size depends on it."""
+
+    NAMES = {"item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique", "__bool__", "__float__", "__int__"}
+    NAMES |= {"__index__", "equal", "allclose", "is_nonzero", "repeat_interleave", "bincount"}
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        index = args[1] if name == "__getitem__" else ()
+        index = index if isinstance(index, tuple) else (index,)
+        by_mask = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in index)
+        if name in self.NAMES or by_mask:
+            self.found.append(name)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_step_reads_once_from_the_device(amp, monkeypatch):
+    monkeypatch.setattr("vae.LOSS_SLICE", 100)
+    batch, step = stepper(small_vae(), "cpu", amp)
+    step()  # the optimizer makes its state
+    with Reads() as reads:
+        step()
+    assert reads.found == ["tolist"]
+
+
+def test_an_evaluated_batch_reads_nothing_from_the_device(monkeypatch):
+    model = small_vae().eval()
+    batch, _ = stepper(model, "cpu", "off")
+    monkeypatch.setattr(data, "latent_noise", lambda *_: iter([batch.eps] * 2))
+    with Reads() as reads:
+        metrics.sample_posterior(model, batch, 2)
+    assert reads.found == []
+
+
+def test_every_kind_of_read_is_found():
+    x = torch.arange(3.0)
+    with Reads() as reads:
+        x.sum().item(), float(x[0]), bool(x[0] > 0), x[x > 1], x.nonzero()
+    assert len(reads.found) == 5
+
+
+# ----------------------------------------------------------------------------------------------- where there is a GPU
+
+
+def measures(out):
+    return json.loads(Path(out, "metrics.json").read_text())
+
+
+def losses(out):
+    records = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return np.array([record["loss"] for record in records if record["split"] == "train"])
+
+
+def check_a_run_in_each_precision():
+    """Both phases learn; float32 gives the CPU's losses to 1 %, bf16 and fp16 to 5 %."""
+    runs = {"cpu": ("cpu", "off"), "off": ("cuda", "off"), "bf16": ("cuda", "bf16"), "fp16": ("cuda", "fp16")}
+    for name, (device, amp) in runs.items():
+        if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            continue
+        train.main([*RUN, "--device", device, "--amp", amp, "--log-every", "1", "--out", name])
+        for phase in "phase1", "phase2":
+            found, exact = losses(Path(name, phase)), losses(Path("cpu", phase))
+            assert found[-3:].mean() < found[:3].mean(), "it learns"
+            error = np.abs(found - exact).mean() / exact.mean()
+            print(f"{name} {phase}: losses differ from the CPU's by {error:.2%}")
+            assert error < (0.01 if amp == "off" else 0.05)
+
+
+def check_evaluation_and_generation_equal_the_cpus():
+    """Measures to 0.01 nats per sentence, greedy texts to 99 % of the tokens; and what bf16 costs, printed."""
+    train.main([*RUN, "--device", "cpu", "--out", "run"])
+    run = Path("run", "phase2")
+    settings = {"iw_samples": 5}
+    on_cpu, on_gpu = (metrics.evaluate_run(run, device=device, **settings) for device in ("cpu", "cuda"))
+    for name in "rec", "kl", "nll_iw", "mi", "rec_other", "rec_prior":
+        print(f"{name}: {on_cpu[name]:.4f} on the CPU, {on_gpu[name]:.4f} on the GPU")
+        assert abs(on_cpu[name] - on_gpu[name]) < 0.01
+    half = metrics.evaluate_run(run, device="cuda", amp="bf16", **settings)
+    print(f"bf16: rec {half['rec'] - on_gpu['rec']:+.4f}, KL {half['kl'] - on_gpu['kl']:+.4f} nats per sentence")
+    model = T5VAE.from_pretrained(run)
+    z = torch.randn(64, model.latent_dim, generator=torch.Generator().manual_seed(0))
+    ids = model.generate(z, max_new_tokens=12)
+    again = model.cuda().generate(z.cuda(), max_new_tokens=12).cpu()
+    length = min(ids.shape[1], again.shape[1])
+    assert (ids[:, :length] == again[:, :length]).float().mean() > 0.99
+
+
+def check_a_stopped_run_resumes():
+    """SIGTERM in phase 2, then --resume: the losses are those of the whole run to 1 %."""
+    command, plain_step = [*RUN, "--device", "cuda", "--amp", "off", "--log-every", "1"], train.gradient_step
+    train.main([*command, "--out", "whole"])
+    steps = []
+
+    def stopped_step(*args):
+        steps.append(1)
+        if len(steps) == 25:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain_step(*args)
+
+    train.gradient_step = stopped_step
+    with pytest.raises(SystemExit, match="143"):
+        train.main([*command, "--out", "cut"])
+    train.gradient_step = plain_step
+    assert not Path("cut", "phase2", "metrics.json").exists()
+    train.main([*command, "--out", "cut", "--resume"])
+    whole, cut = losses("whole/phase2"), losses("cut/phase2")
+    assert len(whole) == len(cut)
+    np.testing.assert_allclose(cut, whole, rtol=0.01)
+
+
+def check_one_synchronization_per_step():
+    """torch's own count of synchronizations in a step, in each precision; its control is one more read."""
+    for amp in "off", "bf16", "fp16":
+        batch, step = stepper(small_vae("cuda"), "cuda", amp)
+        step()
+        counts = []
+        for more_reads in 0, 1:
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                step()
+                [batch.eps.sum().item() for _ in range(more_reads)]
+            torch.cuda.set_sync_debug_mode("default")
+            counts.append(sum("synchronizing" in str(warning.message) for warning in caught))
+        print(f"{amp}: {counts[0]} synchronization in a step")
+        assert counts == [1, 2]
+
+
+def check_two_processes():
+    """torchrun on two GPUs: the measures of one process to 0.1 nats."""
+    for count, out in (1, "one"), (2, "two"):
+        command = ["torchrun", f"--nproc_per_node={count}", train.__file__, *RUN, "--amp", "off", "--out", out]
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", *command[1:]], check=True)
+    one, two = measures("one/phase2"), measures("two/phase2")
+    for name in "rec", "kl", "nll_iw":
+        assert abs(one[name] - two[name]) < 0.1
+
+
+def check_benchmark():
+    """Prints tokens per second against a plain transformers step, and memory, in each precision."""
+    for amp in "off", "bf16", "fp16":
+        flags = [
+            "--dataset",
+            "grammar",
+            "--model",
+            "tiny",
+            "--d-model",
+            "512",
+            "--heads",
+            "8",
+            "--layers",
+            "6",
+            "--amp",
+            amp,
+        ]
+        subprocess.run([sys.executable, "-m", "extras.benchmark", *flags], check=True)
+
+
+CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
+
+
+def gpu_environment():
+    """The environment of these tests, with the GPUs visible again."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": os.environ["TEST_GPUS"], "PYTHONPATH": str(ROOT)}
+    if environment["CUDA_VISIBLE_DEVICES"] == "all":
+        del environment["CUDA_VISIBLE_DEVICES"]
+    return environment
+
+
+@cache
+def gpus():
+    if torch.version.cuda is None:
+        return 0
+    count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    return int(subprocess.run(count, env=gpu_environment(), capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_a_gpu(check, tmp_path):
+    if gpus() < (needed := 2 if check == "two_processes" else 1):
+        pytest.skip(f"{check} needs {needed} GPU{'s' * (needed > 1)}; torch finds {gpus()}")
+    command = [sys.executable, "-m", "extras.test_gpu", check]
+    child = subprocess.run(command, cwd=tmp_path, env=gpu_environment(), capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-3000:]
+    print(child.stdout)
+
+
+if __name__ == "__main__":
+    CHECKS[sys.argv[1]]()
