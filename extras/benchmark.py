@@ -22,11 +22,36 @@ import data
 import metrics
 import train
 from extras.fast_cpu import quicken
+from vae import LOSS_SLICE
 
 try:
     import resource
 except ImportError:  # Windows: there no peak of a process is shown
     resource = None
+
+
+# Bytes that a layer keeps for the backward pass, per token: times d_model, d_ff, heads * d_kv, heads * length.
+KEPT = {"off": (34, 12, 16, 12), "bf16": (29, 6, 14, 12)}  # the mean of an encoder's and a decoder's
+KEPT_WITHOUT_DROPOUT = {"off": (24, 4, 16, 4), "bf16": (24, 4, 14, 4)}
+
+
+def activation_bytes(config, sentences, length, amp="off"):
+    """What all layers keep for the backward pass, on a CPU, of `sentences` texts of `length` tokens on both sides."""
+    kept = KEPT if config.dropout_rate else KEPT_WITHOUT_DROPOUT
+    sizes = config.d_model, config.d_ff, config.num_heads * config.d_kv, config.num_heads * length
+    per_token = sum(k * size for k, size in zip(kept[amp], sizes, strict=True))
+    return per_token * (config.num_layers + config.num_decoder_layers) * sentences * length
+
+
+def step_bytes(model, sentences, length, amp="off"):
+    """The peak of a training step with AdamW: derived in docs/speed.md."""
+    every, trained = (4 * sum(p.numel() for p in model.parameters() if p.requires_grad or x) for x in (True, False))
+    head = model.t5.lm_head.weight
+    logits = 3 * 4 * len(head) * min(sentences * length, LOSS_SLICE)  # themselves, their log softmax, their gradient
+    first_gradient = 4 * head.numel() * head.requires_grad  # that of the head, while all activations are there
+    half = every / 2 if amp == "bf16" else 0  # autocast's copies
+    kept = activation_bytes(model.t5.config, sentences, length, amp)
+    return every + 2 * trained + half + max(kept + logits + first_gradient, trained)
 
 
 class PlainT5(nn.Module):
@@ -81,6 +106,9 @@ def benchmark(model, corpora, args, repeats):
         objectives["quicken"] = train.ELBO(fast, 0.0)
         if phase == 1:
             ours.freeze_decoder(), fast.freeze_decoder()
+        longest = max(batch.labels.shape[1] for batch in batches)
+        needs = step_bytes(ours, args.batch_size, longest, "off" if args.amp == "off" else "bf16")
+        print(f"phase {phase}  a step of {args.batch_size} texts of {longest} tokens needs about {needs / 1e9:.2f} GB")
         steps = {name: stepper(objective, args) for name, objective in objectives.items()}
         seconds = {name: [] for name in steps}
         for batch in batches:  # in turns

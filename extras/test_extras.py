@@ -414,6 +414,35 @@ def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
         fast_cpu.main([*flags, "--amp", "fp16"])
 
 
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activations_take_what_the_formula_says(amp, dropout):
+    sizes = {"d_model": 48, "d_ff": 160, "num_heads": 3, "d_kv": 16, "num_layers": 5, "num_decoder_layers": 5}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor lives on, so that no other has its address
+        return tensor
+
+    def total(sentences, **changes):
+        model = tiny_vae(vocab_size=20, dropout_rate=dropout, **sizes | changes).train()
+        ids, mask = torch.randint(3, 20, (sentences, 40)), torch.ones(sentences, 40, dtype=torch.long)
+        batch = data.Batch(ids, mask, ids, torch.arange(sentences), torch.zeros(sentences, 8))
+        kept.clear()
+        half = torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16")
+        with half, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            train.ELBO(model, 0.0)(batch, 1.0)
+        return sum(size for size, _ in kept.values())
+
+    def of_four_sentences(**changes):  # without the weights, which more sentences do not multiply
+        return total(8, **changes) - total(4, **changes)
+
+    config = tiny_vae(dropout_rate=dropout, **sizes).t5.config
+    six_layers = of_four_sentences() - of_four_sentences(num_layers=2, num_decoder_layers=2)
+    assert six_layers == pytest.approx(benchmark.activation_bytes(config, 4, 40, amp) * 6 / 10, rel=0.03)
+
+
 def test_the_benchmark_compares_and_writes_nothing(home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     benchmark.main(["--dataset", str(home), *TINY, *SHORT, "--repeats", "1"])
