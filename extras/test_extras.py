@@ -31,6 +31,7 @@ from extras import (
     pretrain,
     probe,
     refine,
+    samples,
     seeds,
 )
 from test_vae import ROOT, TINY, random_texts, tiny_vae
@@ -302,6 +303,31 @@ def test_pictures_hold_every_point(run, tmp_path, capsys):
         plots.main(["map", "--out", "x.png", run])
     with pytest.raises(SystemExit, match="no/run"):
         plots.main(["curves", "--out", "x.png", "no/run"])
+
+
+def test_texts_are_judged_beside_test_sentences(run, home, capsys):
+    assert samples.distinct(["a a b", "b c"], 1) == pytest.approx(100 * 3 / 5)
+    assert samples.distinct(["a a b", "b c"], 2) == 100, "no pair crosses from one text to the next"
+    flags = [*TINY, *SHORT, "--phase", "2", "--no-latent", "--epochs", "1", "--out", str(home / "judge")]
+    train.main(["--dataset", str(home), *flags])
+    samples.main([run, "--lm", str(home / "judge"), "--count", "7"])
+    assert "prior, sampled" in capsys.readouterr().out
+    measured, judge = read_json(run, "samples.json")["measures"], read_json(home / "judge", "metrics.json")
+    assert measured["test sentences"]["lm_nats"] == pytest.approx(judge["rec"] * 7 / judge["tokens"], rel=1e-5)
+    assert measured["test sentences"]["lm_nats"] != pytest.approx(measured["prior, sampled"]["lm_nats"], rel=1e-3)
+    texts = data.read_texts(str(home), "test")
+    perfect = copy.deepcopy(T5VAE.from_pretrained(run))
+    perfect.decode_texts = lambda z, **_: texts if len(z) == len(texts) else texts[: len(z)]
+    perfect.encode_texts, corpus = lambda ts: (torch.zeros(len(ts), 4), None), metrics.load_run(run)[2]("test")
+    order = torch.Generator().manual_seed(0)
+    texts = [texts[i] for i in torch.randperm(7, generator=order).tolist()]
+    measured, _ = samples.judge(perfect, None, corpus, 7)
+    assert measured["reconstructions"]["bleu"] == pytest.approx(100)
+    texts = texts[1:] + texts[:1]
+    assert samples.judge(perfect, None, corpus, 7)[0]["reconstructions"]["bleu"] < 60, "the control"
+    for wrong in ([str(home / "judge")], [run, "--lm", run]):
+        with pytest.raises(SystemExit, match="samples.py: cannot use"):
+            samples.main(wrong)
 
 
 # ---------------------------------------------------------------------------------------- pretraining
