@@ -290,6 +290,24 @@ def test_mistakes_are_told_in_one_line(flags, words, home, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
+def test_dropout_is_the_configurations_unless_it_is_given(home):
+    def rates(*flags):
+        found = []
+
+        def look(model):
+            found.extend(model.modules())
+            raise ValueError("enough")
+
+        given = ["--dataset", home, "--phase", 2, "--init", home / "dropout", *SHORT, "--out", home / "rates", *flags]
+        with pytest.raises(SystemExit, match="enough"):
+            train.main(given, transform=look)
+        of_attention = {m.dropout for m in found if isinstance(getattr(m, "dropout", None), float)}
+        return of_attention, {m.p for m in found if isinstance(m, torch.nn.Dropout)}
+
+    assert rates() == ({0.1}, {0.1})
+    assert rates("--dropout", 0.3) == ({0.3}, {0.3})
+
+
 def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path, home, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for parent in "a", "b":

@@ -162,6 +162,22 @@ def test_every_kind_of_read_is_found():
     assert len(reads.found) == 5
 
 
+def test_scaling_saves_gradients_that_fp16_cannot_hold():
+    def head_after_step(amp, scale=1.0):
+        model, many = small_vae(), 10**8  # gradients of 1e-8 and less, as in a mean over so many sentences
+        batch, _ = stepper(model, "cpu", amp)
+        optimizer = torch.optim.SGD(model.parameters(), lr=float(many))
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=amp == "fp16")
+        args, head = train.argparse.Namespace(device="cpu", amp=amp, clip=0), model.t5.lm_head.weight
+        before = head.detach().clone()
+        train.gradient_step(train.ELBO(model, 0.0), batch, range(many), 64, 1.0, optimizer, scaler, [], args)
+        return head.detach() - before
+
+    exact = head_after_step("off")
+    assert (head_after_step("fp16") - exact).norm() > 0.3 * exact.norm(), "the control: unscaled, they underflow"
+    assert (head_after_step("fp16", 2.0**18) - exact).norm() < 0.03 * exact.norm()
+
+
 # ----------------------------------------------------------------------------------------------- where there is a GPU
 
 
@@ -175,7 +191,7 @@ def losses(out):
 
 
 def check_a_run_in_each_precision():
-    """Both phases learn; float32 gives the CPU's losses to 1 %, bf16 and fp16 to 5 %."""
+    """Both phases learn; float32 gives the CPU's losses to 1 %, bf16 to 5 %, fp16, which skips steps at first, to 10 %."""
     runs = {"cpu": ("cpu", "off"), "off": ("cuda", "off"), "bf16": ("cuda", "bf16"), "fp16": ("cuda", "fp16")}
     for name, (device, amp) in runs.items():
         if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -186,7 +202,7 @@ def check_a_run_in_each_precision():
             assert found[-3:].mean() < found[:3].mean(), "it learns"
             error = np.abs(found - exact).mean() / exact.mean()
             print(f"{name} {phase}: losses differ from the CPU's by {error:.2%}")
-            assert error < (0.01 if amp == "off" else 0.05)
+            assert error < {"off": 0.01, "bf16": 0.05, "fp16": 0.1}[amp]
 
 
 def check_evaluation_and_generation_equal_the_cpus():
