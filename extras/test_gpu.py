@@ -191,7 +191,7 @@ def losses(out):
 
 
 def check_a_run_in_each_precision():
-    """Both phases learn. Losses are the CPU's: float32 to 1 %, bf16 to 5 %, fp16, which skips steps at first, to 10 %."""
+    """Both phases learn. Losses are the CPU's: float32 to 1 %, bf16 to 5 %, fp16 (it skips steps at first) to 10 %."""
     runs = {"cpu": ("cpu", "off"), "off": ("cuda", "off"), "bf16": ("cuda", "bf16"), "fp16": ("cuda", "fp16")}
     for name, (device, amp) in runs.items():
         if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
