@@ -26,7 +26,7 @@ def multiply(a, b):
     MKL, does so on Intel's alone: on AMD's it takes twice the time. The operator is private to torch, whose version
     requirements.txt pins.
     """
-    if a.is_cpu and a.dtype == b.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if a.is_cpu and a.numel() and a.dtype == b.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
 
@@ -53,7 +53,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.bias is not None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        rows = x.flatten(0, -2).contiguous()
         return Product.apply(rows, self.weight).view(*x.shape[:-1], -1)
 
 

@@ -410,6 +410,13 @@ def test_quick_layers_compute_the_same(changes, frozen, amp):
         assert not torch.allclose(quick.rec(mu + 1, ids), found[1]["rec"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_quick_language_model_trains(home, tmp_path, amp):
+    flags = ["--dataset", str(home), *TINY, *SHORT, "--phase", "2", "--no-latent", "--epochs", "1", "--amp", amp]
+    fast_cpu.main([*flags, "--out", str(tmp_path / "lm")])
+    assert read_json(tmp_path / "lm", "metrics.json")["latent_dim"] == 0
+
+
 def test_quick_losses_weigh_tokens_of_their_own():
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
