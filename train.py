@@ -66,16 +66,16 @@ def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
 
 
 def controlled_kl_weight(weight, kl, target, anneal_steps):
-    """The KL weight of the next step, which leads the KL to `target` and holds it there; in [0, 1].
+    """The KL weight of the next step, which leads the KL to `target` and holds it there; in [0, 2].
 
-    An integral controller: the weight moves by the relative error of the KL, at most by 1 / anneal_steps. Far above
-    the target that is linear annealing; at the target it rests. (Related: the minimum desired rate of Pelsmaeker & Aziz
-    2020, the controller of Shao et al. 2020.)
+    An integral controller: the weight moves by twice the relative error of the KL, at most by 1 / anneal_steps. Far
+    above the target that is linear annealing; at the target it rests. A small target can need a weight above 1.
+    (Related: the minimum desired rate of Pelsmaeker & Aziz 2020, the controller of Shao et al. 2020.)
 
     `weight` and `kl`, the mean over the batch, are this step's; `target` is R, above 0; both in nats per sentence.
     """
-    error = max(-1.0, min(1.0, (kl - target) / target))
-    return max(0.0, min(1.0, weight + error / max(1, anneal_steps)))
+    error = max(-1.0, min(1.0, 2 * (kl - target) / target))
+    return max(0.0, min(2.0, weight + error / max(1, anneal_steps)))
 
 
 class ELBO(nn.Module):
