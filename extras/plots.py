@@ -93,9 +93,11 @@ def draw_plane(groups, lm=None, entropy=None, paper=()):
     for label, group in groups.items():
         group = sorted(group, key=lambda m: m["kl"])
         axes.plot([m["kl"] for m in group], [m["rec"] for m in group], "o", markersize=5, label=label)
-    for row in paper:
+    for i, row in enumerate(paper):  # neighbors have their names above and below, those at the right on their left
         axes.plot(float(row["kl"]), row["rec"], "x", color="0.4")
-        place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+        left, up = float(row["kl"]) > 0.6 * right, 4 if i % 2 else -10
+        place = {"xytext": (-4 if left else 4, up), "textcoords": "offset points", "fontsize": 7}
+        place["ha"] = "right" if left else "left"
         axes.annotate(row["name"], (float(row["kl"]), row["rec"]), **place)
     axes.set(xlim=(0, right), ylim=(bottom, top))
     axes.set(xlabel="KL: what z costs, nats per sentence", ylabel="rec: what is left to say, nats per sentence")
