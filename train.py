@@ -425,7 +425,7 @@ def make_parser():
     flag("--phase", type=int, choices=(1, 2), nargs="+", default=[1, 2], help="one phase, or both in order")
     flag("--epochs", type=at_least(0), nargs="+", default=[5, 3], metavar="N", help="of each phase named")
     flag("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw-rms: each step relative to its weight's RMS")
-    flag("--lr", type=amount, nargs="+", help="learning rate, of each phase named (the optimizer's: see OPTIMIZERS)")
+    flag("--lr", type=amount, nargs="+", help="learning rate, of each phase named (1e-3; adamw-rms: 2e-2)")
     flag("--init", metavar="RUN|DIR", help="what the first phase starts from instead of --model, or of phase 1's run")
     flag("--freeze-decoder", action=argparse.BooleanOptionalAction, default=True, help="in phase 1")
     flag("--kl-target", type=amount, default=0.0, metavar="R", help="KL to end with, nats per sentence; 0: a schedule")

@@ -96,9 +96,8 @@ def draw_plane(groups, lm=None, entropy=None, paper=()):
     for i, row in enumerate(paper):  # neighbors have their names above and below, those at the right on their left
         axes.plot(float(row["kl"]), row["rec"], "x", color="0.4")
         left, up = float(row["kl"]) > 0.6 * right, 4 if i % 2 else -10
-        place = {"xytext": (-4 if left else 4, up), "textcoords": "offset points", "fontsize": 7}
-        place["ha"] = "right" if left else "left"
-        axes.annotate(row["name"], (float(row["kl"]), row["rec"]), **place)
+        place = {"xytext": (-4 if left else 4, up), "textcoords": "offset points", "ha": "right" if left else "left"}
+        axes.annotate(row["name"], (float(row["kl"]), row["rec"]), fontsize=7, **place)
     axes.set(xlim=(0, right), ylim=(bottom, top))
     axes.set(xlabel="KL: what z costs, nats per sentence", ylabel="rec: what is left to say, nats per sentence")
     axes.legend(fontsize=8, loc="upper right", framealpha=1)

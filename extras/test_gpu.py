@@ -268,8 +268,8 @@ def check_one_synchronization_per_step():
 def check_two_processes():
     """torchrun on two GPUs: the measures of one process to 0.1 nats."""
     for count, out in (1, "one"), (2, "two"):
-        command = ["torchrun", f"--nproc_per_node={count}", train.__file__, *RUN, "--amp", "off", "--out", out]
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", *command[1:]], check=True)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}"]
+        subprocess.run([*torchrun, train.__file__, *RUN, "--amp", "off", "--out", out], check=True)
     one, two = measures("one/phase2"), measures("two/phase2")
     for name in "rec", "kl", "nll_iw":
         assert abs(one[name] - two[name]) < 0.1
@@ -277,21 +277,9 @@ def check_two_processes():
 
 def check_benchmark():
     """Prints tokens per second against a plain transformers step, and memory, in each precision."""
+    shape = "--dataset grammar --model tiny --d-model 512 --heads 8 --layers 6"
     for amp in "off", "bf16", "fp16":
-        flags = [
-            "--dataset",
-            "grammar",
-            "--model",
-            "tiny",
-            "--d-model",
-            "512",
-            "--heads",
-            "8",
-            "--layers",
-            "6",
-            "--amp",
-            amp,
-        ]
+        flags = [*shape.split(), "--amp", amp]
         subprocess.run([sys.executable, "-m", "extras.benchmark", *flags], check=True)
 
 
