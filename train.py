@@ -278,10 +278,10 @@ def load_model(args):
     asked = {name: getattr(args, name) for name in VAE_FLAGS if name in args.given}
     config = Path(start, "config.json")
     made = json.loads(config.read_text()) if config.is_file() else {}
+    texts = data.read_texts(args.dataset, "train", args.data_dir)  # before a model is fetched: it may be missing
     try:
         if start == "tiny":
-            texts = filter(None, data.read_texts(args.dataset, "train", args.data_dir))
-            tokenizer = data.train_tokenizer(texts, args.vocab_size)
+            tokenizer = data.train_tokenizer(filter(None, texts), args.vocab_size)
             model = T5VAE(tiny_config(args, tokenizer).to_dict(), **asked)
             model.tokenizer = tokenizer
         elif made.keys() & {"phase", "t5_config"}:  # a run folder, or the model in it

@@ -268,6 +268,7 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
         ("--dataset grammar --resume --overwrite", "leave one out"),
         ("--dataset grammar --device cuda", "torch finds no GPU"),
         ("--dataset no/such/folder --model tiny", "no train.txt in"),
+        ("--dataset no/such/folder --model no/such/t5 --phase 1", "no train.txt in"),
         ("--dataset grammar --model no/such/t5 --phase 1", "no/such/t5, which is neither a folder with a model"),
         ("--dataset grammar --phase 2", "runs/grammar/phase1, which is neither a folder with a model"),
         ("--dataset grammar --model tiny --vocab-size 3", "vocab_size is 3"),
