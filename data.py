@@ -17,7 +17,7 @@ import re
 import urllib.request
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -254,6 +254,12 @@ class Corpus:
     def row(self, i):
         return self.ids[self.offsets[i] : self.offsets[i + 1]]
 
+    def __getitem__(self, part):
+        """The texts of a slice, as a `Corpus`."""
+        rows = [self.row(i) for i in range(len(self))[part]]
+        offsets = np.cumsum([0, *map(len, rows)])
+        return replace(self, ids=np.concatenate(rows), offsets=offsets, words=self.words[part])
+
 
 def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None):
     """The `Corpus` of a split, or of its first `limit` texts; see `read_texts` for the other arguments and errors.
@@ -385,10 +391,8 @@ def evaluation_batches(corpus, batch_size):
 def prefetch(function, items):
     """Yields function(item) for each item; the next one is computed in a thread while the caller works."""
     with ThreadPoolExecutor(1) as thread:
-        ahead = None
-        for item in items:
-            ready, ahead = ahead, thread.submit(function, item)
-            if ready:
-                yield ready.result()
-        if ahead:
-            yield ahead.result()
+        futures = (thread.submit(function, item) for item in items)
+        ahead = next(futures, None)
+        while ahead:
+            ready, ahead = ahead, next(futures, None)
+            yield ready.result()

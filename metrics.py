@@ -112,9 +112,7 @@ def fill(columns, corpus, device, batch_size, measure):
 
 
 @torch.no_grad()
-def evaluate(
-    model, corpus, batch_size=64, iw_samples=0, thorough=False, entropy=None, posterior=None, amp="off", seed=0
-):
+def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, posterior=None, amp="off", seed=0):
     """The measures of a model on a split, without deletion and without threshold, as a flat dict for JSON.
 
     Args:
@@ -122,7 +120,6 @@ def evaluate(
         iw_samples: K of the importance-weighted NLL. 0: without it, from one encoder and one decoder pass;
             otherwise rec (and with it -ELBO) is the mean over the same K samples.
         thorough: also rec with other latents, and the greedy reconstruction.
-        entropy: of the data's distribution, nats per sentence, where it is known.
         posterior: see `sample_posterior`.
         amp: precision of matrix products, a key of HALF.
     Returns: means over sentences, each with its standard error under `<name>_se`; ratios; and the counts they rest on.
@@ -154,7 +151,6 @@ def evaluate(
         "iw_samples": iw_samples,
         "unk_tokens": unk_tokens,
         "unk_share": unk_tokens / int(corpus.offsets[-1]),
-        "entropy": entropy,
     }
 
 
@@ -223,11 +219,8 @@ def format_table(runs, spread="standard error of the mean over sentences"):
     keys = dict.fromkeys(key for measured in runs.values() for key in measured if not key.endswith("_se"))
     rows = [["", *runs], *([key, *(cell(measured, key) for measured in runs.values())] for key in keys)]
     rows = [row for row in rows if set(row[1:]) != {"-"}]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        row[0].ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))  # widths
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
     return "\n".join([*lines, f"Likelihoods, KL and MI in nats, per sentence; ±: {spread}."])
 
 
@@ -258,25 +251,24 @@ def evaluate_run(run, iw_samples=None, device="cpu", **settings):
     config, model, read = load_run(run, device)
     samples = iw_samples if iw_samples is not None else 100 * (config["phase"] == 2)
     entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None
-    return evaluate(model, read("test"), iw_samples=samples, thorough=True, entropy=entropy, **settings)
+    return evaluate(model, read("test"), iw_samples=samples, thorough=True, **settings) | {"entropy": entropy}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Evaluate runs on their test split and print one table.")
     flag = parser.add_argument
     flag("runs", nargs="+", metavar="RUN", help="run folder of train.py")
-    flag("--batch-size", type=int, default=64, metavar="N", help="sentences per batch (64); no number depends on it")
     flag("--iw-samples", type=int, metavar="K", help="importance samples per sentence (100; phase 1: none)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (a GPU, if any)")
     flag("--amp", choices=HALF, default="off", help="precision of matrix products (off: float32)")
     flag("--lm", metavar="RUN", help="run of a language model to compare with (lm beside the run, if there is one)")
     args, results = parser.parse_args(argv), {}
-    if args.batch_size < 1 or args.iw_samples is not None and args.iw_samples < 1:
-        parser.error("--batch-size and --iw-samples must be at least 1")
+    if args.iw_samples is not None and args.iw_samples < 1:
+        parser.error(f"--iw-samples is {args.iw_samples}; it must be at least 1")
     for run in args.runs:
         path = Path(run, "metrics.json")
         try:
-            results[run] = evaluate_run(run, args.iw_samples, args.device, batch_size=args.batch_size, amp=args.amp)
+            results[run] = evaluate_run(run, args.iw_samples, args.device, amp=args.amp)
             if path.exists():  # what an evaluation cannot know
                 results[run]["train_seconds"] = json.loads(path.read_text()).get("train_seconds")
             path.write_text(json.dumps(results[run], indent=2) + "\n")

@@ -65,17 +65,18 @@ def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
     return min(1.0, step * cycles / anneal_steps % 1 / ratio)
 
 
-def controlled_kl_weight(weight, kl, target, anneal_steps):
-    """The KL weight of the next step, which leads the KL to `target` and holds it there; in [0, 2].
+def controlled_kl_weight(integral, kl, target, anneal_steps):
+    """Leads the KL to `target` and holds it there: (integral, weight), of the next step, in [0, 2].
 
-    An integral controller: the weight moves by twice the relative error of the KL, at most by 1 / anneal_steps. Far
-    above the target that is linear annealing; at the target it rests. A small target can need a weight above 1.
-    (Related: the minimum desired rate of Pelsmaeker & Aziz 2020, the controller of Shao et al. 2020.)
+    A proportional-integral controller (Shao et al. 2020 have one too). The integral moves by twice the relative error
+    of the KL, at most by 1 / anneal_steps: far above the target that is linear annealing, at the target it rests. KL
+    follows the weight hundreds of steps late, so the weight brakes early: it is 0.2 below the integral at the target.
 
-    `weight` and `kl`, the mean over the batch, are this step's; `target` is R, above 0; both in nats per sentence.
+    `integral` and `kl`, the mean over the batch, are this step's; `target` is R, above 0; both in nats per sentence.
     """
-    error = max(-1.0, min(1.0, 2 * (kl - target) / target))
-    return max(0.0, min(2.0, weight + error / max(1, anneal_steps)))
+    error = min(1.0, (kl - target) / target)
+    integral = max(0.0, min(2.0, integral + max(-1.0, min(1.0, 2 * error)) / max(1, anneal_steps)))
+    return integral, max(0.0, integral - 0.2 * (1 - error))
 
 
 class ELBO(nn.Module):
@@ -100,7 +101,7 @@ class ELBO(nn.Module):
 
 # Settings that change neither weights nor records, except by rounding: a run that resumes may change them.
 INCIDENTAL = {"argv", "command", "given", "versions", "processes", "device", "out", "data_dir", "overwrite", "resume"}
-INCIDENTAL |= {"save_every", "eval_batch_size", "iw_samples"}
+INCIDENTAL |= {"save_every", "iw_samples"}
 VAE_FLAGS = ("latent_dim", "pooling", "pool_layers")  # a model that was saved has its own
 
 
@@ -187,7 +188,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
 
     Args:
         objective: module, (Batch, KL weight) -> {"loss": (B,) nats, ...}; make_batch: (corpus, index, epoch) -> Batch.
-        next_weight: (steps taken, KL weight of the last step, its mean terms) -> KL weight.
+        next_weight: (state, mean terms of the last step) -> KL weight; it may keep an "integral" in the state.
         validate: () -> dict for the log, called before each epoch and after the last.
         out, log, saved: the run folder, and what `open_run` returns.
         steps: how many, instead of those of args.epochs.
@@ -201,7 +202,8 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
     # scaled back before the step. bf16 has the 8 bits of float32 and needs nothing.
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     parts = {"objective": objective, "optimizer": optimizer, "scaler": scaler}
-    at = {"step": 0, "kl_weight": next_weight(0, 0.0, {}), "seconds": 0.0}  # where the run is
+    at = {"step": 0, "kl_weight": 0.0, "integral": 0.0, "valid": {}, "seconds": 0.0}  # where the run is
+    at["kl_weight"] = next_weight(at, {})
     if saved:
         at = {name: saved[name] for name in at}
         for name, part in parts.items():
@@ -221,7 +223,8 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
     with tqdm(total=steps, initial=at["step"], disable=None if rank == 0 else True) as bar:
         for epoch in range(at["step"] // steps_per_epoch, math.ceil(steps / steps_per_epoch)):
             if at["step"] % steps_per_epoch == 0:
-                record(log, bar, at, "valid", validate())
+                at["valid"] = validate()
+                record(log, bar, at, "valid", at["valid"])
             first = epoch * steps_per_epoch
             order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)[: steps - first]
             for index, count, batch in data.prefetch(load, order[at["step"] - first :]):
@@ -231,7 +234,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
                 weight, batch = at["kl_weight"], batch.to(args.device)  # not in the thread, which has no GPU of its own
                 terms, stop = gradient_step(parallel, batch, index, count, weight, optimizer, scaler, signals, args)
                 at["step"] += 1
-                at["kl_weight"] = next_weight(at["step"], weight, terms)
+                at["kl_weight"] = next_weight(at, terms)
                 bar.update()
                 if at["step"] % args.log_every == 0 or at["step"] == steps:
                     record(log, bar, at, "train", terms | {"kl_weight": weight})
@@ -249,7 +252,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
         signal.signal(number, handler)
     for number in signals:
         sys.exit(128 + number)
-    return time.time() - started
+    return round(time.time() - started, 1)
 
 
 def tiny_config(args, tokenizer):
@@ -354,35 +357,41 @@ def run_phase(args, transform):
         for module in (model.t5.encoder.block, model.t5.encoder.final_layer_norm, model.w_mu, model.w_logvar):
             module.requires_grad_(False)
     for module in model.modules() if args.dropout is not None else ():
-        if isinstance(getattr(module, "dropout", None), float):  # of attention weights
-            module.dropout = args.dropout
-        elif isinstance(module, nn.Dropout):
-            module.p = args.dropout
+        for name in {"p", "dropout"} & vars(module).keys():  # nn.Dropout has p; T5's attention, a number of that name
+            setattr(module, name, args.dropout)
     if transform:
         transform(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {args.phase} starts from {start}, trains {trained:,} parameters, amp {args.amp}")
-    entropy = data.GRAMMAR_ENTROPY if args.dataset == "grammar" else None
-    evaluate = partial(metrics.evaluate, model, batch_size=args.eval_batch_size, entropy=entropy)
     make_batch = partial(data.training_batch, denoise=args.denoise, latent_dim=model.latent_dim, seed=args.seed)
     anneal_steps = args.kl_anneal_epochs * math.ceil(len(corpora["train"]) / args.batch_size)
+    evaluate = partial(metrics.evaluate, model, batch_size=args.batch_size)
+    seen = corpora["train"][:: math.ceil(len(corpora["train"]) / len(corpora["valid"]))]
 
-    def next_weight(step, weight, terms):
-        if args.phase == 1:
+    def validate():
+        measured = evaluate(corpora["valid"])
+        return measured | {"kl_train": evaluate(seen)["kl"]} if args.kl_target else measured
+
+    def next_weight(at, terms):
+        if args.phase == 1 or (args.kl_target and not terms):
             return 0.0
-        if args.kl_target:
-            return controlled_kl_weight(weight, terms["kl"], args.kl_target, anneal_steps) if terms else 0.0
-        return kl_weight(step, args.kl_schedule, anneal_steps, args.kl_cycles)
+        if not args.kl_target:
+            return kl_weight(at["step"], args.kl_schedule, anneal_steps, args.kl_cycles)
+        # Texts that the model learns from get a higher KL. What is asked for is the KL of others.
+        kl = terms["kl"] * at["valid"]["kl"] / at["valid"]["kl_train"]
+        at["integral"], weight = controlled_kl_weight(at["integral"], kl, args.kl_target, anneal_steps)
+        return weight
 
     log, saved = open_run(out, config, args)
-    validate, objective = partial(evaluate, corpora["valid"]), ELBO(model, args.kl_threshold)
+    objective = ELBO(model, args.kl_threshold)
     with log:
         seconds = train(objective, corpora["train"], make_batch, next_weight, validate, args, out, log, saved)
     if rank == 0:
         model.save_pretrained(out / "model")
     # Importance weighting measures a density, which phase 1 does not train: there it takes a request.
     iw_samples = args.iw_samples if args.phase == 2 or "iw_samples" in args.given else 0
-    measured = evaluate(corpora["test"], iw_samples=iw_samples, thorough=True) | {"train_seconds": round(seconds, 1)}
+    known = {"entropy": data.GRAMMAR_ENTROPY if args.dataset == "grammar" else None, "train_seconds": seconds}
+    measured = evaluate(corpora["test"], iw_samples=iw_samples, thorough=True) | known
     if rank == 0:
         finish(model, measured, corpora["test"], args, out)
     if distributed.is_initialized():
@@ -446,7 +455,6 @@ def make_parser():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", choices=("cpu", "cuda"), default=device, help="where to compute")
     flag("--log-every", type=count, default=20, metavar="STEPS", help="steps per training record")
-    flag("--eval-batch-size", type=count, default=64, metavar="N", help="of evaluations; no number depends on it")
     flag("--iw-samples", type=count, default=100, metavar="K", help="for the test split's NLL; phase 1: if given")
     return parser
 
@@ -522,7 +530,7 @@ def main(argv=None, transform=None):
                 raise ValueError(f"{out} holds a run: --resume it, give another --out, or --overwrite")
         with contextlib.redirect_stdout(sys.stdout if rank == 0 else open(os.devnull, "w")):
             for phase, epochs, lr in zip(args.phases, args.epochs, args.lr, strict=True):
-                own = {"phase": phase, "epochs": epochs, "lr": lr}
+                own = {"phase": phase, "epochs": epochs, "lr": lr, "kl_target": args.kl_target if phase == 2 else 0.0}
                 run_phase(argparse.Namespace(**vars(args) | own), transform)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")

@@ -162,11 +162,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
 
     def _hidden(self, z, labels):
         """The decoder's output for `labels` shifted right, scaled for the LM head: (B, T, D)."""
-        hidden = self.t5.decoder(
-            self.t5.prepare_decoder_input_ids_from_labels(labels),
-            encoder_hidden_states=self.memory(z),
-            use_cache=False,
-        ).last_hidden_state
+        shifted = self.t5.prepare_decoder_input_ids_from_labels(labels)
+        hidden = self.t5.decoder(shifted, encoder_hidden_states=self.memory(z), use_cache=False).last_hidden_state
         scaled = getattr(self.t5.config, "scale_decoder_outputs", False)  # T5 v1.1 and mT5 do not scale
         return hidden * hidden.shape[-1] ** -0.5 if scaled else hidden
 
@@ -220,8 +217,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
         for start in range(0, len(rows), batch_size):
             batch = tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt").to(self.device)
             posteriors.append([x.cpu() for x in self.encode(batch["input_ids"], batch["attention_mask"])])
-        mu, logvar = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
-        return mu, logvar
+        return tuple(torch.cat(parts) for parts in zip(*posteriors, strict=True))
 
     def decode_texts(self, z, batch_size=64, **kwargs):
         """The N texts that `generate(z, **kwargs)` writes for z (N, Z), a list of str. `<unk>` is kept."""

@@ -119,7 +119,7 @@ def benchmark(model, corpora, args, repeats):
             ratios = [plain / t for plain, t in zip(seconds["transformers"][1:], times[1:], strict=True)]
             print(f"phase {phase}  {name:13} {spread(rates)} tokens/s  {spread(ratios)} times transformers")
     part = corpora["valid"]
-    rate = part.ids.size / clock(lambda: metrics.evaluate(model, part, args.eval_batch_size, amp=args.amp))
+    rate = part.ids.size / clock(lambda: metrics.evaluate(model, part, amp=args.amp))
     print(f"evaluation {rate:,.0f} tokens/s (one pass of the encoder and of the decoder)")
     length = round(corpus.lengths.mean())
     z = torch.randn(64, model.latent_dim, device=args.device)

@@ -159,7 +159,7 @@ def run(args):
     def validate():
         t5.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        for whole in data.evaluation_batches(corpora["valid"], args.eval_batch_size):
+        for whole in data.evaluation_batches(corpora["valid"], args.batch_size):
             terms = objective(make_batch(corpora["valid"], whole.index, 0).to(args.device), 0.0)
             sums += torch.stack([terms["loss"].double().sum(), terms["targets"].double().sum()]).cpu()
         t5.train()
@@ -179,7 +179,7 @@ def run(args):
         print("  ".join(f"{name} {value:.3f}" for name, value in measured.items()), f"-> {out / 'model'}")
 
 
-def no_kl(step, weight, terms):
+def no_kl(state, terms):
     """The KL weight of a T5 that has no latent."""
     return 0.0
 

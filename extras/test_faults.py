@@ -185,7 +185,7 @@ def test_language_model_in_two_processes(tmp_path, home):
 
 
 def test_evaluation_split_among_processes(tmp_path, quiet):
-    flags = ["--epochs", 0, "--eval-batch-size", 2]
+    flags = ["--epochs", 0, "--batch-size", 2]
     assert train_run(main, *quiet, *flags, "--out", tmp_path / "one") == 0
     assert run_all(*[(main, *quiet, *flags, "--out", tmp_path / "three")] * 3) == [0, 0, 0]
     one, three = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("one", "three"))
@@ -243,7 +243,6 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
         ("--dataset grammar --denoise 1", "1 is not in [0, 1)"),
         ("--dataset grammar --denoise -0.1", "-0.1 is not in [0, 1)"),
         ("--dataset grammar --batch-size 0", "0 is not in [1, inf)"),
-        ("--dataset grammar --eval-batch-size 0", "0 is not in"),
         ("--dataset grammar --max-length 1", "1 is not in [2, inf)"),
         ("--dataset grammar --limit 0", "0 is not in"),
         ("--dataset grammar --latent-dim 0", "0 is not in"),
