@@ -98,7 +98,7 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, comma
     assert not (tmp_path / "exploded").exists()
     out = shutil.copytree(stopped, tmp_path / "run")
     before = files_of(out)
-    for flags, word in (["--lr", 0.1], "lr was 0.001"), (["--kl-target", 3], "kl_target was 2.0"):
+    for flags, word in (["--lr", 0.1], "lr was 0.001"), (["--kl-target", 3], "kl_target was 0.2"):
         assert train_run(main, *command, *flags, "--out", out, "--resume", report=report) == 1
         assert word in report.read_text()
         assert files_of(out) == before
