@@ -497,7 +497,7 @@ def parse_args(parser, argv, defaults=""):
         args.kl_threshold = 0.0
     if args.kl_anneal_epochs is None:  # `paper`: 50; else in proportion to phase 2
         scaled = args.kl_target or args.recipe == "best" or args.kl_schedule == "cyclical"
-        args.kl_anneal_epochs = args.epochs[-1] * (0.5 if args.kl_target else 1.0) if scaled else 50.0
+        args.kl_anneal_epochs = args.epochs[-1] * (0.3 if args.kl_target else 1.0) if scaled else 50.0
     return args
 
 
