@@ -17,7 +17,7 @@ import re
 import urllib.request
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -253,12 +253,6 @@ class Corpus:
 
     def row(self, i):
         return self.ids[self.offsets[i] : self.offsets[i + 1]]
-
-    def __getitem__(self, part):
-        """The texts of a slice, as a `Corpus`."""
-        rows = [self.row(i) for i in range(len(self))[part]]
-        offsets = np.cumsum([0, *map(len, rows)])
-        return replace(self, ids=np.concatenate(rows), offsets=offsets, words=self.words[part])
 
 
 def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None):

@@ -188,8 +188,8 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
 
     Args:
         objective: module, (Batch, KL weight) -> {"loss": (B,) nats, ...}; make_batch: (corpus, index, epoch) -> Batch.
-        next_weight: (state, mean terms of the last step) -> KL weight; it may keep an "integral" in the state.
-        validate: () -> dict for the log, called before each epoch and after the last.
+        next_weight: (steps taken, control, mean terms of the last step, {} at the start) -> KL weight; validate:
+            (control) -> dict for the log, before each epoch and after the last. They keep what they need in `control`.
         out, log, saved: the run folder, and what `open_run` returns.
         steps: how many, instead of those of args.epochs.
     """
@@ -202,8 +202,8 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
     # scaled back before the step. bf16 has the 8 bits of float32 and needs nothing.
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     parts = {"objective": objective, "optimizer": optimizer, "scaler": scaler}
-    at = {"step": 0, "kl_weight": 0.0, "integral": 0.0, "valid": {}, "seconds": 0.0}  # where the run is
-    at["kl_weight"] = next_weight(at, {})
+    at = {"step": 0, "control": {}, "seconds": 0.0}  # where the run is
+    at["kl_weight"] = next_weight(0, at["control"], {})
     if saved:
         at = {name: saved[name] for name in at}
         for name, part in parts.items():
@@ -223,8 +223,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
     with tqdm(total=steps, initial=at["step"], disable=None if rank == 0 else True) as bar:
         for epoch in range(at["step"] // steps_per_epoch, math.ceil(steps / steps_per_epoch)):
             if at["step"] % steps_per_epoch == 0:
-                at["valid"] = validate()
-                record(log, bar, at, "valid", at["valid"])
+                record(log, bar, at, "valid", validate(at["control"]))
             first = epoch * steps_per_epoch
             order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)[: steps - first]
             for index, count, batch in data.prefetch(load, order[at["step"] - first :]):
@@ -234,7 +233,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
                 weight, batch = at["kl_weight"], batch.to(args.device)  # not in the thread, which has no GPU of its own
                 terms, stop = gradient_step(parallel, batch, index, count, weight, optimizer, scaler, signals, args)
                 at["step"] += 1
-                at["kl_weight"] = next_weight(at, terms)
+                at["kl_weight"] = next_weight(at["step"], at["control"], terms)
                 bar.update()
                 if at["step"] % args.log_every == 0 or at["step"] == steps:
                     record(log, bar, at, "train", terms | {"kl_weight": weight})
@@ -247,7 +246,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
                 if stop:
                     print("train.py: stopped by a signal; the same command with --resume resumes", file=sys.stderr)
                     sys.exit(128 + (*signals, signal.SIGTERM)[0])  # what a shell expects
-        record(log, bar, at, "valid", validate())
+        record(log, bar, at, "valid", validate(at["control"]))
     for number, handler in handlers.items():  # from here on they need not wait: the last checkpoint is written
         signal.signal(number, handler)
     for number in signals:
@@ -365,22 +364,29 @@ def run_phase(args, transform):
     print(f"phase {args.phase} starts from {start}, trains {trained:,} parameters, amp {args.amp}")
     make_batch = partial(data.training_batch, denoise=args.denoise, latent_dim=model.latent_dim, seed=args.seed)
     anneal_steps = args.kl_anneal_epochs * math.ceil(len(corpora["train"]) / args.batch_size)
-    evaluate = partial(metrics.evaluate, model, batch_size=args.batch_size)
-    seen = corpora["train"][:: math.ceil(len(corpora["train"]) / len(corpora["valid"]))]
 
-    def validate():
-        measured = evaluate(corpora["valid"])
-        return measured | {"kl_train": evaluate(seen)["kl"]} if args.kl_target else measured
-
-    def next_weight(at, terms):
-        if args.phase == 1 or (args.kl_target and not terms):
+    def next_weight(step, control, terms):
+        if args.phase == 1:
             return 0.0
         if not args.kl_target:
-            return kl_weight(at["step"], args.kl_schedule, anneal_steps, args.kl_cycles)
-        # Texts that the model learns from get a higher KL. What is asked for is the KL of others.
-        kl = terms["kl"] * at["valid"]["kl"] / at["valid"]["kl_train"]
-        at["integral"], weight = controlled_kl_weight(at["integral"], kl, args.kl_target, anneal_steps)
+            return kl_weight(step, args.kl_schedule, anneal_steps, args.kl_cycles)
+        if not terms:
+            control |= {"integral": 0.0, "ratio": 1.0, "kls": []}
+            return 0.0
+        control["kls"].append(terms["kl"])
+        kl = terms["kl"] * control["ratio"]
+        control["integral"], weight = controlled_kl_weight(control["integral"], kl, args.kl_target, anneal_steps)
         return weight
+
+    def validate(control):
+        # What is asked for is the KL of held-out texts. Overfitting and dropout raise that of the batches, deletion
+        # lowers it. Their ratio is measured over an epoch, from the second on: in the first, KL falls too fast.
+        measured = metrics.evaluate(model, corpora["valid"], args.batch_size)
+        if kls := control.get("kls"):
+            if "valid" in control:
+                control["ratio"] = math.sqrt(control["valid"] * measured["kl"]) / np.mean(kls).item()
+            control |= {"valid": measured["kl"], "kls": []}
+        return measured
 
     log, saved = open_run(out, config, args)
     objective = ELBO(model, args.kl_threshold)
@@ -391,7 +397,7 @@ def run_phase(args, transform):
     # Importance weighting measures a density, which phase 1 does not train: there it takes a request.
     iw_samples = args.iw_samples if args.phase == 2 or "iw_samples" in args.given else 0
     known = {"entropy": data.GRAMMAR_ENTROPY if args.dataset == "grammar" else None, "train_seconds": seconds}
-    measured = evaluate(corpora["test"], iw_samples=iw_samples, thorough=True) | known
+    measured = metrics.evaluate(model, corpora["test"], args.batch_size, iw_samples, thorough=True) | known
     if rank == 0:
         finish(model, measured, corpora["test"], args, out)
     if distributed.is_initialized():

@@ -156,7 +156,7 @@ def run(args):
     objective = SpanObjective(t5)
 
     @torch.no_grad()
-    def validate():
+    def validate(control=None):
         t5.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         for whole in data.evaluation_batches(corpora["valid"], args.batch_size):
@@ -179,7 +179,7 @@ def run(args):
         print("  ".join(f"{name} {value:.3f}" for name, value in measured.items()), f"-> {out / 'model'}")
 
 
-def no_kl(state, terms):
+def no_kl(step, control, terms):
     """The KL weight of a T5 that has no latent."""
     return 0.0
 
