@@ -5,9 +5,11 @@
     python train.py --dataset ptb --model runs/t5/model
 
 15 % of the tokens, in spans of 3 on average, are replaced by sentinels, and the decoder writes what was there (Raffel
-et al. 2020, section 3.1.4). OUT/model is an ordinary T5 directory. The flags are those of train.py that concern data,
-the shape of `tiny`, the loop and the run, --resume among them. --tokenizer DIR takes a vocabulary that exists, and
---steps 0 writes random weights.
+et al. 2020, section 3.1.4). With --lm-share 0.5, half of the batches are language modelling instead: the encoder reads
+nothing and the decoder writes whole texts. OUT/model is an ordinary T5 directory.
+
+The flags are those of train.py that concern data, the shape of `tiny`, the loop and the run, --resume among them.
+--tokenizer DIR takes a vocabulary that exists, and --steps 0 writes random weights.
 
 The log says what the loss hides: `query_growth` is the RMS of the query weights relative to their start. T5 does not
 divide attention logits by sqrt(d_kv), so queries that grew tenfold saturate attention, and the model cannot be
@@ -33,7 +35,7 @@ from extras.fast_cpu import quicken
 DEFAULTS = "--model tiny --phase 1 --epochs 10 --optimizer adamw-rms --lr-schedule linear --batch-size 64"
 USELESS = {"model", "phase", "init", "latent_dim", "pooling", "pool_layers", "recipe", "denoise", "freeze_decoder"}
 USELESS |= {"kl_target", "kl_threshold", "kl_schedule", "kl_anneal_epochs", "kl_cycles", "iw_samples"}
-SPANS = 1  # the use of its stream of random numbers, beside those in data.py
+SPANS, LM = 1, 5  # the uses of its streams of random numbers, beside those in data.py
 
 
 def corrupt_spans(tokens, sentinels, eos_id, rng, density=0.15, mean_span=3):
@@ -62,11 +64,17 @@ def corrupt_spans(tokens, sentinels, eos_id, rng, density=0.15, mean_span=3):
     return np.array([*inputs, *tokens[at:], eos_id]), np.array([*targets, sentinels[spans], eos_id])
 
 
-def span_batch(corpus, index, epoch, *, sentinels, eos_id, seed):
-    """The texts `index`, corrupted with the noise of this epoch, a function of (seed, epoch, text)."""
-    pairs = [
-        corrupt_spans(corpus.row(i)[:-1], sentinels, eos_id, data.stream(seed, epoch, i, SPANS)) for i in index.tolist()
-    ]
+def pretraining_batch(corpus, index, epoch, *, sentinels, eos_id, seed, lm_share=0.0):
+    """The texts `index`, corrupted with the noise of this epoch, a function of (seed, epoch, text).
+
+    With probability `lm_share` it is a batch of language modelling instead: the encoder reads </s> alone, and the
+    decoder writes the whole texts.
+    """
+    if data.stream(seed, epoch, int(index[0]), LM).random() < lm_share:
+        pairs = [(np.array([eos_id]), corpus.row(i)) for i in index]
+    else:
+        rngs = (data.stream(seed, epoch, i, SPANS) for i in index.tolist())
+        pairs = [corrupt_spans(corpus.row(i)[:-1], sentinels, eos_id, rng) for i, rng in zip(index, rngs, strict=True)]
     ids, mask = data.pad([inputs for inputs, _ in pairs], corpus.pad_id)
     labels, _ = data.pad([targets for _, targets in pairs], corpus.pad_id)
     return data.Batch(ids, mask, labels, torch.as_tensor(index), torch.zeros(len(index), 0))
@@ -108,6 +116,8 @@ def parse_args(argv):
     own = argparse.ArgumentParser("pretrain.py", description=__doc__.splitlines()[0], add_help=False)
     own.add_argument("--dataset", nargs="+", metavar="NAME|DIR", help="Data sets, as in train.py.")
     own.add_argument("--tokenizer", metavar="DIR", help="Vocabulary to take; else one is made of the training texts.")
+    share = train.at_least(0, float, 1)
+    own.add_argument("--lm-share", type=share, default=0.0, metavar="P", help="Share of batches of language modelling.")
     own.add_argument("--steps", type=train.at_least(0), metavar="N", help="Optimizer steps, instead of --epochs.")
     mine, rest = own.parse_known_args(argv)
     parser = train.make_parser()
@@ -119,7 +129,7 @@ def parse_args(argv):
         parser.error(f"pretraining takes no {', '.join(sorted(wrong))}")
     if not args.out:
         parser.error("--out is missing")
-    values = {"dataset": mine.dataset, "tokenizer": mine.tokenizer, "steps": mine.steps, "argv": argv}
+    values = vars(mine) | {"argv": argv}
     return argparse.Namespace(**vars(args) | values | {"epochs": args.epochs[0], "lr": args.lr[0], "phase": 1})
 
 
@@ -152,7 +162,7 @@ def run(args):
         corpora[split] = join([data.load_corpus(name, *rest) for name in args.dataset])
         print(f"{split}: {len(corpora[split]):,} texts, {corpora[split].ids.size:,} tokens")
     sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
-    make_batch = partial(span_batch, sentinels=sentinels, eos_id=tokenizer.eos_token_id, seed=args.seed)
+    make_batch = partial(pretraining_batch, sentinels=sentinels, eos_id=tokenizer.eos_token_id, seed=args.seed)
     objective = SpanObjective(t5)
 
     @torch.no_grad()
@@ -168,8 +178,9 @@ def run(args):
     config = vars(args) | {"data_sha256": {split: corpus.sha256 for split, corpus in corpora.items()}}
     config["command"] = "python -m extras.pretrain " + " ".join(args.argv)
     log, saved = train.open_run(out, config, args)
+    make = partial(make_batch, lm_share=args.lm_share)
     with log:
-        train.train(objective, corpora["train"], make_batch, no_kl, validate, args, out, log, saved, args.steps)
+        train.train(objective, corpora["train"], make, no_kl, validate, args, out, log, saved, args.steps)
     if metrics.processes()[0] == 0:
         t5.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")

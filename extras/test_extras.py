@@ -351,8 +351,26 @@ def test_span_corruption_loses_nothing():
     assert lost / total == pytest.approx(0.15, abs=0.03)
 
 
+def test_a_share_of_the_batches_is_language_modelling(home, run):
+    """There the encoder reads </s> alone and the decoder writes the whole texts; the others are corrupted spans."""
+    model = T5VAE.from_pretrained(run)
+    corpus, index = data.load_corpus(str(home), "train", model.tokenizer), np.arange(8)
+    make = partial(pretrain.pretraining_batch, corpus, sentinels=range(1000, 1100), eos_id=EOS, seed=0)
+    whole = data.make_batch(corpus, index)
+    lm = make(index, 0, lm_share=1.0)
+    assert lm.ids.tolist() == [[EOS]] * 8
+    assert torch.equal(lm.labels, whole.labels)
+    spans = make(index, 0, lm_share=0.0)
+    assert spans.ids.shape[1] > 1
+    assert (spans.labels >= 1000).any(1).all()
+    kinds = [make(index, epoch, lm_share=0.5).ids.shape[1] == 1 for epoch in range(200)]
+    assert 70 < sum(kinds) < 130
+    assert kinds == [make(index, epoch, lm_share=0.5).ids.shape[1] == 1 for epoch in range(200)], "not reproducible"
+
+
 def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_path):
-    flags = ["--dataset", str(home), str(home / "train.txt"), *TINY[2:], *SHORT, "--steps", "12", "--out"]
+    flags = ["--dataset", str(home), str(home / "train.txt"), *TINY[2:], *SHORT, "--steps", "12", "--lm-share", "0.5"]
+    flags += ["--out"]
     pretrain.main([*flags, str(tmp_path / "whole")])
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 12
@@ -374,7 +392,7 @@ def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_
     )
     start = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "zero" / "model")
     assert pretrain.query_growth(start) == pytest.approx(1, abs=0.2)
-    for wrong in (["--kl-target", "3"], ["--phase", "1"]):
+    for wrong in (["--kl-target", "3"], ["--phase", "1"], ["--lm-share", "1"]):
         with pytest.raises(SystemExit):
             pretrain.main([*flags, str(tmp_path / "no"), *wrong])
     assert not (tmp_path / "no").exists()
