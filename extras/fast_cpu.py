@@ -4,8 +4,9 @@
 
 `quicken(model)` replaces, in place and under the same names of weights, linear layers (oneDNN's products, which use
 AVX-512 on every CPU that has it; PyTorch's default, MKL, does so on Intel's alone), dropout (16 random bits per element
-instead of 64), a ReLU with its dropout (one tensor kept for the backward pass), and `rec` (the logits of real tokens
-only, a slice at a time). On a GPU, and where a form does not apply, torch's own is used.
+instead of 64), a ReLU with its dropout (one tensor kept for the backward pass), layer norms (rounded once, under
+autocast), and `rec` (the logits of real tokens only, a slice at a time). On a GPU, and where a form does not apply,
+torch's own is used.
 """
 
 import sys
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import train
 
@@ -58,18 +60,18 @@ class Linear(nn.Linear):
 
 
 class Drop(torch.autograd.Function):
-    """x * kept * scale, which keeps one byte per element for the backward pass."""
+    """x * kept * scale, for x and kept of one type."""
 
     @staticmethod
     def forward(ctx, x, kept, scale):
         ctx.save_for_backward(kept)
         ctx.scale = scale
-        return kept.to(x.dtype).mul_(scale).mul_(x)
+        return (x * kept).mul_(scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return ctx.saved_tensors[0].to(grad.dtype).mul_(ctx.scale).mul_(grad), None, None
+        return (grad * ctx.saved_tensors[0]).mul_(ctx.scale), None, None
 
 
 class DropOfReLU(torch.autograd.Function):
@@ -77,7 +79,7 @@ class DropOfReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, kept, scale):
-        out = kept.to(x.dtype).mul_(scale).mul_(x).clamp_(min=0)
+        out = (x * kept).mul_(scale).clamp_(min=0)
         ctx.save_for_backward(out)
         ctx.scale = scale
         return out
@@ -85,7 +87,7 @@ class DropOfReLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return (ctx.saved_tensors[0] > 0).to(grad.dtype).mul_(ctx.scale).mul_(grad), None, None
+        return torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0).mul_(ctx.scale), None, None
 
 
 class Dropout(nn.Dropout):
@@ -95,12 +97,14 @@ class Dropout(nn.Dropout):
     """
 
     def draw(self, x):
-        """What to keep of x, and its scale; None where torch's own dropout is as good."""
+        """What to keep of x (1, else 0), and its scale; None where torch's own dropout is as good."""
         drop = round(self.p * 2**16)  # of 2^16
         if not (self.training and x.is_cpu and 0 < drop < 2**16):
             return None
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        return bits[: x.numel()].view(x.shape) >= drop - 2**15, 2**16 / (2**16 - drop)
+        # Compared into numbers of x's type at once: converting truth values takes twice the time of the comparison.
+        kept = torch.ge(bits[: x.numel()].view(x.shape), drop - 2**15, out=torch.empty_like(x, requires_grad=False))
+        return kept, 2**16 / (2**16 - drop)
 
     def forward(self, x):
         drawn = self.draw(x)
@@ -113,6 +117,36 @@ class DropoutOfReLU(Dropout):
     def forward(self, x):
         drawn = self.draw(x)
         return DropOfReLU.apply(x, *drawn) if drawn else nn.Dropout.forward(self, x.relu())
+
+
+class Normalize(torch.autograd.Function):
+    """x / rms(x) * weight over the last axis, in float32, rounded to `dtype` once."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        unit = x * scale
+        ctx.save_for_backward(unit, scale, weight)
+        return torch.mul(unit, weight, out=torch.empty_like(x, dtype=dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        unit, scale, weight = ctx.saved_tensors
+        grad = grad.float()
+        along = grad * unit
+        d_weight = along.flatten(0, -2).sum(0)
+        along = (along @ weight[:, None]).div_(-unit.shape[-1])  # what would only change the length of x
+        return (grad * weight).addcmul_(unit, along).mul_(scale), d_weight, None, None
+
+
+class LayerNorm(T5LayerNorm):
+    """T5's layer norm before linear layers, which under autocast round what they read: here that is done once."""
+
+    def forward(self, x):
+        if not (x.is_cpu and x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")):
+            return super().forward(x)
+        return Normalize.apply(x, self.weight, self.variance_epsilon, torch.get_autocast_dtype("cpu"))
 
 
 class TokenNats(torch.autograd.Function):
@@ -186,6 +220,8 @@ def quicken(module):
     for part in module.modules():
         if faster := {nn.Linear: Linear, nn.Dropout: Dropout}.get(type(part)):
             part.__class__ = faster  # the same weights under the same names
+        if isinstance(getattr(part, "layer_norm", None), T5LayerNorm):  # of attention or a feed-forward layer
+            part.layer_norm.__class__ = LayerNorm
         if isinstance(getattr(part, "act", None), nn.ReLU):  # a feed-forward layer
             part.act, part.dropout = DropoutOfReLU(part.dropout.p), nn.Identity()
     if hasattr(module, "t5"):  # a T5VAE

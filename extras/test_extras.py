@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import data
 import metrics
@@ -455,6 +456,30 @@ def test_quick_dropout_drops_p_and_keeps_the_mean():
         assert (out == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
         assert out.mean().item() == pytest.approx(plain.mean().item(), rel=0.01)
         assert torch.equal(layer.eval()(x), plain)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_quick_dropout_passes_the_gradient_of_what_it_kept(kind):
+    for layer in fast_cpu.Dropout(0.3).train(), fast_cpu.DropoutOfReLU(0.3).train():
+        x = torch.randn(40, 25).to(kind).requires_grad_()
+        out = layer(x)
+        out.sum().backward()
+        torch.testing.assert_close(x.grad * x, out)  # both are linear in what they keep
+        assert 0 < (x.grad == 0).float().mean() < 1
+
+
+def test_the_quick_layer_norm_has_the_gradient_of_t5s():
+    plain = T5LayerNorm(8)
+    plain.weight.data.normal_()
+    x, towards, found = torch.randn(3, 5, 8), torch.randn(3, 5, 8), []
+    for norm in plain, lambda x: fast_cpu.Normalize.apply(x, plain.weight, plain.variance_epsilon, torch.float32):
+        x_, plain.weight.grad = x.clone().requires_grad_(), None
+        out = norm(x_)
+        (out * towards).sum().backward()
+        found.append((out, x_.grad, plain.weight.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(found[0][1], towards * plain.weight, atol=0.1), "the control: the norm is not linear"
 
 
 def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
