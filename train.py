@@ -366,15 +366,12 @@ def run_phase(args, transform):
     anneal_steps = args.kl_anneal_epochs * math.ceil(len(corpora["train"]) / args.batch_size)
 
     def next_weight(step, control, terms):
-        if args.phase == 1:
+        if args.phase == 1 or (args.kl_target and not terms):
             return 0.0
         if not args.kl_target:
             return kl_weight(step, args.kl_schedule, anneal_steps, args.kl_cycles)
-        if not terms:
-            control["integral"] = 0.0
-            return 0.0
-        kl = terms["kl"] * control["ratio"]
-        control["integral"], weight = controlled_kl_weight(control["integral"], kl, args.kl_target, anneal_steps)
+        integral, kl = control.get("integral", 0.0), terms["kl"] * control["ratio"]
+        control["integral"], weight = controlled_kl_weight(integral, kl, args.kl_target, anneal_steps)
         return weight
 
     def validate(control):

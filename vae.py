@@ -96,6 +96,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
         self.latent_dim, self.pooling, self.pool_layers, self.tokenizer = latent_dim, pooling, pool_layers, None
         config = AutoConfig.for_model(**t5_config)
         self.t5 = AutoModelForSeq2SeqLM.from_config(config)
+        # The maximum of states of which some are dropped and the others scaled up is larger than theirs: with dropout
+        # right before pooling, mu in training is not mu in evaluation. (T5 uses this module on the embeddings too.)
+        self.t5.encoder.dropout = nn.Identity()
         for layer, block in enumerate(self.t5.decoder.block):
             block.layer[1] = LatentCrossAttention(block.layer[1], layer)
         if not t5_config.get("tie_word_embeddings", True):  # a head of its own, which transformers 5 would tie

@@ -27,11 +27,13 @@ from test_vae import (  # noqa: F401  # noqa: F401
     main,
     plain,
     quiet,
+    random_texts,
     same_log,
     same_run,
     saved_state,
     send,
     start,
+    tiny_vae,
     train_run,
     weights,
     whole_run,
@@ -306,6 +308,14 @@ def test_dropout_is_the_configurations_unless_it_is_given(home):
 
     assert rates() == ({0.1}, {0.1})
     assert rates("--dropout", 0.3) == ({0.3}, {0.3})
+
+
+def test_no_dropout_comes_right_before_pooling():
+    vae = tiny_vae(dropout_rate=0.5).train()
+    ids, mask = random_texts(3, 9)
+    assert not torch.equal(vae.encode(ids, mask)[0], vae.encode(ids, mask)[0]), "the control: dropout elsewhere"
+    vae.t5.encoder.block.eval()
+    assert torch.equal(vae.encode(ids, mask)[0], vae.encode(ids, mask)[0])
 
 
 def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path, home, monkeypatch):
