@@ -1,7 +1,7 @@
 """Make a T5 by span corruption, T5's own pretraining task, where no checkpoint can be downloaded.
 
     python -m extras.pretrain --dataset my-texts --out runs/my-t5
-    python -m extras.pretrain --dataset general ptb --steps 20000 --d-model 256 --layers 4 --out runs/t5
+    python -m extras.pretrain --dataset general ptb --lm-share 0.5 --steps 20000 --d-model 256 --layers 4 --out runs/t5
     python train.py --dataset ptb --model runs/t5/model
 
 15 % of the tokens, in spans of 3 on average, are replaced by sentinels, and the decoder writes what was there (Raffel
