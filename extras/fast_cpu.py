@@ -103,7 +103,7 @@ class Dropout(nn.Dropout):
             return None
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         # Compared into numbers of x's type at once: converting truth values takes twice the time of the comparison.
-        kept = torch.ge(bits[: x.numel()].view(x.shape), drop - 2**15, out=torch.empty_like(x, requires_grad=False))
+        kept = torch.ge(bits[: x.numel()].view(x.shape), drop - 2**15, out=torch.empty_like(x))
         return kept, 2**16 / (2**16 - drop)
 
     def forward(self, x):

@@ -64,11 +64,11 @@ def corrupt_spans(tokens, sentinels, eos_id, rng, density=0.15, mean_span=3):
     return np.array([*inputs, *tokens[at:], eos_id]), np.array([*targets, sentinels[spans], eos_id])
 
 
-def pretraining_batch(corpus, index, epoch, *, sentinels, eos_id, seed, lm_share=0.0):
+def pretraining_batch(corpus, index, epoch, *, sentinels, eos_id, seed, lm_share):
     """The texts `index`, corrupted with the noise of this epoch, a function of (seed, epoch, text).
 
-    With probability `lm_share` it is a batch of language modelling instead: the encoder reads </s> alone, and the
-    decoder writes the whole texts.
+    With probability `lm_share`, drawn from the stream of its first text, it is a batch of language modelling instead:
+    the encoder reads </s> alone, and the decoder writes the whole texts.
     """
     if data.stream(seed, epoch, int(index[0]), LM).random() < lm_share:
         pairs = [(np.array([eos_id]), corpus.row(i)) for i in index]
@@ -80,7 +80,7 @@ def pretraining_batch(corpus, index, epoch, *, sentinels, eos_id, seed, lm_share
     return data.Batch(ids, mask, labels, torch.as_tensor(index), torch.zeros(len(index), 0))
 
 
-class SpanObjective(nn.Module):
+class PretrainingObjective(nn.Module):
     """-log p(targets | inputs) of a T5, (B,) nats, summed over a text's targets; and their number."""
 
     def __init__(self, t5):
@@ -162,15 +162,16 @@ def run(args):
         corpora[split] = join([data.load_corpus(name, *rest) for name in args.dataset])
         print(f"{split}: {len(corpora[split]):,} texts, {corpora[split].ids.size:,} tokens")
     sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
-    make_batch = partial(pretraining_batch, sentinels=sentinels, eos_id=tokenizer.eos_token_id, seed=args.seed)
-    objective = SpanObjective(t5)
+    settings = {"sentinels": sentinels, "eos_id": tokenizer.eos_token_id, "seed": args.seed, "lm_share": args.lm_share}
+    make_batch = partial(pretraining_batch, **settings)
+    objective = PretrainingObjective(t5)
 
     @torch.no_grad()
     def validate(control=None):
         t5.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         for whole in data.evaluation_batches(corpora["valid"], args.batch_size):
-            terms = objective(make_batch(corpora["valid"], whole.index, 0).to(args.device), 0.0)
+            terms = objective(make_batch(corpora["valid"], whole.index, 0, lm_share=0).to(args.device), 0.0)
             sums += torch.stack([terms["loss"].double().sum(), terms["targets"].double().sum()]).cpu()
         t5.train()
         return {"nats_per_target": (sums[0] / sums[1]).item(), "query_growth": query_growth(t5)}
@@ -178,9 +179,8 @@ def run(args):
     config = vars(args) | {"data_sha256": {split: corpus.sha256 for split, corpus in corpora.items()}}
     config["command"] = "python -m extras.pretrain " + " ".join(args.argv)
     log, saved = train.open_run(out, config, args)
-    make = partial(make_batch, lm_share=args.lm_share)
     with log:
-        train.train(objective, corpora["train"], make, no_kl, validate, args, out, log, saved, args.steps)
+        train.train(objective, corpora["train"], make_batch, no_kl, validate, args, out, log, saved, args.steps)
     if metrics.processes()[0] == 0:
         t5.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
