@@ -142,15 +142,13 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, posteri
     model.train(training)
     if not iw_samples:
         del columns["nll_iw"]
-    unk_tokens = int((corpus.ids == corpus.unk_id).sum())
     return summarize(columns, int(corpus.offsets[-1]), int(corpus.words.sum())) | {
         "mi": mutual_information(**latents).item(),
         "mi_n": n,
         "au": active_units(latents["mu"]),
         "latent_dim": latent_dim,
         "iw_samples": iw_samples,
-        "unk_tokens": unk_tokens,
-        "unk_share": unk_tokens / int(corpus.offsets[-1]),
+        "unk_share": float((corpus.ids == corpus.unk_id).mean()),
     }
 
 

@@ -331,7 +331,7 @@ def finish(model, measured, corpus, args, out):
 
 
 def run_phase(args, transform):
-    """Train and evaluate one phase in its run folder; `args` are its own, with one `phase`, `epochs` and `lr`."""
+    """Train and evaluate one phase in its run folder; `args` are its own: one `phase`, `epochs`, `lr`, `dropout`."""
     out, rank = run_folder(args, args.phase), metrics.processes()[0]
     if args.resume and (out / "metrics.json").exists():
         print(f"{out} is finished")
@@ -426,7 +426,7 @@ def make_parser():
     flag("--model", default="t5-small", help="hub name or folder of a T5, or tiny: a small one with random weights")
     flag("--latent-dim", type=count, default=32, metavar="Z", help="dimensions of z")
     flag("--no-latent", action="store_const", dest="latent_dim", const=0, help="a language model: no z")
-    flag("--dropout", type=at_least(0, float, 1), metavar="P", help="in training (what the model's configuration says)")
+    flag("--dropout", type=at_least(0, float, 1), nargs="+", metavar="P", help="of each phase named (what the T5 has)")
     flag("--pool", dest="pooling", choices=POOLINGS, default="max", help="how a sentence's states become one")
     flag("--pool-layers", choices=POOL_LAYERS, default="last", help="pool the encoder's output, or all its layers")
     flag("--d-model", type=count, default=128, metavar="D", help="width of tiny; its feed-forward layers have 4 D")
@@ -469,8 +469,8 @@ def parse_args(parser, argv, defaults=""):
     args.given = sorted(name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None)
     args.argv, args.phases, phases = argv, args.phase, len(args.phase)
     args.lr = args.lr or [OPTIMIZERS[args.optimizer]]
-    for name in ("epochs", "lr"):
-        values = getattr(args, name)
+    for name in ("epochs", "lr", "dropout"):
+        values = getattr(args, name) or [None]
         if name not in args.given and len(values) == 2:  # a default, of phases 1 and 2
             values = [values[phase - 1] for phase in args.phase]
         if len(values) not in (1, phases):
@@ -532,8 +532,9 @@ def main(argv=None, transform=None):
             if begun and not (args.resume or args.overwrite):
                 raise ValueError(f"{out} holds a run: --resume it, give another --out, or --overwrite")
         with contextlib.redirect_stdout(sys.stdout if rank == 0 else open(os.devnull, "w")):
-            for phase, epochs, lr in zip(args.phases, args.epochs, args.lr, strict=True):
-                own = {"phase": phase, "epochs": epochs, "lr": lr, "kl_target": args.kl_target if phase == 2 else 0.0}
+            for phase, epochs, lr, dropout in zip(args.phases, args.epochs, args.lr, args.dropout, strict=True):
+                own = {"phase": phase, "epochs": epochs, "lr": lr, "dropout": dropout}
+                own["kl_target"] = args.kl_target if phase == 2 else 0.0
                 run_phase(argparse.Namespace(**vars(args) | own), transform)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")

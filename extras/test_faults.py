@@ -235,6 +235,8 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
         ("--dataset grammar --epochs 1 2 3", "--epochs has 3 values for 2 phases"),
         ("--dataset grammar --phase 1 --epochs 1 2", "--epochs has 2 values for 1 phases"),
         ("--dataset grammar --lr 1 1 1", "--lr has 3 values"),
+        ("--dataset grammar --dropout 0 0 0.1", "--dropout has 3 values"),
+        ("--dataset grammar --dropout 0 1", "1 is not in [0, 1)"),
         ("--dataset grammar --epochs -1", "-1 is not in [0, inf)"),
         ("--dataset grammar --epochs 1.5", "1.5"),
         ("--dataset grammar --lr inf", "inf is not in [0, inf)"),
@@ -294,20 +296,22 @@ def test_mistakes_are_told_in_one_line(flags, words, home, tmp_path, monkeypatch
 
 def test_dropout_is_the_configurations_unless_it_is_given(home):
     def rates(*flags):
+        """A set for each phase: the rates of its dropout layers and of its attention."""
         found = []
 
         def look(model):
-            found.extend(model.modules())
-            raise ValueError("enough")
+            modules = list(model.modules())
+            of_attention = {m.dropout for m in modules if isinstance(getattr(m, "dropout", None), float)}
+            found.append(of_attention | {m.p for m in modules if isinstance(m, torch.nn.Dropout)})
 
-        given = ["--dataset", home, "--phase", 2, "--init", home / "dropout", *SHORT, "--out", home / "rates", *flags]
-        with pytest.raises(SystemExit, match="enough"):
-            train.main(given, transform=look)
-        of_attention = {m.dropout for m in found if isinstance(getattr(m, "dropout", None), float)}
-        return of_attention, {m.p for m in found if isinstance(m, torch.nn.Dropout)}
+        start = ["--dataset", home, "--init", home / "dropout", *SHORT, "--epochs", 0, "--overwrite"]
+        train.main([*start, "--out", home / "rates", *flags], transform=look)
+        return found
 
-    assert rates() == ({0.1}, {0.1})
-    assert rates("--dropout", 0.3) == ({0.3}, {0.3})
+    assert rates("--phase", 2) == [{0.1}]
+    assert rates("--phase", 2, "--dropout", 0.3) == [{0.3}]
+    assert rates("--phase", 1, 2, "--dropout", 0.3) == [{0.3}, {0.3}]
+    assert rates("--phase", 1, 2, "--dropout", 0, 0.3) == [{0.0}, {0.3}]
 
 
 def test_no_dropout_comes_right_before_pooling():
