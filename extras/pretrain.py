@@ -34,7 +34,7 @@ from extras.fast_cpu import quicken
 
 DEFAULTS = "--model tiny --phase 1 --epochs 10 --optimizer adamw-rms --lr-schedule linear --batch-size 64"
 USELESS = {"model", "phase", "init", "latent_dim", "pooling", "pool_layers", "recipe", "denoise", "freeze_decoder"}
-USELESS |= {"kl_target", "kl_threshold", "kl_schedule", "kl_anneal_epochs", "kl_cycles", "iw_samples"}
+USELESS |= {"kl_target", "kl_threshold", "kl_schedule", "kl_anneal_epochs", "kl_cycles", "iw_samples", "dropout"}
 SPANS, LM = 1, 5  # the uses of its streams of random numbers, beside those in data.py
 
 

@@ -393,7 +393,7 @@ def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_
     )
     start = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "zero" / "model")
     assert pretrain.query_growth(start) == pytest.approx(1, abs=0.2)
-    for wrong in (["--kl-target", "3"], ["--phase", "1"], ["--lm-share", "1"]):
+    for wrong in (["--kl-target", "3"], ["--phase", "1"], ["--lm-share", "1"], ["--dropout", "0.1"]):
         with pytest.raises(SystemExit):
             pretrain.main([*flags, str(tmp_path / "no"), *wrong])
     assert not (tmp_path / "no").exists()
