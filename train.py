@@ -21,7 +21,6 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -519,7 +518,6 @@ def main(argv=None, transform=None):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
-    warnings.filterwarnings("ignore", "Initializing zero-element")  # W_mu of --no-latent
     if "RANK" in os.environ:  # set by torchrun
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+warnings.filterwarnings("ignore", "Initializing zero-element")  # W_mu of a language model
 FAMILY = ("t5", "mt5")  # `model_type` of what can be the start; v1.1, flan, ByT5 and UL2 are "t5" too
 POOLINGS = ("max", "mean", "last")
 POOL_LAYERS = ("last", "all")
