@@ -32,7 +32,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-warnings.filterwarnings("ignore", "Initializing zero-element")  # W_mu of a language model
 FAMILY = ("t5", "mt5")  # `model_type` of what can be the start; v1.1, flan, ByT5 and UL2 are "t5" too
 POOLINGS = ("max", "mean", "last")
 POOL_LAYERS = ("last", "all")
@@ -104,9 +103,11 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
             block.layer[1] = LatentCrossAttention(block.layer[1], layer)
         if not t5_config.get("tie_word_embeddings", True):  # a head of its own, which transformers 5 would tie
             self.t5.lm_head.weight = nn.Parameter(self.t5.lm_head.weight.detach().clone())
-        self.w_mu = nn.Linear(config.d_model, latent_dim, bias=False)
-        self.w_logvar = nn.Linear(config.d_model, latent_dim, bias=False)
-        self.w_proj = nn.Linear(latent_dim, config.num_decoder_layers * config.num_heads * config.d_kv, bias=False)
+        with warnings.catch_warnings():  # a language model's have no elements, which torch warns of
+            warnings.filterwarnings("ignore", "Initializing zero-element")
+            self.w_mu = nn.Linear(config.d_model, latent_dim, bias=False)
+            self.w_logvar = nn.Linear(config.d_model, latent_dim, bias=False)
+            self.w_proj = nn.Linear(latent_dim, config.num_decoder_layers * config.num_heads * config.d_kv, bias=False)
 
     @classmethod
     def from_t5(cls, name_or_path, latent_dim=32, pooling="max", pool_layers="last"):
