@@ -9,7 +9,6 @@ nothing to restore.
 """
 
 import hashlib
-import http.client
 import io
 import math
 import os
@@ -126,7 +125,7 @@ DATASETS = (*SOURCES, "grammar")
 
 def write_whole(path, write):
     """`write(file)` into `path`, which holds all of it or what it held before, whatever happens meanwhile."""
-    beside = path.with_name(path.name + ".partial")
+    beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.partial")  # of each process of torchrun
     with open(beside, "wb") as file:
         write(file)
         file.flush()
@@ -146,7 +145,7 @@ def download(name, split, path):
         digest.update(content)
         if digest.hexdigest() != expected:
             raise ValueError(f"its {kind} is {digest.hexdigest()}, not {expected}")
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except Exception as error:  # whatever a network leads to
         raise FileNotFoundError(
             f"data set {name!r}: there is no {path.resolve()}, and {url} does not give it ({error}); put the file "
             f"there, point --data-dir at the folder that holds {name}/, or use --dataset grammar"
@@ -186,9 +185,7 @@ def read_texts(dataset, split, data_dir="data"):
         lines = raw.decode().removeprefix("\ufeff").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         line, byte = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
-        raise ValueError(
-            f"{path}, line {line}, byte {byte}: not UTF-8 ({error.reason}); save the file as UTF-8"
-        ) from None
+        raise ValueError(f"{path}, line {line}, byte {byte}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     texts = [line.strip() for line in lines]
     if dataset == "yelp":
         texts = [re.sub(r"^\S+\t\s*", "", text) for text in texts]
@@ -219,6 +216,7 @@ def train_tokenizer(texts, vocab_size):
             hard_vocab_limit=False,  # a small corpus has fewer pieces than asked for
             character_coverage=1.0,
             normalization_rule_name="identity",
+            max_sentence_length=2**30,  # in bytes; longer texts would be left out, by default those above 4,192
             **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2},
         )
     except RuntimeError as error:
@@ -228,6 +226,15 @@ def train_tokenizer(texts, vocab_size):
     vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, len(pieces))]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     return T5Tokenizer(vocab=special + [(piece, score) for piece, score in vocab if mark not in piece])
+
+
+def detokenize(rows, tokenizer):
+    """Rows of ids -> the texts that they stand for, a list of str. Special tokens are dropped, but not `<unk>`."""
+    unk, dropped = tokenizer.unk_token, set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    rows = [[i for i in row if i not in dropped] for row in rows]
+    # As the text was: "it 's" does not become "it's", and <unk>, whose token swallows a space, gets it back.
+    texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+    return [re.sub(f" ?{unk}", f" {unk}", text).strip() for text in texts]
 
 
 @dataclass(frozen=True)
@@ -242,6 +249,7 @@ class Corpus:
     pad_id: int
     unk_id: int
     sha256: str  # of the texts
+    entropy: float | None = None  # nats per text, where it is known
 
     def __len__(self):
         return len(self.words)
@@ -271,14 +279,15 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
         for text, row in zip(part, rows, strict=True):
             if len(row) >= max_length:
                 row, truncated = row[: max_length - 1], truncated + 1
-                text = tokenizer.decode(row)
+                text = detokenize([row], tokenizer)[0]
             ids.extend(row)
             ids.append(tokenizer.eos_token_id)
             offsets.append(len(ids))
             words.append(len(text.split()) + 1)
     arrays = np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64), np.frombuffer(words, np.int64)
     sha256 = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return Corpus(*arrays, truncated, skipped, tokenizer.pad_token_id, tokenizer.unk_token_id, sha256)
+    entropy = GRAMMAR_ENTROPY if dataset == "grammar" else None
+    return Corpus(*arrays, truncated, skipped, tokenizer.pad_token_id, tokenizer.unk_token_id, sha256, entropy)
 
 
 DELETION, LATENT, POSTERIOR, PRIOR = 0, 2, 3, 4  # what a stream of random numbers is for
@@ -341,11 +350,9 @@ class Batch(NamedTuple):
 
 def pad(rows, pad_id):
     """Rows of ids -> ids, mask: (B, longest row) int64."""
-    lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.full(mask.shape, pad_id, np.int64)
-    ids[mask] = np.concatenate(rows)
-    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in rows], True, pad_id)
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
 
 def make_batch(corpus, index):

@@ -126,7 +126,8 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, posteri
     """
     training, device, n, latent_dim = model.training, model.device, len(corpus), model.latent_dim
     samples = max(1, iw_samples) if latent_dim else 1  # without a latent all samples are one
-    columns = {name: torch.zeros(n, dtype=torch.float64) for name in ("rec", "kl", "nll_iw")}
+    names = ("rec", "kl", "nll_iw") if iw_samples else ("rec", "kl")
+    columns = {name: torch.zeros(n, dtype=torch.float64) for name in names}
     latents = {name: torch.zeros(n, latent_dim) for name in ("mu", "logvar", "z")}
 
     def measure(batch):
@@ -140,8 +141,6 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, posteri
         if thorough:
             columns |= other_latents(model, corpus, batch_size, seed, latents["mu"], latents["z"])
     model.train(training)
-    if not iw_samples:
-        del columns["nll_iw"]
     return summarize(columns, int(corpus.offsets[-1]), int(corpus.words.sum())) | {
         "mi": mutual_information(**latents).item(),
         "mi_n": n,
@@ -149,6 +148,7 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, posteri
         "latent_dim": latent_dim,
         "iw_samples": iw_samples,
         "unk_share": float((corpus.ids == corpus.unk_id).mean()),
+        "entropy": corpus.entropy,
     }
 
 
@@ -156,7 +156,7 @@ def other_latents(model, corpus, batch_size, seed, mu, z):
     """rec of each sentence given another's z and given the prior's, and its greedy reconstruction from the mean.
 
     mu, z: (n, Z) posterior means and samples of the corpus, on the CPU. Returns columns (n,): rec_other and rec_prior,
-    nats; hits, tokens that are right in their place; exact, 1 where all are.
+    nats; hits, tokens that are right in their place; exact_match, 100 where all are.
     """
     n = len(corpus)
     # One cycle through all sentences in random order: everybody gets somebody else's z.
@@ -172,23 +172,19 @@ def other_latents(model, corpus, batch_size, seed, mu, z):
         ids = F.pad(ids, (0, length - ids.shape[1]), value=corpus.pad_id)
         real = labels != corpus.pad_id
         hits = ((ids == labels) & real).sum(1)
-        return {"rec_other": recs[0], "rec_prior": recs[1], "hits": hits, "exact": hits == real.sum(1)}
+        return {"rec_other": recs[0], "rec_prior": recs[1], "hits": hits, "exact_match": 100 * (hits == real.sum(1))}
 
-    columns = {name: torch.zeros(n, dtype=torch.float64) for name in ("rec_other", "rec_prior", "hits", "exact")}
+    columns = {name: torch.zeros(n, dtype=torch.float64) for name in ("rec_other", "rec_prior", "hits", "exact_match")}
     fill(columns, corpus, model.device, batch_size, measure)
-    if n == 1:
-        del columns["rec_other"]
     return columns
 
 
 def summarize(columns, tokens, words):
     """Columns of one value per sentence -> means, their standard errors, and the ratios, each divided once."""
     columns = {"rec": 0, "kl": 0, "neg_elbo": columns["rec"] + columns["kl"]} | columns  # in this order
-    hits, exact, nll = columns.pop("hits", None), columns.pop("exact", None), columns.get("nll_iw")
+    hits, nll = columns.pop("hits", None), columns.get("nll_iw")
     if nll is not None:
         columns["gain"] = nll - columns["rec"]
-    if exact is not None:
-        columns["exact_match"] = 100 * exact
     n, result = len(columns["rec"]), {}
     for name, values in columns.items():
         result[name] = values.mean().item()
@@ -248,35 +244,41 @@ def evaluate_run(run, iw_samples=None, device="cpu", **settings):
     """The measures of a run folder's model on its test split; iw_samples None: 100, for phase 1 none (see train.py)."""
     config, model, read = load_run(run, device)
     samples = iw_samples if iw_samples is not None else 100 * (config["phase"] == 2)
-    entropy = data.GRAMMAR_ENTROPY if config["dataset"] == "grammar" else None
-    return evaluate(model, read("test"), iw_samples=samples, thorough=True, **settings) | {"entropy": entropy}
+    return evaluate(model, read("test"), iw_samples=samples, thorough=True, **settings)
+
+
+def at_least(low, kind=int, below=math.inf):
+    """An argparse type: a number of `kind` in [low, below)."""
+
+    def number(text):
+        if low <= (value := kind(text)) < below:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+
+    return number
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Evaluate runs on their test split and print one table.")
     flag = parser.add_argument
     flag("runs", nargs="+", metavar="RUN", help="run folder of train.py")
-    flag("--iw-samples", type=int, metavar="K", help="importance samples per sentence (100; phase 1: none)")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (a GPU, if any)")
+    flag("--iw-samples", type=at_least(1), metavar="K", help="importance samples per sentence (100; phase 1: none)")
+    devices = ("cuda", "cpu")[not torch.cuda.is_available() :]
+    flag("--device", choices=devices, default=devices[0], help="where to compute (a GPU, if any)")
     flag("--amp", choices=HALF, default="off", help="precision of matrix products (off: float32)")
     flag("--lm", metavar="RUN", help="run of a language model to compare with (lm beside the run, if there is one)")
-    args, results = parser.parse_args(argv), {}
-    if args.iw_samples is not None and args.iw_samples < 1:
-        parser.error(f"--iw-samples is {args.iw_samples}; it must be at least 1")
+    args, results, verdicts = parser.parse_args(argv), {}, []
     for run in args.runs:
-        path = Path(run, "metrics.json")
         try:
             results[run] = evaluate_run(run, args.iw_samples, args.device, amp=args.amp)
-            if path.exists():  # what an evaluation cannot know
-                results[run]["train_seconds"] = json.loads(path.read_text()).get("train_seconds")
-            path.write_text(json.dumps(results[run], indent=2) + "\n")
+            Path(run, "metrics.json").write_text(json.dumps(results[run], indent=2) + "\n")
+            lm = Path(args.lm or Path(run).parent / "lm", "metrics.json")
+            nll = json.loads(lm.read_text())["rec"] if args.lm or lm.is_file() else None
+            target = json.loads(Path(run, "config.json").read_text()).get("kl_target")
+            verdicts.append(f"{run}: {verdict(results[run], target, nll)}")
         except (OSError, ValueError, KeyError) as error:
             sys.exit(f"metrics.py: cannot use {run}: {error}")
-    print(format_table(results))
-    for run, measured in results.items():
-        config, lm = json.loads(Path(run, "config.json").read_text()), Path(args.lm or Path(run).parent / "lm")
-        nll = json.loads((lm / "metrics.json").read_text())["rec"] if (lm / "metrics.json").is_file() else None
-        print(f"{run}: {verdict(measured, config.get('kl_target'), nll)}")
+    print(format_table(results), *verdicts, sep="\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -458,10 +459,10 @@ def test_noise_depends_on_seed_epoch_and_text_alone():
 
 
 def test_prefetch_keeps_the_order_works_ahead_and_passes_errors_on():
-    started = []
-    results = data.prefetch(lambda i: started.append(i) or 10 // i, [5, 2, 1, 0])
+    ahead = threading.Event()
+    results = data.prefetch(lambda i: (i == 2 and ahead.set()) or 10 // i, [5, 2, 1, 0])
     assert next(results) == 2
-    assert len(started) >= 1
+    assert ahead.wait(60), "the second item, while nobody asks for it"
     assert [next(results), next(results)] == [5, 10]
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -810,7 +811,7 @@ def test_the_verdict_says_whether_z_is_used_and_the_target_met():
 
 
 # Children start from one process that has imported everything once, what the libraries put off until used, too.
-FORK = multiprocessing.get_context("forkserver")
+FORK = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 T5 = "transformers.models.t5"
 LATE = (f"{T5}.modeling_t5", f"{T5}.tokenization_t5", "transformers.generation.utils", "torch._dynamo", "sentencepiece")
 FORK.set_forkserver_preload(["train", "test_vae", *LATE])
@@ -928,7 +929,7 @@ def test_a_run_folder_is_whole(whole_run, home):
     result = json.loads((whole_run / "metrics.json").read_text())
     promised = "rec kl neg_elbo nll_iw iw_samples ppl_token ppl_word ppl_token_iw ppl_word_iw mi mi_n au rec_other"
     promised += " rec_prior gain efficiency exact_match token_accuracy sentences tokens words entropy"
-    assert set((promised + " unk_share latent_dim train_seconds rec_se").split()) <= set(result)
+    assert set((promised + " unk_share latent_dim rec_se").split()) <= set(result)
     assert result["ppl_word"] == pytest.approx(math.exp(result["neg_elbo"] * result["sentences"] / result["words"]))
     warm_up = json.loads((home / "vae" / "metrics.json").read_text())
     assert "nll_iw" not in warm_up, "phase 1 has no importance-weighted NLL unless it is asked for"

@@ -13,7 +13,6 @@ A run is a folder. Cut short, it resumes with --resume added to its command, and
 import argparse
 import contextlib
 import ctypes
-import io
 import json
 import math
 import os
@@ -28,12 +27,14 @@ import huggingface_hub
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import metrics
+from metrics import at_least
 from vae import POOL_LAYERS, POOLINGS, T5VAE
 
 # The flags' own defaults are the paper's settings (appendix B and section 5.2). `--recipe best` puts these flags, which
@@ -104,6 +105,14 @@ INCIDENTAL |= {"save_every", "iw_samples"}
 VAE_FLAGS = ("latent_dim", "pooling", "pool_layers")  # a model that was saved has its own
 
 
+def check_same(out, now):
+    """ValueError where a setting in `now` is not that in the config.json of the run `out`."""
+    before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(now))
+    for name in sorted(now.keys() - INCIDENTAL):
+        if before.get(name) != now[name]:
+            raise ValueError(f"--resume needs the command of {out}: {name} was {before.get(name)!r}, not {now[name]!r}")
+
+
 def open_run(out, config, args):
     """Take the run folder `out`: (its log, opened, and the state of its checkpoint or None).
 
@@ -115,22 +124,18 @@ def open_run(out, config, args):
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged zip file or pickle leads to
             raise ValueError(f"{path} is damaged ({type(error).__name__}): start over with --overwrite") from error
-        before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(config))
-        for name in sorted((before.keys() | now.keys()) - INCIDENTAL):
-            if before.get(name) != now.get(name):
-                was = f"{name} was {before.get(name)!r} when {out} was started, not {now.get(name)!r}"
-                raise ValueError(f"--resume needs the command of the run: {was}")
+        check_same(out, config)
         print(f"{out} resumes from step {saved['step']}")
     if metrics.processes()[0]:  # only the first process writes
-        return io.StringIO(), saved
+        return open(os.devnull, "w"), saved  # noqa: SIM115
     if not saved:
         for phase in args.phases[args.phases.index(args.phase) :]:  # those after this one would start from its model
-            for name in ("metrics.json", "checkpoint.pt"):
+            for name in ("metrics.json", "checkpoint.pt", "model/model.safetensors"):
                 Path(run_folder(args, phase), name).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     log = open(out / "log.jsonl", "a+", buffering=1)  # noqa: SIM115  # `run_phase` closes it
-    log.truncate(saved["log_bytes"] if saved else 0)
+    log.truncate(log.seek(saved["log_bytes"] if saved else 0))
     return log, saved
 
 
@@ -183,7 +188,7 @@ def gradient_step(objective, batch, index, count, weight, optimizer, scaler, sig
 
 
 def train(objective, corpus, make_batch, next_weight, validate, args, out, log, saved=None, steps=None):
-    """The training loop, of both phases, from step 0 or from the state `saved`. Returns the seconds it took.
+    """The training loop, of both phases, from step 0 or from the state `saved`.
 
     Args:
         objective: module, (Batch, KL weight) -> {"loss": (B,) nats, ...}; make_batch: (corpus, index, epoch) -> Batch.
@@ -201,7 +206,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
     # scaled back before the step. bf16 has the 8 bits of float32 and needs nothing.
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     parts = {"objective": objective, "optimizer": optimizer, "scaler": scaler}
-    at = {"step": 0, "control": {}, "seconds": 0.0}  # where the run is
+    at = {"step": 0, "control": {}}  # where the run is
     at["kl_weight"] = next_weight(0, at["control"], {})
     if saved:
         at = {name: saved[name] for name in at}
@@ -210,16 +215,16 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
     parallel = DistributedDataParallel(objective) if world > 1 else objective
     steps_per_epoch = math.ceil(len(corpus) / args.batch_size)
     steps = args.epochs * steps_per_epoch if steps is None else steps
-    started, saved_at = time.time() - at["seconds"], time.time()
-    signals, wait = [], lambda number, frame: signals.append(number)  # SIGTERM and Ctrl-C wait for the end of a step
-    handlers = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
+    saved_at, signals = time.time(), []
 
     def load(index):
         # A process without a share computes a sentence that does not count: all must meet in the backward pass.
         share = index[rank::world]
         return index, len(share), make_batch(corpus, share if len(share) else index[:1], epoch)
 
-    with tqdm(total=steps, initial=at["step"], disable=None if rank == 0 else True) as bar:
+    with contextlib.ExitStack() as stack, tqdm(total=steps, initial=at["step"], disable=rank > 0 or None) as bar:
+        for number in (signal.SIGINT, signal.SIGTERM):  # they wait for the end of a step
+            stack.callback(signal.signal, number, signal.signal(number, lambda number, _: signals.append(number)))
         for epoch in range(at["step"] // steps_per_epoch, math.ceil(steps / steps_per_epoch)):
             if at["step"] % steps_per_epoch == 0:
                 record(log, bar, at, "valid", validate(at["control"]))
@@ -238,7 +243,7 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
                     record(log, bar, at, "train", terms | {"kl_weight": weight})
                 due = stop or at["step"] - first == len(order) or time.time() - saved_at >= 60 * args.save_every
                 if due and rank == 0:
-                    at["seconds"], saved_at = time.time() - started, time.time()
+                    saved_at = time.time()
                     os.fsync(log.fileno())
                     state = at | {"log_bytes": log.tell()} | {name: part.state_dict() for name, part in parts.items()}
                     data.write_whole(out / "checkpoint.pt", partial(torch.save, state))
@@ -246,11 +251,8 @@ def train(objective, corpus, make_batch, next_weight, validate, args, out, log, 
                     print("train.py: stopped by a signal; the same command with --resume resumes", file=sys.stderr)
                     sys.exit(128 + (*signals, signal.SIGTERM)[0])  # what a shell expects
         record(log, bar, at, "valid", validate(at["control"]))
-    for number, handler in handlers.items():  # from here on they need not wait: the last checkpoint is written
-        signal.signal(number, handler)
-    for number in signals:
+    for number in signals:  # the last checkpoint is written
         sys.exit(128 + number)
-    return round(time.time() - started, 1)
 
 
 def tiny_config(args, tokenizer):
@@ -289,7 +291,9 @@ def load_model(args):
             model = T5VAE.from_pretrained(start)
         else:
             model = T5VAE.from_t5(start, **asked)
-    except OSError as error:
+            t5 = model.t5.config
+            made = {"d_model": t5.d_model, "layers": t5.num_layers, "heads": t5.num_heads, "vocab_size": t5.vocab_size}
+    except (OSError, SafetensorError) as error:
         hint = "run phase 1 first, or give --init" if args.phase == 2 else "take a folder with a T5, or --model tiny"
         why = f"neither a folder with a model nor available from the hub ({str(error).splitlines()[0]}): {hint}"
         raise ValueError(f"phase {args.phase} starts from {start}, which is {why}") from error
@@ -309,7 +313,7 @@ def samples(model, corpus, count=3):
     if model.latent_dim == 0:
         torch.manual_seed(0)
         return [f"sampled        {text}" for text in write(torch.zeros(2 * count, 0), do_sample=True, top_k=0)]
-    texts = [model.tokenizer.decode(corpus.row(i), skip_special_tokens=True) for i in range(min(count, len(corpus)))]
+    texts = data.detokenize([corpus.row(i).tolist() for i in range(min(count, len(corpus)))], model.tokenizer)
     pairs = zip(texts, write(model.encode_texts(texts)[0]), strict=True)
     lines = [line for text, output in pairs for line in (f"text           {text}", f"reconstructed  {output}")]
     prior = next(data.latent_noise(model.latent_dim, 0, 0, np.arange(count), data.PRIOR))
@@ -324,8 +328,8 @@ def finish(model, measured, corpus, args, out):
     print(metrics.verdict(measured, args.kl_target))
     lines = samples(model, corpus)
     (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(*lines, sep="\n")
     data.write_whole(out / "metrics.json", lambda file: file.write((json.dumps(measured, indent=2) + "\n").encode()))
+    print(*lines, sep="\n")
     (out / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -333,6 +337,7 @@ def run_phase(args, transform):
     """Train and evaluate one phase in its run folder; `args` are its own: one `phase`, `epochs`, `lr`, `dropout`."""
     out, rank = run_folder(args, args.phase), metrics.processes()[0]
     if args.resume and (out / "metrics.json").exists():
+        check_same(out, {name: getattr(args, name) for name in args.given})
         print(f"{out} is finished")
         return
     torch.manual_seed(args.seed)
@@ -341,8 +346,8 @@ def run_phase(args, transform):
     for split, limit in zip(data.SPLITS, (args.limit, None, None), strict=True):
         rest = args.data_dir, args.max_length, limit
         corpora[split] = corpus = data.load_corpus(args.dataset, split, model.tokenizer, *rest)
-        cut = f"{corpus.truncated:,} texts cut at {args.max_length}, {corpus.skipped:,} empty lines"
-        print(f"{split}: {len(corpus):,} texts, {corpus.ids.size:,} tokens, {cut}")
+        size = f"{len(corpus):,} texts, {corpus.ids.size:,} tokens"
+        print(f"{split}: {size}; {corpus.truncated:,} texts cut at {args.max_length}, {corpus.skipped:,} empty lines")
     config = vars(args) | {name: getattr(model, name) for name in VAE_FLAGS} | {"start": start}
     config |= {"command": "python train.py " + shlex.join(args.argv), "processes": metrics.processes()[1]}
     config["data_sha256"] = {split: corpus.sha256 for split, corpus in corpora.items()}
@@ -387,28 +392,16 @@ def run_phase(args, transform):
     log, saved = open_run(out, config, args)
     objective = ELBO(model, args.kl_threshold)
     with log:
-        seconds = train(objective, corpora["train"], make_batch, next_weight, validate, args, out, log, saved)
+        train(objective, corpora["train"], make_batch, next_weight, validate, args, out, log, saved)
     if rank == 0:
         model.save_pretrained(out / "model")
     # Importance weighting measures a density, which phase 1 does not train: there it takes a request.
     iw_samples = args.iw_samples if args.phase == 2 or "iw_samples" in args.given else 0
-    known = {"entropy": data.GRAMMAR_ENTROPY if args.dataset == "grammar" else None, "train_seconds": seconds}
-    measured = metrics.evaluate(model, corpora["test"], args.batch_size, iw_samples, thorough=True) | known
+    measured = metrics.evaluate(model, corpora["test"], args.batch_size, iw_samples, thorough=True)
     if rank == 0:
         finish(model, measured, corpora["test"], args, out)
     if distributed.is_initialized():
         distributed.barrier()  # the next phase reads what the first process wrote
-
-
-def at_least(low, kind=int, below=math.inf):
-    """An argparse type: a number of `kind` in [low, below)."""
-
-    def number(text):
-        if low <= (value := kind(text)) < below:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
-
-    return number
 
 
 def make_parser():
@@ -453,7 +446,7 @@ def make_parser():
     flag("--overwrite", action="store_true", help="replace what the run folder holds")
     flag("--resume", action="store_true", help="resume from the folder's checkpoint, or start where there is none")
     flag("--save-every", type=amount, default=10.0, metavar="MINUTES", help="between checkpoints; 0: each step")
-    flag("--seed", type=at_least(0), default=0, metavar="N", help="of everything random")
+    flag("--seed", type=at_least(0, int, 2**63), default=0, metavar="N", help="of everything random")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", choices=("cpu", "cuda"), default=device, help="where to compute")
     flag("--log-every", type=count, default=20, metavar="STEPS", help="steps per training record")
@@ -506,7 +499,7 @@ def parse_args(parser, argv, defaults=""):
 def main(argv=None, transform=None):
     """The program. `transform`, a function of the T5VAE, may change its layers before it is trained."""
     argv, parser = sys.argv[1:] if argv is None else list(map(str, argv)), make_parser()
-    if {flag.partition("=")[0] for flag in argv if flag[:2] == "--"} <= {"--resume", "--overwrite", "--out", "--seed"}:
+    if {flag.partition("=")[0] for flag in argv if flag[:1] == "-"} <= {"--resume", "--overwrite", "--out", "--seed"}:
         argv = shlex.split(DEMO) + argv
         print("The demonstration: python train.py " + shlex.join(argv))
     args = parse_args(parser, argv, RECIPES[parser.parse_known_args(argv)[0].recipe])
@@ -523,13 +516,14 @@ def main(argv=None, transform=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # With gloo beside NCCL, sums are reduced wherever they are: evaluations keep theirs on the CPU.
         distributed.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
-    rank = metrics.processes()[0]
     try:
+        resume = args.resume
         for out in (run_folder(args, phase) for phase in args.phases):  # all of them before the first phase starts
-            begun = (out / "metrics.json").exists() or (out / "checkpoint.pt").exists()
-            if begun and not (args.resume or args.overwrite):
-                raise ValueError(f"{out} holds a run: --resume it, give another --out, or --overwrite")
-        with contextlib.redirect_stdout(sys.stdout if rank == 0 else open(os.devnull, "w")):
+            finished = (out / "metrics.json").exists()
+            if (finished or (out / "checkpoint.pt").exists()) and not (resume or args.overwrite):
+                raise ValueError(f"{out} holds a run: --resume it (phase 2 after phase 1), give another --out, or --overwrite")
+            resume = resume and finished
+        with contextlib.redirect_stdout(open(os.devnull, "w") if metrics.processes()[0] else sys.stdout):
             for phase, epochs, lr, dropout in zip(args.phases, args.epochs, args.lr, args.dropout, strict=True):
                 own = {"phase": phase, "epochs": epochs, "lr": lr, "dropout": dropout}
                 own["kl_target"] = args.kl_target if phase == 2 else 0.0

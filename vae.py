@@ -18,7 +18,6 @@ All likelihoods are in nats. T5's layers are those of `transformers`; this file 
 """
 
 import json
-import re
 import warnings
 from pathlib import Path
 
@@ -31,6 +30,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
+
+from data import detokenize
 
 FAMILY = ("t5", "mt5")  # `model_type` of what can be the start; v1.1, flan, ByT5 and UL2 are "t5" too
 POOLINGS = ("max", "mean", "last")
@@ -115,12 +116,14 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
 
         All pretrained weights are kept except those that have nothing left to do (see `LatentCrossAttention`);
         W_mu, W_logvar and W_proj are new. Raises OSError where there is no such checkpoint, and ValueError
-        where it is not a T5, a T5 v1.1 (flan, ByT5, UL2) or an mT5.
+        where it is not a whole T5, T5 v1.1 (flan, ByT5, UL2) or mT5.
         """
         model_type = AutoConfig.from_pretrained(name_or_path).model_type
         if model_type not in FAMILY:
             raise ValueError(f"name_or_path is {name_or_path!r}, a {model_type}; it must be one of {', '.join(FAMILY)}")
-        t5 = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=torch.float32)
+        t5, info = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):  # transformers would leave them random
+            raise ValueError(f"{name_or_path} is no whole T5: it lacks {len(missing)} weights, as {missing[0]}")
         config = t5.config.to_dict() | {"tie_word_embeddings": t5.lm_head.weight is t5.shared.weight}
         del config["_name_or_path"]  # a path on this machine says nothing elsewhere
         vae = cls(config, latent_dim, pooling, pool_layers)
@@ -226,14 +229,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url="https://acl
 
     def decode_texts(self, z, batch_size=64, **kwargs):
         """The N texts that `generate(z, **kwargs)` writes for z (N, Z), a list of str. `<unk>` is kept."""
-        t, texts = self.tokenizer, []
-        dropped = set(t.all_special_ids) - {t.unk_token_id}
-        for part in z.split(batch_size):
-            rows = self.generate(part.to(self.w_mu.weight), **kwargs).tolist()
-            rows = [[i for i in row if i not in dropped] for row in rows]
-            # As the text was: "it 's" does not become "it's", and <unk>, whose token swallows a space, gets it back.
-            decoded = t.batch_decode(rows, clean_up_tokenization_spaces=False)
-            texts += [re.sub(f" ?{t.unk_token}", f" {t.unk_token}", text).strip() for text in decoded]
+        texts = []
+        for part in z.split(batch_size) if len(z) else ():
+            texts += detokenize(self.generate(part.to(self.w_mu.weight), **kwargs).tolist(), self.tokenizer)
         return texts
 
     def freeze_decoder(self):

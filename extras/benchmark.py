@@ -149,6 +149,8 @@ def main(argv=None):
             split: data.load_corpus(args.dataset, split, model.tokenizer, *rest, limit)
             for split, limit in (("train", args.limit), ("valid", 256))
         }
+        if (count := len(corpora["train"])) <= args.batch_size:
+            raise ValueError(f"{count} training texts; there must be more than --batch-size {args.batch_size}")
     except (OSError, ValueError) as error:
         sys.exit(f"benchmark.py: {error}")
     benchmark(model.to(args.device), corpora, args, mine.repeats)

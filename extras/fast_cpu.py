@@ -231,7 +231,7 @@ def quicken(module):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    if "fp16" in argv:
+    if train.make_parser().parse_known_args(argv)[0].amp == "fp16":
         sys.exit("fast_cpu.py: --amp fp16 needs gradients that the loss scale reaches; it must be bf16 or off")
     train.main(argv, transform=quicken)
 

@@ -175,7 +175,8 @@ def parse_args(argv):
         flag("--json", action="store_true", help="Print one JSON object per line, with the input.")
         flag("--batch-size", type=at_least(1), default=64, metavar="N", help="Texts at a time (64).")
         flag("--max-length", type=at_least(2), default=256, metavar="TOKENS", help="Longest text, </s> included (256).")
-        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to compute.")
+        devices = ("cuda", "cpu")[not torch.cuda.is_available() :]
+        flag("--device", choices=devices, default=devices[0], help="Where to compute.")
         if decodes:
             flag("--seed", type=int, default=0, help="Seed of everything random (0).")
             flag("--temperature", type=at_least(1e-3, float), metavar="T", help="Sample tokens, at temperature T.")

@@ -54,7 +54,7 @@ def corrupt_spans(tokens, sentinels, eos_id, rng, density=0.15, mean_span=3):
     cuts = np.sort(rng.choice(lost - 1, spans - 1, replace=False)) + 1
     sizes = np.diff([0, *cuts, lost])
     stays = len(tokens) - lost
-    bars = np.sort(rng.choice(stays + 1, spans, replace=False)) if stays else np.zeros(1, int)
+    bars = np.sort(rng.choice(stays + 1, spans, replace=False)) if stays > 0 else np.zeros(1, int)
     gaps = np.diff([0, *bars, stays])
     inputs, targets, at = [], [], 0
     for gap, size, sentinel in zip(gaps, sizes, sentinels, strict=False):
@@ -147,11 +147,11 @@ def make_t5(args):
 def run(args):
     """Train, and write OUT/model and OUT/metrics.json."""
     out = train.run_folder(args, 1)
-    if (out / "metrics.json").exists():
-        if args.resume:
-            return print(f"{out} is finished")
-        if not args.overwrite:
-            raise ValueError(f"{out} holds a run: give another --out, or --overwrite")
+    finished = (out / "metrics.json").exists()
+    if (finished or (out / "checkpoint.pt").exists()) and not (args.resume or args.overwrite):
+        raise ValueError(f"{out} holds a run: --resume it, give another --out, or --overwrite")
+    if finished and args.resume:
+        return print(f"{out} is finished")
     t5, tokenizer = make_t5(args)
     t5.train().to(args.device)
     if args.device == "cpu" and args.amp != "fp16":

@@ -61,7 +61,7 @@ def judge(model, lm, corpus, count, seed=0):
     torch.manual_seed(seed)
     count = min(count, len(corpus))
     order = torch.randperm(len(corpus))[:count].tolist()
-    texts = {"test sentences": [model.tokenizer.decode(corpus.row(i), skip_special_tokens=True) for i in order]}
+    texts = {"test sentences": data.detokenize([corpus.row(i).tolist() for i in order], model.tokenizer)}
     longest = {"max_new_tokens": int(corpus.lengths.max())}
     mu, _ = model.encode_texts(texts["test sentences"])
     texts["reconstructions"] = model.decode_texts(mu, **longest)
@@ -106,14 +106,17 @@ def main(argv=None):
         lm = metrics.load_run(args.lm or beside)[1] if args.lm or (beside / "metrics.json").exists() else None
         if lm and lm.latent_dim:
             raise ValueError(f"--lm {args.lm} is a VAE; it must be a run of --no-latent")
-        measured, texts = judge(model, lm, read("test"), args.count)
+        if len(corpus := read("test")) < 3:
+            raise ValueError(f"its test split has {len(corpus)} texts; it must have at least 3")
+        measured, texts = judge(model, lm, corpus, args.count)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"samples.py: cannot use {args.run}: {error}")
     print(*format_lines(measured, texts), sep="\n")
     if not lm:
         print("lm_nats needs a language model: train.py --no-latent, then --lm RUN")
     content = {"count": args.count, "measures": measured, "texts": {kind: of[:20] for kind, of in texts.items()}}
-    Path(args.run, "samples.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    Path(args.run, "samples.json").write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

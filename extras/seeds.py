@@ -2,11 +2,13 @@
 
     python -m extras.seeds RUN RUN ...
 
-Runs whose config.json differ in nothing but the seed are one group. Numbers are those of their metrics.json.
+Runs whose config.json differ in nothing but the seed, and in digits of the run that they start from, are one group.
+Numbers are those of their metrics.json.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -23,13 +25,15 @@ def seed_groups(configs, results):
     """
     groups, summaries = defaultdict(dict), {}
     for run, config in configs.items():
-        ignored = INCIDENTAL | {"seed", "start", "init"}
-        recipe = json.dumps({key: value for key, value in config.items() if key not in ignored}, sort_keys=True)
+        ignored = INCIDENTAL | {"seed", "init"}
+        recipe = {key: value for key, value in config.items() if key not in ignored}
+        recipe["start"] = re.sub(r"\d+", "#", str(config.get("start")))  # warm-0 and warm-1
+        recipe = json.dumps(recipe, sort_keys=True)
         groups[recipe].setdefault(config["seed"], run)  # a seed counts once
     for runs in groups.values():
         group, mean = [results[run] for run in runs.values()], {}
-        if len({measured["iw_samples"] for measured in group}) > 1:
-            ks = ", ".join(f"{run}: K = {results[run]['iw_samples']}" for run in runs.values())
+        if len({measured.get("iw_samples") for measured in group}) > 1:
+            ks = ", ".join(f"{run}: K = {results[run].get('iw_samples')}" for run in runs.values())
             raise ValueError(f"seeds measured with different numbers of importance samples do not mix ({ks})")
         if len(runs) == 1:
             continue

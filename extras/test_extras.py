@@ -130,6 +130,7 @@ def test_arithmetic_neighbors_traversal_and_encoding(ask, run, tmp_path):
     ask("encode", tmp_path / "all", "-o", tmp_path / "z.npz")
     np.testing.assert_allclose(np.load(tmp_path / "z.npz")["mu"], mu, atol=1e-5)
     assert len(ask("sample", "-n", 3)) == 3
+    assert ask("reconstruct", "--file", os.devnull) == []
     assert len(ask("interpolate", *texts[:2], "--steps", 4)) == 4
 
 
@@ -393,6 +394,8 @@ def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_
     )
     start = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "zero" / "model")
     assert pretrain.query_growth(start) == pytest.approx(1, abs=0.2)
+    with pytest.raises(SystemExit, match="layers is 5, but"):
+        train.main(["--dataset", str(home), *model, "--phase", "1", "--layers", "5", "--out", str(tmp_path / "no")])
     for wrong in (["--kl-target", "3"], ["--phase", "1"], ["--lm-share", "1"], ["--dropout", "0.1"]):
         with pytest.raises(SystemExit):
             pretrain.main([*flags, str(tmp_path / "no"), *wrong])
@@ -485,9 +488,10 @@ def test_the_quick_layer_norm_has_the_gradient_of_t5s():
 def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
     flags = ["--dataset", str(home), *TINY, *SHORT, "--epochs", "1", "--phase", "1", "--out", str(tmp_path / "run")]
     fast_cpu.main(flags)
-    assert T5VAE.from_pretrained(tmp_path / "run").eval().rec is not None
-    with pytest.raises(SystemExit, match="must be bf16 or off"):
-        fast_cpu.main([*flags, "--amp", "fp16"])
+    assert T5VAE.from_pretrained(tmp_path / "run").encode_texts(["a king"])[0].isfinite().all()
+    for fp16 in ["--amp", "fp16"], ["--amp=fp16"]:
+        with pytest.raises(SystemExit, match="must be bf16 or off"):
+            fast_cpu.main([*flags, *fp16])
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])

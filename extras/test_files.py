@@ -70,6 +70,16 @@ def test_a_t5_is_no_vae_and_others_are_no_t5(t5_folder, tmp_path):
         T5VAE.from_pretrained("no/such/run")
 
 
+def test_a_t5_that_lacks_weights_is_refused(t5_folder, tmp_path):
+    shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
+    from_t5(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    half = {name: w for name, w in weights.items() if not name.startswith("decoder")}
+    safetensors.torch.save_file(half, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"is no whole T5: it lacks {len(weights) - len(half)} weights, as decoder"):
+        from_t5(tmp_path)
+
+
 def test_generation_settings_of_the_checkpoint_do_not_stay(t5_folder, tmp_path):
     shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
     settings = GenerationConfig(num_beams=3, repetition_penalty=9.0, decoder_start_token_id=0, eos_token_id=1)
@@ -228,9 +238,15 @@ def test_overlong_lines_are_cut_and_counted(data_tokenizer, tmp_path):
     assert corpus.lengths.max() == corpus.lengths[1] == 16
     assert corpus.ids[corpus.offsets[2] - 1] == data_tokenizer.eos_token_id
     assert corpus.words[1] == len(texts_of(corpus, data_tokenizer)[1].split()) + 1
+    own = write(tmp_path, content=b"the <unk> king paints a <unk> boat " * 10)
+    corpus = data.load_corpus(own, "train", data_tokenizer, max_length=40)
+    kept = data.detokenize([corpus.row(0).tolist()], data_tokenizer)[0]
+    assert kept.startswith("the <unk> king paints a <unk> boat the <unk>")
+    assert corpus.words[0] == len(kept.split()) + 1
+    own = write(tmp_path, content=b"the old king paints a red boat " * 5000)
     whole = data.load_corpus(own, "train", data_tokenizer, max_length=10**6)
     assert whole.truncated == 0
-    assert whole.words[1] == 7 * 5000 + 1
+    assert whole.words[0] == 7 * 5000 + 1
 
 
 def test_one_file_is_split_by_its_texts(tmp_path):
@@ -253,6 +269,11 @@ def test_yelp_loses_its_labels_and_other_texts_keep_their_tabs(tmp_path):
         write(tmp_path / name, "train.txt", b"4\tgood food\nno label\n")
     assert data.read_texts("yelp", "train", tmp_path) == ["good food", "no label"]
     assert data.read_texts("ptb", "train", tmp_path) == ["4\tgood food", "no label"]
+
+
+def test_a_vocabulary_is_made_of_long_texts_too():
+    texts = [f"{i} " + "the old king paints a red boat " * 300 for i in range(20)]
+    assert data.train_tokenizer(texts, 60).unk_token_id not in data.train_tokenizer(texts, 60)(texts[0])["input_ids"]
 
 
 def test_words_become_pieces():
