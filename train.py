@@ -521,7 +521,7 @@ def main(argv=None, transform=None):
         for out in (run_folder(args, phase) for phase in args.phases):  # all of them before the first phase starts
             finished = (out / "metrics.json").exists()
             if (finished or (out / "checkpoint.pt").exists()) and not (resume or args.overwrite):
-                raise ValueError(f"{out} holds a run: --resume it (phase 2 after phase 1), give another --out, or --overwrite")
+                raise ValueError(f"{out} holds a run: --resume it (phase 1 first), give another --out, or --overwrite")
             resume = resume and finished
         with contextlib.redirect_stdout(open(os.devnull, "w") if metrics.processes()[0] else sys.stdout):
             for phase, epochs, lr, dropout in zip(args.phases, args.epochs, args.lr, args.dropout, strict=True):

@@ -95,7 +95,7 @@ def test_what_a_finished_or_a_replaced_run_says(tmp_path, home, command):
     shutil.copytree(out, tmp_path / "both" / "phase2")
     both = ["--dataset", home, *TINY, *SHORT, "--out", tmp_path / "both", "--resume"]
     assert train_run(main, *both, report=report) == 1, "its phase 1 is not there"
-    assert "phase2 holds a run: --resume it (phase 2 after phase 1)" in report.read_text()
+    assert "phase2 holds a run: --resume it (phase 1 first)" in report.read_text()
     assert (tmp_path / "both" / "phase2" / "metrics.json").exists()
     assert train_run(cut, 1, "train", partial(send, signal.SIGKILL), *finished, "--overwrite") == -signal.SIGKILL
     assert train_run(main, *command, "--init", out, "--out", tmp_path / "next", report=report) == 1
