@@ -105,12 +105,12 @@ INCIDENTAL |= {"save_every", "iw_samples"}
 VAE_FLAGS = ("latent_dim", "pooling", "pool_layers")  # a model that was saved has its own
 
 
-def check_same(out, now):
-    """ValueError where a setting in `now` is not that in the config.json of the run `out`."""
+def check_same(out, now, names=None):
+    """ValueError where a setting, or one of `names`, is not in `now` what it is in the config.json of the run `out`."""
     before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(now))
-    for name in sorted(now.keys() - INCIDENTAL):
-        if before.get(name) != now[name]:
-            raise ValueError(f"--resume needs the command of {out}: {name} was {before.get(name)!r}, not {now[name]!r}")
+    for name in sorted((names or before.keys() | now.keys()) - INCIDENTAL):
+        if (was := before.get(name)) != now.get(name):
+            raise ValueError(f"--resume needs the command of {out}: {name} was {was!r}, not {now.get(name)!r}")
 
 
 def open_run(out, config, args):
@@ -337,7 +337,7 @@ def run_phase(args, transform):
     """Train and evaluate one phase in its run folder; `args` are its own: one `phase`, `epochs`, `lr`, `dropout`."""
     out, rank = run_folder(args, args.phase), metrics.processes()[0]
     if args.resume and (out / "metrics.json").exists():
-        check_same(out, {name: getattr(args, name) for name in args.given})
+        check_same(out, vars(args), set(args.given))
         print(f"{out} is finished")
         return
     torch.manual_seed(args.seed)

@@ -142,6 +142,10 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, comma
         assert train_run(main, *command, *flags, "--out", out, "--resume", report=report) == 1
         assert word in report.read_text()
         assert files_of(out) == before
+    config = json.loads((out / "config.json").read_text()) | {"of_another_version": 1}
+    (out / "config.json").write_text(json.dumps(config))
+    assert train_run(main, *command, "--out", out, "--resume", report=report) == 1
+    assert "of_another_version was 1, not None" in report.read_text()
 
 
 def files_of(out):

@@ -273,7 +273,8 @@ def test_yelp_loses_its_labels_and_other_texts_keep_their_tabs(tmp_path):
 
 def test_a_vocabulary_is_made_of_long_texts_too():
     texts = [f"{i} " + "the old king paints a red boat " * 300 for i in range(20)]
-    assert data.train_tokenizer(texts, 60).unk_token_id not in data.train_tokenizer(texts, 60)(texts[0])["input_ids"]
+    tokenizer = data.train_tokenizer(texts, 60)
+    assert tokenizer.unk_token_id not in tokenizer(texts[0])["input_ids"]
 
 
 def test_words_become_pieces():
