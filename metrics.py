@@ -83,7 +83,7 @@ def sample_posterior(model, batch, num_samples, seed=0):
 def other_latents(model, batch, mu, other, seed):
     """rec with the z of `other`, a batch of as many sentences, and the greedy text from mu (B, Z).
 
-    Returns: {name: (B,)}: rec_other, nats; hits, tokens right in their place; exact_match, 0 or 100.
+    Returns: {name: (B,)}: rec_other, nats; hits, tokens in their place; exact_match, 0 or 100.
     """
     mu_other, logvar_other = model.encode(other.ids, other.mask)
     eps = data.latent_noise(mu.shape[1], seed, 0, other.index, data.POSTERIOR)
@@ -171,8 +171,31 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="of
 
 def summarize(columns, corpus, iw_samples):
     """What `measure` found -> what `evaluate` returns. Sums are divided once, by their count."""
-    rec, kl, n = columns["rec"], columns["kl"], len(corpus)
     tokens, words = corpus.ids.size, int(corpus.words.sum())
+    bounds = {"": columns["rec"] + columns["kl"]}
+    if "nll_iw" in columns:
+        bounds["_iw"] = columns["nll_iw"]
+    measured = means_and_errors(columns)
+    if "hits" in columns:
+        measured["token_accuracy"] = 100 * columns["hits"].sum().item() / tokens
+    for suffix, nats in bounds.items():
+        measured["ppl_token" + suffix] = perplexity(nats, tokens)
+        measured["ppl_word" + suffix] = perplexity(nats, words)
+    measured["mi"] = mutual_information(columns["mu"], columns["logvar"], columns["z"]).item()
+    measured |= {"mi_n": len(corpus), "au": active_units(columns["mu"])}
+    measured |= {"latent_dim": columns["mu"].shape[1], "iw_samples": iw_samples}
+    measured |= {"sentences": len(corpus), "tokens": tokens, "words": words}
+    measured["unk_share"] = float((corpus.ids == corpus.unk_id).mean())
+    measured["entropy"] = corpus.entropy
+    for name, value in measured.items():
+        if value is not None and not math.isfinite(value):
+            raise FloatingPointError(f"{name} of the split is {value}")
+    return measured
+
+
+def means_and_errors(columns):
+    """{name: mean over sentences, name_se: its standard error} of columns (n,), and the ratio."""
+    rec, kl, measured = columns["rec"], columns["kl"], {}
     means = {"rec": rec, "kl": kl, "neg_elbo": rec + kl}
     for name in "nll_iw", "rec_prior", "rec_other", "exact_match":
         if name in columns:
@@ -182,30 +205,14 @@ def summarize(columns, corpus, iw_samples):
     if "nll_iw" in columns:
         means["nll"] = smaller_bound(columns)
         means["gain"] = means["nll"] - rec
-    measured = {}
     for name, values in means.items():
-        measured[name], measured[name + "_se"] = mean_and_error(values)
+        measured[name], measured[name + "_se"] = values.mean().item(), standard_error(values)
     if "gain" in means:
         measured["efficiency"] = None
-        if measured["kl"] > 0:  # the error of a ratio of means, by the delta method
+        if measured["kl"] > 0:  # the error of a ratio of means: the delta method
             ratio = measured["gain"] / measured["kl"]
-            _, error = mean_and_error((means["gain"] - ratio * kl) / measured["kl"])
-            measured["efficiency"], measured["efficiency_se"] = ratio, error
-    if "hits" in columns:
-        measured["token_accuracy"] = 100 * columns["hits"].sum().item() / tokens
-    for count, unit in (tokens, "token"), (words, "word"):
-        measured[f"ppl_{unit}"] = perplexity(means["neg_elbo"], count)
-        if "nll_iw" in columns:
-            measured[f"ppl_{unit}_iw"] = perplexity(columns["nll_iw"], count)
-    measured["mi"] = mutual_information(columns["mu"], columns["logvar"], columns["z"]).item()
-    measured |= {"mi_n": n, "au": active_units(columns["mu"])}
-    measured |= {"latent_dim": columns["mu"].shape[1], "iw_samples": iw_samples}
-    measured |= {"sentences": n, "tokens": tokens, "words": words}
-    measured["unk_share"] = float((corpus.ids == corpus.unk_id).mean())
-    measured["entropy"] = corpus.entropy
-    for name, value in measured.items():
-        if value is not None and not math.isfinite(value):
-            raise FloatingPointError(f"{name} of the split is {value}")
+            deviation = (means["gain"] - ratio * kl) / measured["kl"]
+            measured |= {"efficiency": ratio, "efficiency_se": standard_error(deviation)}
     return measured
 
 
@@ -221,10 +228,9 @@ def smaller_bound(columns):
     return columns["rec_prior"]
 
 
-def mean_and_error(values):
-    """The mean of values (n,) and its standard error, None for a single value."""
-    error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
-    return values.mean().item(), error
+def standard_error(values):
+    """That of the mean of values (n,), None for a single value."""
+    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
 
 
 def perplexity(nats, count):
@@ -344,7 +350,7 @@ def language_model_nll(run, config, named=None):
     except (OSError, ValueError, KeyError):
         pass
     if named:
-        raise InputError(f"--lm is {named}; it must be a finished --no-latent run on the same texts")
+        raise InputError(f"--lm is {named}; it must be a finished --no-latent run on these texts")
     return None
 
 

@@ -42,10 +42,10 @@ BEST |= {"kl_target": 8.0, "kl_threshold": 0.0}
 RECIPES = {
     "paper": {1: PAPER | {"epochs": 5}, 2: PAPER | {"epochs": 3}},
     "best": {1: BEST | {"epochs": 4, "dropout": 0.0}, 2: BEST | {"epochs": 10}},
-    "demo": {1: BEST | {"epochs": 2}, 2: BEST | {"epochs": 3, "kl_target": 10.0}},
+    "demo": {1: BEST | {"epochs": 2}, 2: BEST | {"epochs": 4, "kl_target": 10.0}},
 }
 TINY = {"d_model": 128, "layers": 2, "heads": 4, "vocab_size": 4000}  # the shape of --model tiny
-VAE = {"latent_dim": 32, "pooling": "max", "pool_layers": "last"}
+VAE = ("latent_dim", "pooling", "pool_layers")  # what a saved model fixes
 # Settings that may differ when a run resumes: they name places, or change numbers by rounding.
 INCIDENTAL = {"command", "versions", "processes", "device", "amp", "out", "data_dir", "overwrite"}
 INCIDENTAL |= {"resume", "save_every", "iw_samples"}
@@ -146,9 +146,8 @@ def train(model, corpora, args, out, log):
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     controller = KLController(args.kl_target, anneal_steps) if args.kl_target else None
     # 4 resume
-    scheduled = args.phase == 2 and not controller
-    weight = kl_weight(0, args.kl_schedule, anneal_steps) if scheduled else 0.0
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "controller": controller}
+    weight = float(args.phase == 2 and args.kl_schedule == "constant")  # all others start at 0
     step, weight = load_checkpoint(out, log, parts, weight)
     clock, saved_at = Clock(step, total_steps), time.monotonic()
     # 5 loop
@@ -181,7 +180,7 @@ def train(model, corpora, args, out, log):
             step, means["kl_weight"] = step + 1, weight
             if controller:
                 weight = controller.update(means["kl"])
-            elif scheduled:  # in phase 1 it stays 0
+            elif args.phase == 2:
                 weight = kl_weight(step, args.kl_schedule, anneal_steps)
             if step % args.log_every == 0 or step == total_steps:
                 record(log, step, "train", means, clock.left(step))
@@ -373,25 +372,30 @@ def load_start(args):
             model, made = T5VAE.from_t5(start, **asked), {}
     except OSError as error:
         hint = "run phase 1 first, or give --init" if args.phase == 2 else "or take --model tiny"
-        reason = str(error).splitlines()[0]
-        raise InputError(f"phase {args.phase} cannot start from {start}: {reason}; {hint}") from error
+        reason = str(error).partition("\n")[0]
+        message = f"phase {args.phase} cannot start from {start}: {reason}; {hint}"
+        raise InputError(message) from error
     if model.latent_dim == 0 and args.latent_dim != 0:
         raise InputError(f"{start} is a language model: a VAE cannot start from it")
-    made = {"model": start} | made | {name: getattr(model, name) for name in VAE}
-    for name in (*VAE, *TINY, "model"):
-        if getattr(args, name) is None:
-            setattr(args, name, made.get(name))
-    judged = [*VAE, *TINY, "model"] + ([] if args.init or "dataset" not in made else ["dataset"])
-    for name in judged:
-        ours, theirs = getattr(args, name), made.get(name)
-        if ours != theirs and not (name in ("model", "dataset") and same_place(ours, theirs)):
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} is {ours}, but {start} has {theirs}")
+    inherit(args, {"model": start} | made | {name: getattr(model, name) for name in VAE})
     return model
 
 
-def same_place(a, b):
-    return Path(a).resolve() == Path(b).resolve()
+def inherit(args, made):
+    """Flags that were not given become those of the start, `made`. InputError where one differs."""
+    for name in (*VAE, *TINY, "model", "dataset"):
+        ours, theirs = getattr(args, name), made.get(name)
+        if ours is None:
+            setattr(args, name, theirs)
+        elif name == "dataset" and (args.init or theirs is None):
+            continue  # --init may name a run on other texts
+        elif name in ("model", "dataset"):
+            ours, theirs = Path(ours).resolve(), Path(theirs).resolve()
+        if ours is not None and ours != theirs:
+            flag = {"pooling": "pool"}.get(name, name.replace("_", "-"))
+            raise InputError(
+                f"--{flag} is {getattr(args, name)}, but {args.start} has {made.get(name)}"
+            )
 
 
 def prepare(model, args):
@@ -417,7 +421,9 @@ def load_corpora(model, args):
         rest = args.data_dir, args.max_length, limit
         corpora[split] = c = data.load_corpus(args.dataset, split, model.tokenizer, *rest)
         size = f"{len(c):,} texts, {c.ids.size:,} tokens"
-        print(f"{split}: {size}; {c.truncated:,} cut at {args.max_length}, {c.skipped:,} lines empty")
+        print(
+            f"{split}: {size}; {c.truncated:,} cut at {args.max_length}, {c.skipped:,} lines empty"
+        )
     return corpora
 
 
@@ -482,7 +488,7 @@ def report(model, corpus, measured, args, out):
 
 
 def make_parser():
-    """The flags. Those without a default get one from the recipe, or from what a run starts from."""
+    """The flags. Without a default: it comes from the recipe, or from what a run starts from."""
     usage = "python train.py --dataset NAME|DIR|FILE [flags]"
     about = f"{__doc__.splitlines()[0]} Without flags: a demonstration."
     parser = argparse.ArgumentParser("train.py", usage, about)
@@ -530,10 +536,10 @@ def make_parser():
     return parser
 
 
-POSITIVE = ["limit", "latent_dim", "batch_size", "log_every", "iw_samples", *TINY]
-LIMITS = {name: (1, math.inf) for name in POSITIVE} | {"max_length": (2, math.inf)}
-for name in "epochs lr adam_eps clip save_every kl_target kl_threshold kl_anneal_epochs".split():
-    LIMITS[name] = (0, math.inf)
+POSITIVE = ("limit", "latent_dim", "batch_size", "log_every", "iw_samples", *TINY)
+NOT_NEGATIVE = ("epochs", "lr", "adam_eps", "clip", "save_every", "kl_target", "kl_threshold")
+LIMITS = dict.fromkeys(POSITIVE, (1, math.inf)) | dict.fromkeys(NOT_NEGATIVE, (0, math.inf))
+LIMITS |= {"max_length": (2, math.inf), "kl_anneal_epochs": (0, math.inf)}
 LIMITS |= {"denoise": (0, 1), "dropout": (0, 1), "seed": (0, 2**63)}
 
 
@@ -594,8 +600,10 @@ def parse_args(argv):
     if args.dataset is None:
         changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
         if changed - {"resume", "overwrite", "out", "seed"}:
-            parser.error("--dataset is missing (a demonstration, without it, takes only --resume, "
-                         "--overwrite, --out and --seed)")
+            parser.error(
+                "--dataset is missing (a demonstration, without it, takes only --resume, "
+                "--overwrite, --out and --seed)"
+            )
         args.dataset, args.model, args.recipe = "grammar", "tiny", "demo"
         print("The demonstration: --dataset grammar --model tiny --recipe demo")
     check_args(parser, args)

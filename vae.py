@@ -14,8 +14,7 @@ Symbols in comments and docstrings, with the field of `T5Config` where there is 
     A  attention heads, `num_heads`    S  size of a head, `d_kv`
     V  vocabulary, `vocab_size`        Z  latent dimension
 
-All likelihoods are in nats. T5's layers are those of `transformers`; this file adds what makes
-them a VAE.
+All likelihoods are in nats. T5's layers are those of `transformers`.
 """
 
 import json
@@ -39,20 +38,17 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from data import InputError, detokenize, pad, tokenize
 
-# `model_type` of supported checkpoints. T5 v1.1, flan, ByT5 and UL2 are "t5" too.
-FAMILY = ("t5", "mt5", "umt5")
+FAMILY = ("t5", "mt5", "umt5")  # supported `model_type`s; v1.1, flan, ByT5, UL2 are "t5" too
+WEIGHTS = "model.safetensors"
 POOLINGS = ("max", "mean", "last")
 POOL_LAYERS = ("last", "all")
 
 
 def pool(hidden, attention_mask, pooling="max"):
-    """One vector per sentence from the states of its real tokens; padding never counts.
+    """One vector per sentence from the states of its real tokens (section 2.2.5).
 
-    Args (section 2.2.5):
-        hidden: (B, T, D).
-        attention_mask: (B, T), 1 on real tokens, at least one in each row.
-        pooling: "max" or "mean" over the tokens, or the state of the "last" one.
-    Returns: (B, D).
+    hidden: (B, T, D); attention_mask: (B, T), 1 on real tokens, at least one per row; pooling:
+    "max" or "mean" over the tokens, or the state of the "last" one. Returns: (B, D).
     """
     real = attention_mask.bool()[:, :, None]  # (B, T, 1)
     if pooling == "max":
@@ -64,39 +60,36 @@ def pool(hidden, attention_mask, pooling="max"):
 
 
 class LatentCrossAttention(nn.Module):
-    """Cross-attention with one key: T5's cross-attention without the parts that cannot matter.
+    """Cross-attention with one key: T5's, without the parts that cannot matter.
 
     A softmax over a single key is 1, whatever the query. So every query receives the value itself:
     layer l adds W_o m[:, l] to every position. The query and key projections, and the layer norm
-    before them, cannot influence anything, and this module leaves them out. It replaces a decoder
-    block's `layer[1]` and is called like it.
+    before them, cannot influence anything. It replaces a decoder block's `layer[1]`.
     """
 
-    def __init__(self, cross_attention, layer, num_outputs):
+    def __init__(self, cross_attention, layer, unread):
         super().__init__()
-        self.layer = layer
+        self.layer, self.unread = layer, unread  # T5 expects outputs that nobody reads
         self.o = cross_attention.EncDecAttention.o
         self.dropout = cross_attention.dropout
-        self.rest = (None,) * (num_outputs - 1)  # position bias and weights, which nobody reads
 
     def forward(self, hidden_states, key_value_states=None, encoder_hidden_states=None, **kwargs):
-        # T5 calls the memory by the first name, umT5 by the second.
+        # The memory has the first name in T5, the second in umT5.
         memory = encoder_hidden_states if key_value_states is None else key_value_states
         added = self.o(memory[:, self.layer, None])  # (B, L, A*S) -> (B, 1, A*S) -> (B, 1, D)
-        return hidden_states + self.dropout(added.expand_as(hidden_states)), *self.rest
+        return hidden_states + self.dropout(added.expand_as(hidden_states)), *self.unread
 
 
 def in_float16(tensor):
-    """Whether autocast is on, with float16."""
+    """Whether autocast is on with float16."""
     device = tensor.device.type
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
 class Float32Output(nn.Linear):
-    """`wo` of a feed-forward layer, in float32 where autocast has float16, and only there.
+    """`wo` of a feed-forward layer: in float32 where autocast has float16, and only there.
 
-    Pretrained T5s have activations above 65,504, the largest float16, in this place; t5-small
-    alone has not. bfloat16 reaches as far as float32.
+    Pretrained T5s, all but t5-small, exceed 65,504 in this place, the largest float16.
     """
 
     def forward(self, x):
@@ -107,7 +100,7 @@ class Float32Output(nn.Linear):
 
 
 class Float32Activation(nn.Module):
-    """The activation before it, for the same reason: a gated layer multiplies what it returns."""
+    """The activation before `wo`, for the same reason: a gated layer multiplies what it returns."""
 
     def __init__(self, activation):
         super().__init__()
@@ -122,56 +115,48 @@ def kl_divergence(mu, logvar):
     return 0.5 * (mu**2 + logvar.exp() - logvar - 1)
 
 
-class T5VAE(
-    nn.Module,
-    ModelHubMixin,
-    tags=["t5", "vae"],
-    paper_url="https://aclanthology.org/2021.insights-1.5/",
-):
+PAPER = "https://aclanthology.org/2021.insights-1.5/"
+
+
+class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
     """q(z|x) and p(x|z) on the two halves of a T5.
 
-    `T5VAE.from_t5("t5-small")` starts from a pretrained T5, `T5VAE.from_pretrained(folder)` loads
-    a saved VAE; both are in eval mode. `save_pretrained` and `push_to_hub` (from ModelHubMixin)
-    write config.json, model.safetensors and the tokenizer.
+    `T5VAE.from_t5("t5-small")` starts from a pretrained T5, `T5VAE.from_pretrained(folder)` loads a
+    saved VAE; both are in eval mode. `save_pretrained` and `push_to_hub` are ModelHubMixin's.
 
     Args:
-        t5_config: the T5's configuration, `T5Config.to_dict()`; its weights are random here.
-            "tie_word_embeddings" says whether the LM head is the token embedding (transformers 5
-            always says True).
+        t5_config: `T5Config.to_dict()`; the weights are random here. "tie_word_embeddings" says
+            whether the LM head is the token embedding (transformers 5 always says True).
         latent_dim: Z; 0 makes a language model, the same decoder with nothing encoded.
         pooling: "max", "mean" or "last"; see `pool`.
         pool_layers: "last" pools the encoder's output, "all" the outputs of all its layers.
     Raises: InputError where an argument is none of these.
     """
 
-    def __init__(self, t5_config: dict, latent_dim: int = 32, pooling: str = "max",
-                 pool_layers: str = "last"):  # fmt: skip
+    def __init__(self, t5_config: dict, latent_dim=32, pooling="max", pool_layers="last"):
         super().__init__()
         if latent_dim < 0:
             raise InputError(f"latent_dim is {latent_dim}; it must be 0 (a language model) or more")
         if pooling not in POOLINGS:
-            raise InputError(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}")
+            raise InputError(f"pooling is {pooling!r}; it must be one of {POOLINGS}")
         if pool_layers not in POOL_LAYERS:
-            allowed = ", ".join(POOL_LAYERS)
-            raise InputError(f"pool_layers is {pool_layers!r}; it must be one of {allowed}")
+            raise InputError(f"pool_layers is {pool_layers!r}; it must be one of {POOL_LAYERS}")
         self.latent_dim, self.pooling, self.pool_layers = latent_dim, pooling, pool_layers
         self.tokenizer = None
         config = AutoConfig.for_model(**t5_config)
         self.t5 = AutoModelForSeq2SeqLM.from_config(config)
-        # The maximum over states of which some are dropped and the others scaled up is larger than
-        # theirs: with dropout right before pooling, mu in training is not mu in evaluation. (T5
-        # uses this module on the embeddings too.)
+        # The maximum over states of which some are dropped and others scaled up exceeds theirs:
+        # with dropout right before pooling, mu in training is not mu in evaluation.
         self.t5.encoder.dropout = nn.Identity()
+        unread = (None,) if config.model_type == "umt5" else (None, None)
         for layer, block in enumerate(self.t5.decoder.block):
-            num_outputs = 2 if config.model_type == "umt5" else 3
-            block.layer[1] = LatentCrossAttention(block.layer[1], layer, num_outputs)
-        for block in [*self.t5.encoder.block, *self.t5.decoder.block]:
+            block.layer[1] = LatentCrossAttention(block.layer[1], layer, unread)
+        for block in (*self.t5.encoder.block, *self.t5.decoder.block):
             feed_forward = block.layer[-1].DenseReluDense
-            feed_forward.wo.__class__ = Float32Output  # the same weight under the same name
+            feed_forward.wo.__class__ = Float32Output  # the same weight, under the same name
             feed_forward.act = Float32Activation(feed_forward.act)
-        if not t5_config.get("tie_word_embeddings", True):  # transformers 5 would tie them
-            head = self.t5.lm_head
-            head.weight = nn.Parameter(head.weight.detach().clone())
+        if not t5_config.get("tie_word_embeddings", True):  # a head of its own
+            self.t5.lm_head.weight = nn.Parameter(self.t5.lm_head.weight.detach().clone())
         memory_dim = config.num_decoder_layers * config.num_heads * config.d_kv  # L*A*S
         with warnings.catch_warnings():  # a language model's have no elements: torch warns
             warnings.filterwarnings("ignore", "Initializing zero-element")
@@ -185,33 +170,23 @@ class T5VAE(
 
         All pretrained weights are kept except those that have nothing left to do (see
         `LatentCrossAttention`); W_mu, W_logvar and W_proj are new. Raises OSError where there is no
-        such checkpoint, and InputError where it is none of FAMILY, incomplete, or its parts do not
-        fit each other.
+        such checkpoint, and InputError where it is none of FAMILY, incomplete or contradictory.
         """
-        config = AutoConfig.from_pretrained(name_or_path)
-        if config.model_type not in FAMILY:
-            allowed = ", ".join(FAMILY)
-            raise InputError(
-                f"name_or_path is {name_or_path!r}, a {config.model_type}; "
-                f"it must be one of {allowed}"
-            )
-        tokenizer = load_tokenizer(name_or_path, config)  # before the weights, which are large
+        config, tokenizer = read_checkpoint(name_or_path)  # before the weights, which are large
         t5, info = AutoModelForSeq2SeqLM.from_pretrained(
             name_or_path, dtype=torch.float32, output_loading_info=True
         )
         if missing := sorted(info["missing_keys"]):  # transformers would leave them random
-            raise InputError(
-                f"{name_or_path} is incomplete: {len(missing)} weights are missing, "
-                f"e.g. {missing[0]}"
-            )
-        t5_config = t5.config.to_dict()
+            few = f"{len(missing)} weights are missing, e.g. {missing[0]}"
+            raise InputError(f"{name_or_path} is incomplete: {few}")
+        t5_config = config.to_dict()
         t5_config["tie_word_embeddings"] = t5.lm_head.weight is t5.shared.weight
-        del t5_config["_name_or_path"]  # a path on this machine says nothing elsewhere
+        t5_config.pop("_name_or_path", None)  # a path on this machine says nothing elsewhere
         vae = cls(t5_config, latent_dim, pooling, pool_layers)
         # Weights only: a checkpoint may bring beams or penalties of its own. Strict: none is lost.
-        weights = {}
-        for name, weight in t5.state_dict().items():
-            weights[name.replace("layer.1.EncDecAttention.o", "layer.1.o")] = weight
+        weights = t5.state_dict()
+        old_o, new_o = "layer.1.EncDecAttention.o", "layer.1.o"
+        weights = {name.replace(old_o, new_o): weight for name, weight in weights.items()}
         vae.t5.load_state_dict({name: weights[name] for name in vae.t5.state_dict()})
         vae.tokenizer = tokenizer
         return vae.eval()
@@ -221,9 +196,9 @@ class T5VAE(
         return self.w_mu.weight.device
 
     def encode(self, input_ids, attention_mask):
-        """q(z|x) = N(mu, exp(logvar)), diagonal (Eq. 3; the paper's "log sigma" is the log variance).
+        """q(z|x) = N(mu, exp(logvar)), diagonal (Eq. 3; its "log sigma" is the log variance).
 
-        input_ids, attention_mask: (B, T). Returns: mu, logvar: (B, Z) each, float32 in any precision.
+        input_ids, attention_mask: (B, T). Returns: mu, logvar: (B, Z) each, always float32.
         """
         if self.latent_dim == 0:  # a language model has nothing to encode
             empty = torch.zeros(len(input_ids), 0, device=input_ids.device)
@@ -231,23 +206,18 @@ class T5VAE(
         # Additive, so that every attention implementation masks. With four axes: given two, T5
         # would ask whether the mask hides anything, and the CPU would wait for the answer.
         dtype = self.t5.shared.weight.dtype
-        padding = 1 - attention_mask[:, None, None].to(dtype)  # (B, 1, 1, T)
-        out = self.t5.encoder(
-            input_ids,
-            padding * torch.finfo(dtype).min,
-            output_hidden_states=self.pool_layers == "all",
-        )
+        mask = (1 - attention_mask[:, None, None].to(dtype)) * torch.finfo(dtype).min
+        every_layer = self.pool_layers == "all"
+        out = self.t5.encoder(input_ids, mask, output_hidden_states=every_layer)
         layers = [out.last_hidden_state]
-        if self.pool_layers == "all":  # T5 normalizes the last only; inner states reach hundreds
+        if every_layer:  # T5 normalizes the last only; inner states reach hundreds
             layers += [self.t5.encoder.final_layer_norm(h) for h in out.hidden_states[1:-1]]
         # What is exponentiated needs all bits of float32.
         with torch.autocast(input_ids.device.type, enabled=False):
             pooled = [pool(h.float(), attention_mask, self.pooling) for h in layers]
             pooled = torch.stack(pooled)  # (layers, B, D)
             h = pooled.amax(0) if self.pooling == "max" else pooled.mean(0)  # (B, D)
-            mu = F.linear(h, self.w_mu.weight.float())  # (B, Z)
-            logvar = F.linear(h, self.w_logvar.weight.float())  # (B, Z)
-        return mu, logvar
+            return F.linear(h, self.w_mu.weight.float()), F.linear(h, self.w_logvar.weight.float())
 
     def reparameterize(self, mu, logvar, generator=None, eps=None):
         """z = mu + sigma * eps (Eq. 4), (B, Z); eps is drawn from N(0, I) unless it is given."""
@@ -266,28 +236,23 @@ class T5VAE(
     def decode(self, z, labels):
         """Teacher-forced logits of p(x|z): position t has seen z and labels[:, :t].
 
-        z: (B, Z); labels: (B, T) token ids that end in </s>, padded with T5's pad id.
-        Returns: (B, T, V).
+        z: (B, Z); labels: (B, T) ids that end in </s>, then T5's pad id. Returns: (B, T, V).
         """
         shifted = self.t5.prepare_decoder_input_ids_from_labels(labels)  # (B, T)
         memory = BaseModelOutput(self.memory(z))
-        return self.t5(
-            encoder_outputs=memory, decoder_input_ids=shifted, use_cache=False
-        ).logits
+        out = self.t5(encoder_outputs=memory, decoder_input_ids=shifted, use_cache=False)
+        return out.logits
 
     def rec(self, z, labels):
         """-log p(x|z) (Eq. 1): (B,), nats, positive, summed over a sentence's tokens.
 
-        </s> counts, padding does not. Arguments as of `decode`.
+        </s> counts, padding does not. Arguments: see `decode`.
         """
-        logits = self.decode(z, labels)  # (B, T, V)
+        logits = self.decode(z, labels).flatten(0, 1)  # (B*T, V)
+        pad_id = self.t5.config.pad_token_id
         with torch.autocast(logits.device.type, enabled=False):
-            nats = F.cross_entropy(
-                logits.float().flatten(0, 1),
-                labels.flatten(),
-                ignore_index=self.t5.config.pad_token_id,
-                reduction="none",
-            )  # (B*T,)
+            logits, flat = logits.float(), labels.flatten()
+            nats = F.cross_entropy(logits, flat, ignore_index=pad_id, reduction="none")  # (B*T,)
         return nats.view(labels.shape).sum(1)
 
     def forward(self, batch):
@@ -299,8 +264,7 @@ class T5VAE(
     def freeze_decoder(self):
         """Phase 1: only the encoder's blocks, W_mu and W_logvar stay trainable (sections 4, 5.1).
 
-        Frozen are the decoder, W_o, W_proj, the LM head, and the token embedding, which the
-        encoder shares.
+        Frozen: decoder, W_o, W_proj, LM head, and the token embedding, which the encoder shares.
         """
         for module in (self.t5.decoder, self.t5.lm_head, self.t5.shared, self.w_proj):
             module.requires_grad_(False)
@@ -310,45 +274,43 @@ class T5VAE(
     def generate(self, z, max_new_tokens=None, **kwargs):
         """Token ids decoded from z (B, Z): (B, <= tokens + 1), the start token first, then padding.
 
-        Greedy, up to 256 tokens, unless told otherwise: all arguments of T5's own `generate` work
-        (max_length, do_sample, temperature, num_beams, num_return_sequences, generation_config,
-        ...). `do_sample=True` samples p(x|z) itself: top_k is off unless it is given. Each sentence
-        depends on its own z alone. Raises InputError for arguments that would replace z.
+        Greedy, up to 256 tokens, unless told otherwise: the arguments are those of T5's own
+        `generate` (max_length, do_sample, num_beams, num_return_sequences, generation_config, ...).
+        With do_sample=True top_k is off unless it is given: samples are of p(x|z) itself. Each
+        sentence depends on its own z alone. Raises InputError for arguments in the place of z.
         """
         for name in ("inputs", "input_ids", "encoder_outputs", "decoder_input_ids"):
             if name in kwargs:
                 raise InputError(f"generate takes no {name}: it decodes z")
         config = kwargs.get("generation_config")
-        if max_new_tokens is None and config is None and "max_length" not in kwargs:
-            max_new_tokens = 256
         if max_new_tokens is not None:
             kwargs["max_new_tokens"] = max_new_tokens
-        if kwargs.get("do_sample", config is not None and config.do_sample):
-            if config is None or config.top_k is None:
-                kwargs.setdefault("top_k", 0)
+        elif config is None and "max_length" not in kwargs:
+            kwargs["max_new_tokens"] = 256
+        sampling = kwargs.get("do_sample", config is not None and config.do_sample)
+        if sampling and (config is None or config.top_k is None):
+            kwargs.setdefault("top_k", 0)
         if kwargs.get("use_cache", True):  # T5's own cache has as many layers as the encoder
             kwargs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         return self.t5.generate(encoder_outputs=BaseModelOutput(self.memory(z)), **kwargs)
 
     @torch.no_grad()
     def encode_texts(self, texts, batch_size=64, max_length=256):
-        """q(z|x) of N texts: mu, logvar, (N, Z) each, on the CPU.
+        """q(z|x) of N texts, an iterable of str: mu, logvar, (N, Z) each, on the CPU.
 
-        texts: any iterable of str. Warns of those that are cut at `max_length` tokens.
+        Warns of texts that are cut at `max_length` tokens. Raises InputError for other types.
         """
         if isinstance(texts, str):
             raise InputError(f"texts is one str; put it into a list: encode_texts([{texts!r}])")
-        texts = list(texts)
+        texts, tokenizer = list(texts), self._get_tokenizer()
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"texts[{i}] is {text!r}; it must be a str")
-        tokenizer, too_long, rows = self._tokenizer(), 0, []
-        for row in tokenize(texts, tokenizer):
-            too_long += len(row) >= max_length
-            rows.append([*row[: max_length - 1], tokenizer.eos_token_id])
-        if too_long:
-            message = f"{too_long} of {len(rows)} texts are cut at {max_length} tokens"
-            warnings.warn(message, stacklevel=3)
+        rows = tokenize(texts, tokenizer)
+        if too_long := sum(len(row) >= max_length for row in rows):
+            said = f"{too_long} of {len(rows)} texts are cut at {max_length} tokens"
+            warnings.warn(said, stacklevel=3)
+        rows = [[*row[: max_length - 1], tokenizer.eos_token_id] for row in rows]
         mus, logvars = [torch.zeros(0, self.latent_dim)], [torch.zeros(0, self.latent_dim)]
         for start in range(0, len(rows), batch_size):
             ids, mask = pad(rows[start : start + batch_size], tokenizer.pad_token_id)
@@ -358,32 +320,26 @@ class T5VAE(
         return torch.cat(mus), torch.cat(logvars)
 
     def decode_texts(self, z, batch_size=64, **kwargs):
-        """The N texts that `generate(z, **kwargs)` writes for z (N, Z), a list of str.
+        """The texts that `generate(z, **kwargs)` writes for z (N, Z), a list of str, `<unk>` kept.
 
-        `<unk>` is kept. Raises InputError where z has another shape.
+        Raises InputError where z has another shape.
         """
-        z = torch.as_tensor(z)
+        z, tokenizer, texts = torch.as_tensor(z), self._get_tokenizer(), []
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
-            shape = tuple(z.shape)
-            raise InputError(f"z has the shape {shape}; it must be (N, {self.latent_dim})")
-        if kwargs.get("return_dict_in_generate"):
-            raise InputError("decode_texts takes no return_dict_in_generate; call generate")
-        tokenizer, texts = self._tokenizer(), []
-        for part in z.split(batch_size) if len(z) else ():
-            ids = self.generate(part.to(self.w_mu.weight), **kwargs)
+            raise InputError(f"z has shape {tuple(z.shape)}; it must be (N, {self.latent_dim})")
+        for start in range(0, len(z), batch_size):
+            ids = self.generate(z[start : start + batch_size].to(self.w_mu.weight), **kwargs)
             texts += detokenize(ids.tolist(), tokenizer)
         return texts
 
-    def _tokenizer(self):
+    def _get_tokenizer(self):
         if self.tokenizer is None:
             raise InputError("the model has no tokenizer: set model.tokenizer")
         return self.tokenizer
 
-    def _save_pretrained(self, save_directory):
-        # ModelHubMixin writes config.json, the arguments of __init__. `named_parameters` names a
-        # tied weight once, always by the same name: equal models make equal files.
-        path = Path(save_directory, "model.safetensors")
-        safetensors.torch.save_file(dict(self.named_parameters()), path)
+    def _save_pretrained(self, save_directory):  # ModelHubMixin writes config.json
+        # `named_parameters` names a tied weight once, always by the same name.
+        safetensors.torch.save_file(dict(self.named_parameters()), save_directory / WEIGHTS)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
 
@@ -391,67 +347,59 @@ class T5VAE(
     def from_pretrained(cls, name_or_path, **download):
         """A saved VAE in eval mode, with its tokenizer: from its folder, a run folder, or the hub.
 
-        `download` are the arguments of `snapshot_download` (revision, token, ...). Raises
-        FileNotFoundError where there is none, and InputError, with the folder and what is wrong
-        with it, where it holds something else.
+        `download`: arguments of `snapshot_download` (revision, token, ...). Raises
+        FileNotFoundError where there is none, and InputError where a folder holds something else.
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
             try:
                 folder = Path(snapshot_download(str(name_or_path), **download))
             except (OSError, HFValidationError) as error:
-                reason = str(error).splitlines()[0]
-                raise FileNotFoundError(
-                    f"{name_or_path} is neither a folder here nor available from the hub ({reason})"
-                ) from error
-        if (folder / "model").is_dir():
-            folder = folder / "model"
+                where = f"neither a folder here nor available from the hub ({first_line(error)})"
+                raise FileNotFoundError(f"{name_or_path} is {where}") from error
+        folder = folder / "model" if (folder / "model").is_dir() else folder
+        foreign = f"{folder} holds no T5VAE: its config.json or {WEIGHTS}"
         try:
             config = json.loads((folder / "config.json").read_text())
-            saved = safetensors.torch.load_file(folder / "model.safetensors")
+            saved = safetensors.torch.load_file(folder / WEIGHTS)
         except Exception as error:  # whatever missing, damaged or foreign files lead to
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{folder} holds no T5VAE: its config.json or model.safetensors: {reason}"
-            ) from error
+            raise InputError(f"{foreign}: {first_line(error)}") from error
         if config.get("t5_config", {}).get("model_type") not in FAMILY:
-            raise InputError(f"{folder} holds no T5VAE: its config.json has no t5_config of a T5")
+            raise InputError(f"{foreign}: there is no t5_config of a T5")
         vae = cls(**config)
         own = dict(vae.named_parameters())
         wrong = saved.keys() ^ own.keys()
         wrong |= {name for name in saved.keys() & own if saved[name].shape != own[name].shape}
         if wrong:
-            raise InputError(
-                f"{folder} holds no T5VAE of its config.json: weights that are missing, not "
-                f"expected or of another shape: {', '.join(sorted(wrong))}"
-            )
+            names = ", ".join(sorted(wrong))
+            raise InputError(f"{foreign}: missing, not expected or of another shape: {names}")
         vae.load_state_dict(saved, strict=False)  # a tied weight is there under one of its names
         if (folder / "tokenizer_config.json").is_file():
             vae.tokenizer = AutoTokenizer.from_pretrained(folder)
         return vae.eval()
 
 
-def load_tokenizer(name_or_path, config):
-    """The tokenizer of a T5 checkpoint. Raises InputError where it does not fit its `T5Config`."""
+def first_line(error):
+    return str(error).strip().partition("\n")[0]
+
+
+def read_checkpoint(name_or_path):
+    """(T5Config, tokenizer) of a T5 checkpoint. Raises InputError where they do not fit."""
     try:
+        config = AutoConfig.from_pretrained(name_or_path)
+        if config.model_type not in FAMILY:
+            raise ValueError(f"it is a {config.model_type}; it must be one of {', '.join(FAMILY)}")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"{len(tokenizer)} tokens, but an embedding of {config.vocab_size}")
+        for name in "pad_token_id", "eos_token_id":
+            ours, theirs = getattr(config, name), getattr(tokenizer, name)
+            if ours is None or ours != theirs:
+                raise ValueError(f"{name} is {ours} in config.json, {theirs} in the tokenizer")
+        if config.decoder_start_token_id is None:
+            raise ValueError("decoder_start_token_id is missing in config.json")
     except OSError:
         raise
     except Exception as error:  # whatever foreign or damaged files lead to
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name_or_path}: its tokenizer cannot be read ({reason})") from error
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"{name_or_path}: its tokenizer has {len(tokenizer)} tokens, "
-            f"its embedding {config.vocab_size}"
-        )
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    for name, value in ids.items():
-        if value is None or value != getattr(config, name):
-            raise InputError(
-                f"{name_or_path}: {name} is {value} in its tokenizer, "
-                f"{getattr(config, name)} in its config.json; they must be the same"
-            )
-    if config.decoder_start_token_id is None:
-        raise InputError(f"{name_or_path}: its config.json has no decoder_start_token_id")
-    return tokenizer
+        raise InputError(f"{name_or_path} is no T5 to start from: {first_line(error)}") from error
+    return config, tokenizer
