@@ -214,26 +214,31 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
 DELETION, LATENT, POSTERIOR, PRIOR = range(4)  # what random numbers are used for
 
 
-def streams(seed, epoch, index, use, draw=0):
-    """Yields for each text of `index` (B,) a numpy Generator, to be used before the next one.
+def uniform(count, seed, epoch, index, use, draw=0):
+    """(B, count) numbers in (0, 1) for the texts `index` (B,), float64.
 
-    Its numbers depend on (seed, epoch, text, use, draw) alone. Philox is a cipher over a counter:
-    setting the counter opens any stream at once. (A new generator per text would be slower.)
+    A hash (SplitMix64, Steele et al. 2014) of the arguments and of the place in the row, nothing
+    else: any number can be had at once. (A generator per text would take ten times as long.)
     """
-    philox = np.random.Philox(key=[seed, use])
-    generator, state = np.random.Generator(philox), philox.state
-    for text in index.tolist():
-        state["state"]["counter"][:] = 0, draw, epoch, text
-        philox.state = state
-        yield generator
+    key = np.random.SeedSequence([seed, epoch, use, draw]).generate_state(1, np.uint64)
+    step = np.uint64(0x9E3779B97F4A7C15)
+    rows = mix(key + np.asarray(index).astype(np.uint64) * step)  # (B,)
+    bits = mix(rows[:, None] + np.arange(1, count + 1, dtype=np.uint64) * step)  # (B, count)
+    return ((bits >> np.uint64(11)) + 0.5) * 2.0**-53
+
+
+def mix(x):
+    """Each bit of the result depends on all 64 bits of x, an array of uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def latent_noise(latent_dim, seed, epoch, index, use=LATENT, draw=0):
-    """eps of Eq. 4 for the texts `index` (B,): (B, Z), float32, N(0, 1)."""
-    eps = np.empty((len(index), latent_dim), np.float32)
-    for row, stream in zip(eps, streams(seed, epoch, index, use, draw), strict=True):
-        stream.standard_normal(out=row, dtype=np.float32)
-    return torch.from_numpy(eps)
+    """eps of Eq. 4 for the texts `index` (B,): (B, Z), float32, N(0, 1) (Box & Muller 1958)."""
+    u = uniform(2 * latent_dim, seed, epoch, index, use, draw)
+    radius, angle = np.sqrt(-2 * np.log(u[:, :latent_dim])), 2 * np.pi * u[:, latent_dim:]
+    return torch.from_numpy((radius * np.cos(angle)).astype(np.float32))
 
 
 def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0):
@@ -248,16 +253,14 @@ def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0)
     """
     if not 0 <= prob < 1:
         raise ValueError(f"prob is {prob}; the share of tokens to delete must be in [0, 1)")
-    uniform = np.empty(input_ids.shape)
-    for row, stream in zip(uniform, streams(seed, epoch, index, DELETION), strict=True):
-        stream.random(out=row)
-    uniform = torch.from_numpy(uniform).to(input_ids.device)  # (B, T)
+    drawn = uniform(input_ids.shape[1], seed, epoch, index, DELETION)
+    drawn = torch.from_numpy(drawn).to(input_ids.device)  # (B, T)
     real = attention_mask.bool()
     position = torch.arange(input_ids.shape[1], device=real.device)
     end = position == real.sum(1, keepdim=True) - 1
-    draw = uniform.masked_fill(~real | end, -1)
-    largest = draw == draw.amax(1, keepdim=True)  # all positions where </s> is alone: hence & real
-    keep = real & (end | largest | (uniform >= prob))
+    may_go = drawn.masked_fill(~real | end, -1)
+    largest = may_go == may_go.amax(1, keepdim=True)  # all positions where </s> is alone: hence & real
+    keep = real & (end | largest | (drawn >= prob))
     order = (~keep).int().argsort(dim=1, stable=True)  # kept tokens to the left, in their order
     mask = keep.gather(1, order)[:, : keep.sum(1).max()]
     ids = input_ids.gather(1, order)[:, : mask.shape[1]].masked_fill(~mask, pad_id)

@@ -48,7 +48,7 @@ TINY = {"d_model": 128, "layers": 2, "heads": 4, "vocab_size": 4000}  # the shap
 VAE = ("latent_dim", "pooling", "pool_layers")  # what a saved model fixes
 # Settings that may differ when a run resumes: they name places, or change numbers by rounding.
 INCIDENTAL = {"command", "versions", "processes", "device", "amp", "out", "data_dir", "overwrite"}
-INCIDENTAL |= {"resume", "save_every", "iw_samples"}
+INCIDENTAL |= {"resume", "save_every", "iw_samples", "start"}
 RUN_FILES = ["metrics.json", "checkpoint.pt", "log.jsonl", "samples.txt", "sentences.npz"]
 
 
@@ -112,9 +112,9 @@ class RelativeAdamW(torch.optim.AdamW):
         (group,) = self.param_groups
         weights, grads, means, squares, steps = [], [], [], [], []
         self._init_group(group, weights, grads, means, squares, [], steps)
-        roots = torch.tensor([w.numel() ** 0.5 for w in weights], device=weights[0].device)
-        rms = torch.stack(torch._foreach_norm(weights)) / roots
-        rates = (group["lr"] * rms.clamp(min=1e-3)).unbind()
+        norms = torch._foreach_norm(weights)
+        rms = torch._foreach_div(norms, [weight.numel() ** 0.5 for weight in weights])
+        rates = (group["lr"] * torch.stack(rms).clamp(min=1e-3)).unbind()
         torch._foreach_add_(steps, 1)
         settings = {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
         settings |= {"weight_decay": group["weight_decay"], "amsgrad": False, "maximize": False}
@@ -298,9 +298,12 @@ def run_folder(args, phase):
 
 
 def read_config(folder):
-    """config.json of a folder, {} where there is none."""
-    path = Path(folder, "config.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """config.json of a folder, {} where there is none that is a dict."""
+    try:
+        config = json.loads(Path(folder, "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def claim_folders(settings):
@@ -331,7 +334,7 @@ def barrier():
 
 
 def check_same(out, now):
-    """InputError where a setting is not what it is in the config.json of the run `out`."""
+    """InputError where a setting that matters differs from the config.json of the run `out`."""
     before, now = read_config(out), json.loads(json.dumps(now))
     for name in sorted(now.keys() - INCIDENTAL):
         if before.get(name) != now[name]:
