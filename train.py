@@ -36,7 +36,7 @@ from vae import POOL_LAYERS, POOLINGS, T5VAE, kl_divergence
 
 # Defaults, per phase, of the flags without one of their own. Paper: appendix B and section 5.2.
 PAPER = {"optimizer": "adamw", "lr_schedule": "constant", "denoise": 0.15, "freeze_decoder": True}
-PAPER |= {"kl_target": 0.0, "kl_threshold": 0.5, "kl_anneal_epochs": 50.0}
+PAPER |= {"kl_target": 0.0, "kl_threshold": 0.5}
 BEST = {"optimizer": "adamw-rms", "lr_schedule": "linear", "denoise": 0.0, "freeze_decoder": False}
 BEST |= {"kl_target": 8.0, "kl_threshold": 0.0}
 RECIPES = {
@@ -430,20 +430,28 @@ def load_corpora(model, args):
     return corpora
 
 
+def set_optimizer(args):
+    """The learning rate and epsilon that suit the optimizer, unless flags gave others."""
+    lr, eps = 1e-3, 1e-3
+    if args.optimizer == "adamw-rms":  # no checkpoint of long pretraining has been tried with it
+        lr, eps = 2e-2 if args.model == "tiny" else 5e-3, 1e-8
+    args.lr = lr if args.lr is None else args.lr
+    args.adam_eps = eps if args.adam_eps is None else args.adam_eps
+
+
 def run_phase(args):
     """Train and evaluate one phase in its run folder."""
     out, first = run_folder(args, args.phase), data.processes()[0] == 0
     if (out / "metrics.json").exists():  # only with --resume: otherwise it was deleted
         check_same(out, {name: value for name, value in vars(args).items() if value is not None})
+        (out / "checkpoint.pt").unlink(missing_ok=True)
         print(f"{out} is finished")
         return
     torch.manual_seed(args.seed)
     data.read_texts(args.dataset, "train", args.data_dir)  # before a model is fetched
     model = load_start(args)
     corpora = load_corpora(model, args)
-    if args.lr is None:
-        relative = 2e-2 if args.model == "tiny" else 5e-3
-        args.lr = relative if args.optimizer == "adamw-rms" else 1e-3
+    set_optimizer(args)
     config = vars(args) | {"processes": data.processes()[1]}
     config["data_sha256"] = {split: corpus.sha256 for split, corpus in corpora.items()}
     config["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, np)}
@@ -588,8 +596,8 @@ def phase_settings(args, phase):
     args.kl_schedule = args.kl_schedule or "linear"
     if args.kl_anneal_epochs is None:
         args.kl_anneal_epochs = args.epochs * (0.3 if args.kl_target else 1.0)
-    if args.adam_eps is None:
-        args.adam_eps = 1e-3 if args.optimizer == "adamw" else 1e-8
+        if args.recipe == "paper" and args.kl_schedule == "linear" and not args.kl_target:
+            args.kl_anneal_epochs = 50.0
     if args.amp is None:  # all GPUs have float16
         half = "bf16" if args.device == "cuda" and has_bf16() else "fp16"
         args.amp = half if args.device == "cuda" else "off"

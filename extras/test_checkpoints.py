@@ -1,0 +1,302 @@
+"""Checkpoints as the hub has them, at test size: what loads, what is refused, and how it computes.
+
+Configurations, names of weights and files are those of the named checkpoints. No network: a local
+server speaks the hub's protocol.
+"""
+
+import http.server
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    ByT5Tokenizer,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    T5Tokenizer,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+import data
+import train
+from data import InputError
+from vae import T5VAE, Float32Activation, Float32Output
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_TOKENIZER = ROOT.parent / "shared" / "t5-tokenizer"
+TEXTS = ["the old king sells a boat", "two monks paint <a> clock near the lake: 3 / 4 = 0.75!"]
+TEXTS += ["a quick brown fox jumps over the lazy dog_s ear", "UNKNOWN Extra PAD <extra_id_0> </s>"]
+MARKED = ["a </s> b", "a<pad>b </s>", "the <extra_id_0> king <extra_id_1>", "</s>", "<pad> <pad>"]
+
+SIZE = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 256}
+BASE = SIZE | {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+BASE |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "n_positions": 512}
+BASE |= {"is_encoder_decoder": True, "relative_attention_num_buckets": 8, "dropout_rate": 0.1}
+BASE |= {"initializer_factor": 1.0, "layer_norm_epsilon": 1e-06, "output_past": True}
+SMALL = BASE | {"task_specific_params": {"summarization": {"num_beams": 4, "max_length": 200}}}
+GATED = BASE | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+MT5 = GATED | {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}
+MT5 |= {"tokenizer_class": "T5Tokenizer", "vocab_size": 512, "num_decoder_layers": 2}
+BYT5 = GATED | {"vocab_size": 384, "num_layers": 3, "num_decoder_layers": 1, "d_ff": 56}
+BYT5 |= {"tokenizer_class": "ByT5Tokenizer", "gradient_checkpointing": False}
+EFFICIENT = BASE | {"num_layers": 1, "num_decoder_layers": 3, "d_kv": 12, "num_heads": 3}
+UMT5 = MT5 | {"model_type": "umt5", "architectures": ["UMT5ForConditionalGeneration"]}
+UMT5 |= {"scalable_attention": True, "dense_act_fn": "gelu_new", "is_gated_act": True}
+KINDS = {  # config.json, the weights' file, the tokenizer's files
+    "t5-small": (SMALL, "stray", "tokenizer.json spiece.model tokenizer_config.json"),
+    "t5-small-old": (SMALL, "bin", "tokenizer.json spiece.model"),
+    "t5-base": (SMALL | {"num_layers": 3}, "stray", "tokenizer.json spiece.model"),
+    "t5-v1_1": (GATED, "bin", "spiece.model"),
+    "flan": (GATED, "shards", "tokenizer.json spiece.model tokenizer_config.json"),
+    "mt5": (MT5, "bin", "spiece.model tokenizer_config.json"),
+    "mt5-alone": (MT5, "bin", "alone"),
+    "byt5": (BYT5, "bin", "byt5"),
+    "t5-efficient": (EFFICIENT, "bin", "spiece.model tokenizer.json tokenizer_config.json"),
+    "umt5": (UMT5, "bin", "spiece.model tokenizer.json tokenizer_config.json"),
+    "community": (BASE | {"tie_word_embeddings": False}, "safetensors", "spiece.model"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """{model_type: a folder with all files of its tokenizer}."""
+    folders = {}
+    for kind in "t5", "mt5", "mt5-alone", "umt5":
+        folders[kind] = folder = tmp_path_factory.mktemp(kind)
+        settings = {"vocab_size": 90, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+        if kind != "t5":
+            settings |= {"byte_fallback": True, "vocab_size": 330}
+        if kind == "mt5":
+            settings["user_defined_symbols"] = [f"▁<extra_id_{i}>" for i in range(3)]
+        if kind == "umt5":
+            settings |= {"bos_id": 2, "unk_id": 3}
+        with open(folder / "spiece.model", "wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(TEXTS * 5),
+                model_writer=file,
+                hard_vocab_limit=False,
+                minloglevel=2,
+                **settings,
+            )
+        special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+        special |= {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
+        special["additional_special_tokens"] = None
+        if kind in ("t5", "umt5"):
+            sentinels = [f"<extra_id_{i}>" for i in range(100)]
+            special |= {"extra_ids": 100, "additional_special_tokens": sentinels}
+        (folder / "tokenizer_config.json").write_text(json.dumps(special))
+        if kind == "mt5-alone":
+            continue
+        tokenizer = T5Tokenizer.from_pretrained(folder)
+        content = json.loads(tokenizer._tokenizer.to_str())
+        content["model"] |= {"unk_id": settings["unk_id"]}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folders
+
+
+def make_t5(config, seed=0):
+    """A T5 with weights of T5's sizes, its own head included."""
+    torch.manual_seed(seed)
+    t5 = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**config)).eval()
+    for name, weight in t5.named_parameters():
+        if "relative" in name or "layer_norm" in name:
+            nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
+    if config.get("tie_word_embeddings") is False:
+        t5.lm_head.weight = nn.Parameter(torch.randn_like(t5.lm_head.weight) / 4)
+        t5.config.tie_word_embeddings = False  # what it means: no scale before the head
+    return t5
+
+
+def make_folder(folder, config, weights, files, pieces, t5=None):
+    """The folder of a checkpoint. Returns the T5 in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    t5 = t5 or make_t5(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {name: weight.detach().clone() for name, weight in t5.state_dict().items()}
+    if weights in ("stray", "safetensors"):
+        names = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+        names |= {"lm_head.weight"} if weights == "stray" else set()
+        state = {name: weight for name, weight in state.items() if name not in names}
+    if weights == "stray" or weights == "bin" and config["model_type"] == "t5":
+        stray = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+        state[stray] = torch.randn(config["relative_attention_num_buckets"], config["num_heads"])
+    if weights == "bin":
+        torch.save(state, folder / "pytorch_model.bin")
+    elif weights == "shards":
+        places = {}
+        for i in range(2):
+            name = f"model-0000{i + 1}-of-00002.safetensors"
+            part = {k: state[k] for k in list(state)[i::2]}
+            safetensors.torch.save_file(part, folder / name, {"format": "pt"})
+            places |= dict.fromkeys(part, name)
+        index = {"metadata": {"total_size": 1}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    if files == "byt5":
+        settings = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125, "eos_token": "</s>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    source = pieces["mt5-alone" if files == "alone" else config["model_type"]]
+    for name in "spiece.model", "tokenizer.json", "tokenizer_config.json":
+        if name in files or files == "alone" and name == "spiece.model":
+            (folder / name).write_bytes((source / name).read_bytes())
+    return t5
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, pieces):
+    """checkpoint(kind): its folder and its T5, made once."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("hub") / kind
+            made[kind] = folder, make_folder(folder, *KINDS[kind], pieces)
+        return made[kind]
+
+    return make
+
+
+def from_t5(folder, latent_dim=5, **arguments):
+    torch.manual_seed(1)
+    return T5VAE.from_t5(folder, latent_dim, **arguments)
+
+
+def labels_of(model, texts=TEXTS):
+    rows = [[*r, model.tokenizer.eos_token_id] for r in data.tokenize(texts, model.tokenizer)]
+    return data.pad(rows, model.t5.config.pad_token_id)
+
+
+# ------------------------------------------------------------------------------------- what loads
+
+
+@torch.no_grad()
+def literal(t5, memory, labels):
+    """Logits with T5's own cross-attention: a cache that holds the one key, which is the value."""
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for layer in range(t5.config.num_decoder_layers):
+        one_key = memory[:, layer].view(len(labels), t5.config.num_heads, 1, t5.config.d_kv)
+        cache.cross_attention_cache.update(one_key, one_key, layer)
+        cache.is_updated[layer] = True
+    unread = BaseModelOutput(torch.randn(len(labels), 1, t5.config.d_model))
+    start = t5.prepare_decoder_input_ids_from_labels(labels)
+    return t5(encoder_outputs=unread, decoder_input_ids=start, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_kinds_of_the_hub(kind, checkpoint, tmp_path):
+    folder, t5 = checkpoint(kind)
+    vae = from_t5(folder)
+    assert not vae.training
+    ours, theirs = vae.t5.state_dict(), t5.state_dict()
+    for name, weight in ours.items():
+        name = name.replace("layer.1.o.", "layer.1.EncDecAttention.o.")
+        assert torch.equal(weight, theirs.pop(name)), name
+    assert all("layer.1" in name and "decoder" in name for name in theirs), "and no other is lost"
+    ids, mask = labels_of(vae)
+    vae.w_proj.weight.normal_()
+    z = torch.randn(len(ids), 5)
+    logits = vae.decode(z, ids)
+    torch.testing.assert_close(logits, literal(t5, vae.memory(z), ids), atol=1e-4, rtol=1e-4)
+    assert (logits - literal(t5, vae.memory(z.flip(0)), ids)).abs().max() > 1e-2, "the control"
+    hidden = t5.encoder(ids, mask).last_hidden_state.masked_fill(mask[:, :, None] == 0, -torch.inf)
+    mu, _ = vae.encode(ids, mask)
+    torch.testing.assert_close(mu, vae.w_mu(hidden.amax(1)), atol=1e-4, rtol=1e-4)
+    assert len(vae.generate(z, max_new_tokens=4)) == len(TEXTS)
+    vae.save_pretrained(tmp_path / "vae")
+    again = T5VAE.from_pretrained(tmp_path / "vae")
+    assert torch.equal(again.decode(z, ids), logits)
+    assert torch.equal(again.encode_texts(TEXTS)[0], vae.encode_texts(TEXTS)[0])
+    flags = {"max_new_tokens": 6}
+    assert again.decode_texts(mu, **flags) == vae.decode_texts(mu, **flags)
+
+
+def damaged(folder, kind, pieces):
+    """A folder whose parts do not fit each other, and words that say so."""
+    config, weights, files = KINDS["flan" if kind == "no shard" else "t5-small"]
+    t5, words, model = make_t5(config), [], folder / "model.safetensors"
+    changes = {
+        "large tokenizer": ({"vocab_size": 130}, "159 130"),
+        "pad id": ({"pad_token_id": 3}, "pad_token_id 3"),
+        "eos id": ({"eos_token_id": 2}, "eos_token_id 2"),
+        "no pad id": ({"pad_token_id": None}, "pad_token_id"),
+        "no start": ({"decoder_start_token_id": None}, "decoder_start_token_id"),
+        "other vocabulary": ({"vocab_size": 300}, "shared.weight"),
+        "another T5": ({"model_type": "longt5"}, "longt5"),
+        "nameless": ({"model_type": None}, "model_type"),
+        "odd width": ({"d_model": "32"}, "d_model"),
+        "odd activation": ({"feed_forward_proj": "gated-gated-gelu"}, "feed_forward_proj"),
+    }
+    if kind in changes:
+        change, words = changes[kind]
+        config = {k: v for k, v in (config | change).items() if v is not None}
+        t5 = make_t5(config) if kind == "large tokenizer" else t5
+    make_folder(folder, config, weights, files, pieces, t5)
+    if kind == "incomplete":
+        state = safetensors.torch.load_file(model)
+        del state["encoder.block.1.layer.1.DenseReluDense.wi.weight"]
+        safetensors.torch.save_file(state, model, {"format": "pt"})
+        words = "encoder.block.1.layer.1.DenseReluDense.wi.weight"
+    elif kind == "half a file":
+        model.write_bytes(model.read_bytes()[:20_000])
+    elif kind == "half a bin":
+        model.unlink()
+        torch.save(t5.state_dict(), folder / "pytorch_model.bin")
+        half = (folder / "pytorch_model.bin").read_bytes()[:20_000]
+        (folder / "pytorch_model.bin").write_bytes(half)
+    elif kind == "no shard":
+        (folder / "model-00002-of-00002.safetensors").unlink()
+    elif kind == "no tokenizer":
+        for path in [*folder.glob("tok*"), *folder.glob("spiece*")]:
+            path.unlink()
+        words = "tokenizer"
+    elif kind == "foreign tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    elif kind == "no JSON":
+        (folder / "config.json").write_text("{")
+    return words.split() if words else []
+
+
+DAMAGES = "large tokenizer;pad id;eos id;no pad id;no start;other vocabulary;another T5;nameless"
+DAMAGES += ";odd width;odd activation;incomplete;half a file;half a bin;no shard;no tokenizer"
+DAMAGES += ";foreign tokenizer;no JSON"
+
+
+@pytest.mark.parametrize("kind", DAMAGES.split(";"))
+def test_parts_that_do_not_fit(kind, tmp_path, pieces):
+    words = damaged(tmp_path / "damaged", kind, pieces)
+    files = {"no shard", "no JSON"}  # OSError, as where there is no file
+    with pytest.raises((InputError, OSError) if kind in files else InputError) as refused:
+        from_t5(tmp_path / "damaged")
+    said = str(refused.value)
+    for word in [str(tmp_path / "damaged"), *words]:
+        assert word in said
+    assert "\n" not in said or kind in files, said
+    (tmp_path / "texts.txt").write_text("a king\n" * 3)
+    flags = ["--dataset", tmp_path / "texts.txt", "--phase", 1, "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--model", tmp_path / "damaged"])
+    assert "\n" not in str(stop.value)
+    assert not (tmp_path / "out").exists()
