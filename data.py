@@ -259,7 +259,7 @@ def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0)
     position = torch.arange(input_ids.shape[1], device=real.device)
     end = position == real.sum(1, keepdim=True) - 1
     may_go = drawn.masked_fill(~real | end, -1)
-    largest = may_go == may_go.amax(1, keepdim=True)  # where </s> is alone, all:   # all positions where </s> is alone: hence & real real
+    largest = may_go == may_go.amax(1, keepdim=True)  # of </s> alone: everything, hence & real
     keep = real & (end | largest | (drawn >= prob))
     order = (~keep).int().argsort(dim=1, stable=True)  # kept tokens to the left, in their order
     mask = keep.gather(1, order)[:, : keep.sum(1).max()]
