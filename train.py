@@ -633,10 +633,11 @@ def describe_device(args):
     said = f"device {args.device}, precision {args.amp}"
     if args.device == "cuda":
         return f"{said}: {torch.cuda.get_device_name()}"
-    try:
-        torch.cuda.init()
-    except Exception as error:  # no build for CUDA, no driver or an old one, no GPU
-        said += f" (no CUDA: {str(error).splitlines()[0]})"
+    if not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+        except Exception as error:  # no build for CUDA, no driver or an old one, no GPU
+            said += f" (no CUDA: {str(error).splitlines()[0]})"
     able = torch.cpu.get_capabilities()
     if args.amp == "bf16" and not (able.get("avx512_bf16") or able.get("amx_bf16")):
         said += "; this CPU has no units for bf16, and --amp off will be faster"

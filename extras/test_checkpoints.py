@@ -157,7 +157,7 @@ def make_folder(folder, config, weights, files, pieces, t5=None):
     if files == "byt5":
         settings = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125, "eos_token": "</s>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    source = pieces["mt5-alone" if files == "alone" else config["model_type"]]
+    source = pieces["mt5-alone" if files == "alone" else config["model_type"].removeprefix("long")]
     for name in "spiece.model", "tokenizer.json", "tokenizer_config.json":
         if name in files or files == "alone" and name == "spiece.model":
             (folder / name).write_bytes((source / name).read_bytes())
@@ -236,7 +236,8 @@ def test_kinds_of_the_hub(kind, checkpoint, tmp_path):
 def damaged(folder, kind, pieces):
     """A folder whose parts do not fit each other, and words that say so."""
     config, weights, files = KINDS["flan" if kind == "no shard" else "t5-small"]
-    t5, words, model = make_t5(config), [], folder / "model.safetensors"
+    config = dict(config)
+    t5, words, model = make_t5(config), "", folder / "model.safetensors"
     changes = {
         "large tokenizer": ({"vocab_size": 130}, "159 130"),
         "pad id": ({"pad_token_id": 3}, "pad_token_id 3"),
@@ -244,16 +245,18 @@ def damaged(folder, kind, pieces):
         "no pad id": ({"pad_token_id": None}, "pad_token_id"),
         "no start": ({"decoder_start_token_id": None}, "decoder_start_token_id"),
         "other vocabulary": ({"vocab_size": 300}, "shared.weight"),
-        "another T5": ({"model_type": "longt5"}, "longt5"),
-        "nameless": ({"model_type": None}, "model_type"),
+        "another T5": ({"model_type": "longt5"}, "longt5 t5, mt5, umt5"),
         "odd width": ({"d_model": "32"}, "d_model"),
         "odd activation": ({"feed_forward_proj": "gated-gated-gelu"}, "feed_forward_proj"),
     }
     if kind in changes:
         change, words = changes[kind]
-        config = {k: v for k, v in (config | change).items() if v is not None}
+        config = config | change
         t5 = make_t5(config) if kind == "large tokenizer" else t5
     make_folder(folder, config, weights, files, pieces, t5)
+    if kind == "nameless":
+        del config["model_type"]
+        (folder / "config.json").write_text(json.dumps(config))
     if kind == "incomplete":
         state = safetensors.torch.load_file(model)
         del state["encoder.block.1.layer.1.DenseReluDense.wi.weight"]
@@ -300,3 +303,152 @@ def test_parts_that_do_not_fit(kind, tmp_path, pieces):
         train.main([*flags, "--model", tmp_path / "damaged"])
     assert "\n" not in str(stop.value)
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------ fp16
+
+
+def overflowing(config, latent_dim=5):
+    """A model whose activations reach 1e5 at each wo; where it is gated, before it too."""
+    torch.manual_seed(0)
+    t5_config = AutoConfig.for_model(**config).to_dict() | {"tie_word_embeddings": True}
+    vae = T5VAE(t5_config, latent_dim).eval()
+    vae.w_proj.weight.data.normal_()
+    seen = {}
+    for name, module in vae.named_modules():
+        if isinstance(module, Float32Output):
+            module.register_forward_hook(
+                lambda _, x, y, name=name: seen.update({name: (x[0].abs().max(), y.abs().max())})
+            )
+    gated = "gated" in config.get("feed_forward_proj", "")
+    ids, mask = data.pad([np.arange(3, 30), np.arange(40, 60)], 0)
+    for _ in range(4):  # each wo changes what the next ones see
+        with torch.no_grad():
+            vae.rec(vae.encode(ids, mask)[0], ids)
+        for name, module in vae.named_modules():
+            if name in seen and gated:
+                layer = vae.get_submodule(name.removesuffix(".wo"))
+                for wi in layer.wi_0, layer.wi_1:
+                    wi.weight.data *= (1e5 / seen[name][0]) ** 0.5
+                module.weight.data *= seen[name][0] / seen[name][1]
+            elif name in seen:
+                module.weight.data *= 1e5 / seen[name][1]
+    with torch.no_grad():
+        vae.rec(vae.encode(ids, mask)[0], ids)
+    largest = max(float(max(both)) for both in seen.values())
+    assert 6.6e4 < largest < 1e6
+    return vae, ids, mask
+
+
+def plain(vae):
+    """The same model as transformers makes it, without float32 in wo."""
+    for module in vae.modules():
+        if isinstance(module, Float32Output):
+            module.__class__ = nn.Linear
+        if isinstance(getattr(module, "act", None), Float32Activation):
+            module.act = module.act.activation
+    return vae
+
+
+@pytest.mark.parametrize("config", [SMALL, GATED], ids=["plain", "gated"])
+@torch.no_grad()
+def test_fp16_reaches_as_far_as_a_pretrained_t5(config):
+    vae, ids, mask = overflowing(config)
+    z, names = vae.encode(ids, mask)[0], list(vae.state_dict())
+    rec = vae.rec(z, ids)
+
+    def half(dtype):
+        with torch.autocast("cpu", dtype):
+            return vae.rec(z, ids), *vae.encode(ids, mask)
+
+    fp16, mu, logvar = half(torch.float16)
+    assert (fp16 - rec).abs().max() < 0.01
+    assert mu.isfinite().all()
+    assert logvar.isfinite().all()
+    bf16 = half(torch.bfloat16)
+    plain(vae)
+    assert list(vae.state_dict()) == names
+    assert all(torch.equal(a, b) for a, b in zip(half(torch.bfloat16), bf16, strict=True))
+    assert not half(torch.float16)[0].isfinite().all(), "the control"
+    expected = make_t5(config).state_dict()
+    own = {n.removeprefix("t5.") for n in names if n.startswith("t5.") and "layer.1.o" not in n}
+    assert own <= set(expected), "the names are T5's"
+
+
+def one_of(rank, world, port, argv):
+    """What torchrun does for a process."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train.main(argv)
+
+
+def run_all(world, argv):
+    """The exit codes of the processes of a group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=one_of, args=(i, world, port, argv)) for i in range(world)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    return [child.exitcode for child in children]
+
+
+def training_flags(tmp_path, vae, *more):
+    """A command that trains `vae` on eight texts."""
+    vae.tokenizer = data.train_tokenizer(TEXTS, 60)
+    vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "data").mkdir(exist_ok=True)
+    for split in data.SPLITS:
+        (tmp_path / "data" / f"{split}.txt").write_text("\n".join(TEXTS * 2))
+    flags = ["--dataset", tmp_path / "data", "--init", tmp_path / "vae", "--phase", 1]
+    flags += ["--no-freeze-decoder", "--batch-size", 4, "--log-every", 1, "--amp", "fp16"]
+    return [str(flag) for flag in [*flags, "--out", tmp_path / "out", *more]]
+
+
+def log_of(out):
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["split"] == "train"]
+
+
+@pytest.mark.parametrize(("config", "world"), [(SMALL, 1), (GATED, 1), (GATED, 2)])
+def test_a_hundred_steps_of_fp16(config, world, tmp_path):
+    vae, _, _ = overflowing(config)
+    flags = training_flags(tmp_path, vae, "--epochs", 50 if world == 1 else 10)
+    if world == 1:
+        train.main(flags)
+    else:
+        assert run_all(world, flags) == [0] * world
+    records = log_of(tmp_path / "out" / "phase1")
+    assert len(records) == (100 if world == 1 else 20)
+    assert np.mean([r["rec"] for r in records[-4:]]) < np.mean([r["rec"] for r in records[:4]])
+    assert all("scale" in r for r in records)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_overflow_in_every_step_stops_with_advice_that_works(world, tmp_path, capsys):
+    config = AutoConfig.for_model(**SMALL).to_dict() | {"tie_word_embeddings": False}
+    vae = T5VAE(config, 5)
+    with torch.no_grad():
+        for name, weight in vae.named_parameters():
+            weight *= 3e3 if "lm_head" in name else 1e-2 if "norm" not in name else 1
+    flags = training_flags(tmp_path, vae, "--epochs", 20, "--save-every", 0)
+    if world == 1:
+        with pytest.raises(SystemExit) as stop:
+            train.main(flags)
+        assert "--amp off" in str(stop.value)
+        assert "\n" not in str(stop.value)
+    else:
+        assert run_all(world, flags) == [1, 1]
+    scales = [record["scale"] for record in log_of(tmp_path / "out" / "phase1")]
+    assert len(scales) <= 20
+    assert scales[0] > scales[-1]
+    flags[flags.index("fp16")] = "off"
+    if world == 1:
+        train.main([*flags, "--resume"])
+    else:
+        assert run_all(world, [*flags, "--resume"]) == [0, 0]
+    assert len(log_of(tmp_path / "out" / "phase1")) == 40
