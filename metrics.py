@@ -146,10 +146,9 @@ def by_sentence(found, corpus, counts):
             column[index] = values[name].double().cpu()
         if data.processes()[1] > 1:  # zero where another process has the sentence
             distributed.all_reduce(column)
-        finite = column.view(len(corpus), -1).isfinite().all(1)
-        if not finite.all():
-            text = int(finite.int().argmin())
-            raise FloatingPointError(f"{name} of text {text + 1} of the split is not finite")
+        if not column.isfinite().all():
+            text = (~column.isfinite()).nonzero()[0, 0] + 1
+            raise FloatingPointError(f"{name} of text {text} of the split is not finite")
         columns[name] = column
     return columns
 
