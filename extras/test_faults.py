@@ -1,4 +1,4 @@
-"""Training never loses work: signals, full disks, damaged checkpoints, several processes, mistakes."""
+"""Training never loses work, nor anybody's files: kills, full disks, damage, processes, mistakes."""
 
 # ruff: noqa: F811  # pytest hands fixtures over by name
 import json
@@ -11,11 +11,13 @@ import socket
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import data
 import train
-from test_vae import (  # noqa: F401  # noqa: F401
+from test_vae import (  # noqa: F401
     SHORT,
     TINY,
     command,
@@ -35,91 +37,101 @@ from test_vae import (  # noqa: F401  # noqa: F401
     start,
     tiny_vae,
     train_run,
-    weights,
     whole_run,
 )
+from vae import T5VAE, kl_divergence
+
+KILL = partial(send, signal.SIGKILL)
 
 
 def test_killed_at_random(tmp_path, command, whole_run):
     kills, rng = int(os.environ.get("KILLS", 3)), random.Random(int(os.environ.get("SEED", 0)))
-    out, done, longest = tmp_path / "run", 0, 0.5
+    flags, done, longest = [*command, "--out", tmp_path, "--save-every", 0, "--resume"], 0, 0.5
     while done < kills:
-        child = start(main, *command, "--out", out, "--save-every", 0, "--resume")
+        child = start(main, *flags)
         child.join(rng.uniform(0, longest))
         child.kill()
         child.join()
         if child.exitcode == 0:  # it was quicker: once more, from the beginning
             longest *= 0.8
-            shutil.rmtree(out)
+            shutil.rmtree(tmp_path / "phase2")
         else:
             done += 1
-    assert train_run(main, *command, "--out", out, "--resume") == 0
-    assert same_run(out, whole_run)
-    assert same_log(out, whole_run)
+    assert train_run(main, *flags) == 0
+    assert same_run(tmp_path / "phase2", whole_run)
+    assert same_log(tmp_path / "phase2", whole_run)
 
 
-def test_signals_save_and_leave(tmp_path, command, whole_run):
-    for number, calls in (signal.SIGTERM, 7), (signal.SIGINT, 2):
-        out, report = tmp_path / number.name, tmp_path / "report"
-        flags = [*command, "--out", out]
-        assert train_run(cut, calls, "gradient_step", partial(send, number), *flags, report=report) == 128 + number
-        assert "--resume" in report.read_text()
-        assert saved_state(out)["step"] == calls
-        assert train_run(main, *flags, report=report) == 1, "an unfinished run is not overwritten unasked"
-        assert report.read_text().count("\n") == 1
-        assert train_run(main, *flags, "--resume") == 0
-        assert same_run(out, whole_run)
-        assert same_log(out, whole_run)
+def test_ctrl_c_names_resume_in_one_line(tmp_path, command, whole_run):
+    report, flags = tmp_path / "report", [*command, "--out", tmp_path, "--save-every", 0]
+    interrupt = partial(send, signal.SIGINT)
+    assert train_run(cut, 7, "seed_dropout", interrupt, *flags, report=report) == 130
+    assert report.read_text().count("\n") == 2  # one is for the terminal's ^C
+    assert "--resume" in report.read_text()
+    assert train_run(main, *flags, "--resume") == 0
+    assert same_run(tmp_path / "phase2", whole_run)
 
 
 def test_a_log_that_is_ahead_of_its_checkpoint_is_cut(tmp_path, command, whole_run):
-    """A checkpoint at step 1, a record at step 3, a crash in step 4; then a stop after step 2."""
-    flags = [*command, "--out", tmp_path / "run", "--resume"]
-    for calls, number in (1, signal.SIGTERM), (3, signal.SIGKILL), (1, signal.SIGTERM):
-        code = 143 if number == signal.SIGTERM else -number
-        assert train_run(cut, calls, "gradient_step", partial(send, number), *flags) == code
-    assert saved_state(tmp_path / "run")["step"] == 2
+    """No checkpoint until the epoch's end at step 5: a kill in step 5 leaves a record of step 3."""
+    flags = [*command, "--out", tmp_path, "--resume"]
+    for calls in 5, 9:
+        assert train_run(cut, calls, "seed_dropout", KILL, *flags) == -signal.SIGKILL
+    assert saved_state(tmp_path / "phase2")["step"] == 5
     assert train_run(main, *flags) == 0
-    assert same_log(tmp_path / "run", whole_run)
+    assert same_log(tmp_path / "phase2", whole_run)
 
 
-def test_what_a_finished_or_a_replaced_run_says(tmp_path, home, command):
-    out, report = tmp_path / "run", tmp_path / "report"
-    finished = [*command, "--out", out]
-    assert train_run(main, *finished) == 0
-    before = files_of(out)
-    assert train_run(main, *finished, "--resume", "--lr", 0.1, report=report) == 1
-    assert f"--resume needs the command of {out}: lr was 0.001, not 0.1" in report.read_text()
-    assert train_run(main, *finished, "--resume", "--iw-samples", 5) == 0, "which changes nothing in training"
-    assert files_of(out) == before
-    shutil.copytree(out, tmp_path / "both" / "phase2")
-    both = ["--dataset", home, *TINY, *SHORT, "--out", tmp_path / "both", "--resume"]
+def files_of(out):
+    return {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+
+
+def test_what_a_finished_run_says(tmp_path, home, command, whole_run):
+    report = tmp_path / "report"
+    run = shutil.copytree(whole_run, tmp_path / "phase2")
+    flags, before = [*command, "--out", tmp_path, "--resume"], files_of(run)
+    assert train_run(main, *flags, "--lr", 0.1, report=report) == 1
+    assert f"--resume needs the command of {run}: lr was 0.001, not 0.1" in report.read_text()
+    assert train_run(main, *flags, "--iw-samples", 5) == 0, "which changes nothing in training"
+    assert train_run(main, *command, "--out", tmp_path, report=report) == 1
+    assert "holds a run: --resume it" in report.read_text()
+    both = ["--dataset", home, *TINY, *SHORT, "--out", tmp_path, "--resume"]
     assert train_run(main, *both, report=report) == 1, "its phase 1 is not there"
     assert "phase2 holds a run: --resume it (phase 1 first)" in report.read_text()
-    assert (tmp_path / "both" / "phase2" / "metrics.json").exists()
-    assert train_run(cut, 1, "train", partial(send, signal.SIGKILL), *finished, "--overwrite") == -signal.SIGKILL
-    assert train_run(main, *command, "--init", out, "--out", tmp_path / "next", report=report) == 1
-    assert "model.safetensors" in report.read_text(), "the old model is gone"
+    assert files_of(run) == before
 
 
-def test_ctrl_c_works_again_after_a_run_that_failed(tmp_path, home, command, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(train, "gradient_step", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train.main([*command, "--out", tmp_path / "run"])
-    assert signal.getsignal(signal.SIGINT) is before
+def test_files_of_others_are_never_touched(tmp_path, home):
+    """A run folder with files that no run wrote is refused, with and without --overwrite."""
+    flags = ["--dataset", home, *TINY, *SHORT, "--phase", 1, "--epochs", 0, "--out", tmp_path]
+    report, run = tmp_path / "report", tmp_path / "phase1"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "model.safetensors").write_bytes(b"somebody's T5")
+    for more in [], ["--overwrite"], ["--resume"]:
+        assert train_run(main, *flags, *more, report=report) == 1
+        assert "holds model, which no run wrote" in report.read_text()
+    assert (run / "model" / "model.safetensors").read_bytes() == b"somebody's T5"
+    shutil.rmtree(run)
+    assert train_run(main, *flags) == 0
+    (run / "notes.txt").write_text("mine")
+    assert train_run(main, *flags, "--overwrite", report=report) == 1
+    assert "holds notes.txt" in report.read_text()
+    (run / "notes.txt").rename(run / ".notes")  # hidden files are nobody's business
+    assert train_run(main, *flags, "--overwrite") == 0
+    assert (run / ".notes").read_text() == "mine"
 
 
 @pytest.fixture(scope="module")
 def stopped(home, command):
-    """A run that was stopped after step 7."""
-    out = home / "stopped"
-    assert train_run(cut, 7, "gradient_step", partial(send, signal.SIGTERM), *command, "--out", out) == 143
-    return out
+    """A run that was killed after step 6."""
+    flags = [*command, "--out", home / "stopped", "--save-every", 0]
+    assert train_run(cut, 7, "seed_dropout", KILL, *flags) == -signal.SIGKILL
+    return home / "stopped"
 
 
 def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, command, stopped):
-    report = tmp_path / "report"
+    report, out = tmp_path / "report", tmp_path / "run"
+    flags = [*command, "--out", out, "--resume"]
 
     class Bomb:
         def __reduce__(self):
@@ -129,63 +141,238 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, comma
         os.truncate(path, path.stat().st_size // 2)
 
     for harm in halve, lambda path: torch.save(Bomb(), path), lambda path: path.write_bytes(b""):
-        out = shutil.copytree(stopped, tmp_path / "run")
-        harm(out / "checkpoint.pt")
-        assert train_run(main, *command, "--out", out, "--resume", report=report) == 1
+        shutil.copytree(stopped, out)
+        harm(out / "phase2" / "checkpoint.pt")
+        assert train_run(main, *flags, report=report) == 1
         assert "checkpoint.pt is damaged" in report.read_text()
         assert report.read_text().count("\n") == 1
         shutil.rmtree(out)
     assert not (tmp_path / "exploded").exists()
-    out = shutil.copytree(stopped, tmp_path / "run")
+    shutil.copytree(stopped, out)
     before = files_of(out)
-    for flags, word in (["--lr", 0.1], "lr was 0.001"), (["--kl-target", 3], "kl_target was 0.2"):
-        assert train_run(main, *command, *flags, "--out", out, "--resume", report=report) == 1
+    for more, word in (["--lr", 0.1], "lr was 0.001"), (["--kl-target", 3], "kl_target was 0.2"):
+        assert train_run(main, *flags, *more, report=report) == 1
         assert word in report.read_text()
         assert files_of(out) == before
-    config = json.loads((out / "config.json").read_text()) | {"of_another_version": 1}
-    (out / "config.json").write_text(json.dumps(config))
-    assert train_run(main, *command, "--out", out, "--resume", report=report) == 1
-    assert "of_another_version was 1, not None" in report.read_text()
-
-
-def files_of(out):
-    return {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+    assert train_run(main, *flags, "--amp", "bf16") == 0, "the precision may change"
 
 
 def test_full_disk(tmp_path, command, whole_run):
     """The fifth checkpoint finds no room: the fourth stays."""
-    import resource
-
-    command, report = [*command, "--out", tmp_path / "run", "--save-every", 0], tmp_path / "report"
+    resource = pytest.importorskip("resource")
+    flags, report = [*command, "--out", tmp_path, "--save-every", 0], tmp_path / "report"
     full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    assert train_run(cut, 5, "torch.save", full, *command, report=report) == 1
-    assert saved_state(tmp_path / "run")["step"] == 4
-    assert train_run(main, *command, "--resume") == 0
-    assert same_run(tmp_path / "run", whole_run)
+    assert train_run(cut, 5, "torch.save", full, *flags, report=report) == 1
+    assert saved_state(tmp_path / "phase2")["step"] == 4
+    assert train_run(main, *flags, "--resume") == 0
+    assert same_run(tmp_path / "phase2", whole_run)
 
 
-def test_not_a_number_ends_the_run_before_it_reaches_the_weights(tmp_path, command):
-    report, out = tmp_path / "report", tmp_path / "run"
-    assert train_run(poisoned, 7, *command, "--save-every", 0, "--out", out, report=report) == 1
-    assert report.read_text().count("\n") == 1
-    assert "texts [" in report.read_text()
-    state = saved_state(out)
-    assert state["step"] == 6
-    assert all(tensor.isfinite().all() for tensor in state["objective"].values())
+# ---------------------------------------------------------------------------- a step and its pieces
 
 
 def poisoned(calls, *args, report):
-    """main, in which the loss of step number `calls` is NaN."""
-    forward, count = train.ELBO.forward, 0
+    """main, in which rec of step number `calls` is NaN."""
+    forward, count = T5VAE.forward, 0
 
-    def counted(*args):
+    def counted(self, batch):
         nonlocal count
         count += 1
-        terms = forward(*args)
-        return terms | {"loss": terms["loss"] * math.nan} if count == calls else terms
+        rec, kl = forward(self, batch)
+        return (rec * math.nan if count == calls else rec), kl
 
-    train.ELBO.forward = counted
+    T5VAE.forward = counted
     main(*args, report=report)
+
+
+def test_not_a_number_ends_the_run_before_it_reaches_the_weights(tmp_path, command):
+    report, flags = tmp_path / "report", [*command, "--save-every", 0, "--out", tmp_path]
+    assert train_run(poisoned, 7, *flags, report=report) == 1
+    assert report.read_text().count("\n") == 1
+    assert "step 6: the loss is nan" in report.read_text()
+    assert "texts [" in report.read_text()
+    state = saved_state(tmp_path / "phase2")
+    assert state["step"] == 6
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_a_mistake_in_the_code_is_a_traceback(tmp_path, command, monkeypatch):
+    """Somebody who changes vae.py sees where, also if it is a ValueError."""
+    monkeypatch.setattr(T5VAE, "reparameterize", lambda *args, **kwargs: int("a mistake"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        train.main([*map(str, command), "--out", str(tmp_path)])
+
+
+def test_float16_skips_a_step_that_overflows_but_not_for_ever():
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=True)
+    for scale, ends in (4.0, False), (0.5, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
+        scaler.scale(torch.ones(()))
+        means = {"loss": 1.0, "grad_norm": math.inf}
+        if ends:
+            with pytest.raises(FloatingPointError, match="--resume with --amp off"):
+                train.check_finite(means, 0, np.arange(2), scaler)
+        else:
+            train.check_finite(means, 0, np.arange(2), scaler)
+            assert means == {"loss": 1.0, "grad_norm": 0.0, "scale": 4.0}
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    for loss, norm in (math.nan, 1.0), (1.0, math.inf):
+        with pytest.raises(FloatingPointError, match="smaller --lr"):
+            train.check_finite({"loss": loss, "grad_norm": norm}, 3, np.arange(2), off)
+
+
+def step_of(cls, relative=True, **settings):
+    """How far weights of four sizes move in one step with equal gradients."""
+    weights = [torch.nn.Parameter(torch.full((3,), size)) for size in (0.01, 1.0, 100.0, 0.0)]
+    optimizer = cls(weights, lr=0.1, weight_decay=0.0, fused=True)
+    before = [w.detach().clone() for w in weights]
+    for w in weights:
+        w.grad = torch.full((3,), 5.0)
+    optimizer.step()
+    return [(b - w).mean().item() for b, w in zip(before, weights, strict=True)]
+
+
+def test_relative_steps_follow_the_size_of_each_weight():
+    relative = step_of(train.RelativeAdamW)
+    assert relative == pytest.approx([0.001, 0.1, 10.0, 0.0001], rel=1e-3), "a zero can move, too"
+    assert step_of(torch.optim.AdamW) == pytest.approx([0.1] * 4, rel=1e-3), "the control"
+
+
+def test_relative_steps_are_adamws_with_a_rate_per_weight():
+    """Ten steps equal those of torch's AdamW with one group per weight, whose rate is set by hand."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(4, 3) * size) for size in (0.01, 1.0, 30.0)]
+    theirs = [torch.nn.Parameter(w.detach().clone()) for w in ours]
+    one = train.RelativeAdamW(ours, lr=0.02, eps=1e-8, fused=True)
+    many = torch.optim.AdamW([{"params": [w]} for w in theirs], eps=1e-8, fused=True)
+    for _ in range(10):
+        for a, b, group in zip(ours, theirs, many.param_groups, strict=True):
+            a.grad = torch.randn(4, 3)
+            b.grad = a.grad.clone()
+            group["lr"] = 0.02 * max(1e-3, b.detach().square().mean().sqrt().item())
+        one.step()
+        many.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_controller_anneals_rests_and_leads_the_kl_to_its_target():
+    def controller(integral, anneal_steps=100):
+        made = train.KLController(8.0, anneal_steps)
+        made.integral = integral
+        return made
+
+    far, near = controller(0.3), controller(0.3)
+    assert far.update(80.0) == pytest.approx(0.31), "far above the target: linear annealing"
+    assert near.update(8.0) == pytest.approx(0.1), "at the target the integral rests"
+    assert (far.integral, near.integral) == (pytest.approx(0.31), pytest.approx(0.3))
+    assert (controller(0.0).update(1.0), controller(2.0).update(80.0)) == (0, 2)
+    half = controller(0.3)
+    half.ratio = 0.5  # KL of held-out texts is half of that in training
+    assert half.update(16.0) == pytest.approx(0.1)
+
+    def lowest_kl(
+        brake,
+    ):  # of a latent whose KL answers the weight late and steeply, as in training
+        made, kl, low = controller(0.0, 400), 100.0, 100.0
+        for _ in range(8000):
+            weight = made.update(kl)
+            weight = weight if brake else made.integral
+            kl += (min(100, 8 * (0.95 / max(weight, 0.01)) ** 10) - kl) / 50
+            low = min(low, kl)
+        assert (kl, weight) == pytest.approx((8, 0.95), rel=0.01)
+        return low
+
+    assert lowest_kl(brake=True) > 6
+    assert lowest_kl(brake=False) < 4
+
+
+def test_the_controller_leads_the_kl_of_held_out_texts(tmp_path, command, monkeypatch):
+    seen, update = [], train.KLController.update
+
+    def watched(self, kl):
+        seen.append((kl, self.ratio, update(self, kl)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(train.KLController, "update", watched)
+    train.main([*map(str, command), "--log-every", "1", "--out", str(tmp_path)])
+    records = [r for r in log_records(tmp_path / "phase2") if r["split"] == "train"]
+    assert [r["kl"] for r in records] == [kl for kl, _, _ in seen]
+    assert [r["kl_weight"] for r in records[1:]] == [weight for _, _, weight in seen[:-1]]
+    assert len({ratio for _, ratio, _ in seen}) == 2, "one for each epoch"
+    assert max(abs(ratio - 1) for _, ratio, _ in seen) > 0.01
+
+
+def test_the_kl_threshold_holds_each_dimension_of_each_sentence(tmp_path, quiet):
+    """The loss of one step at weight 1 is rec + the sum of max(threshold, KL) of each dimension."""
+    flags = [*quiet[:-2], "--kl-schedule", "constant", "--kl-threshold", 0.3, "--log-every", 1]
+    losses = []
+
+    def watched(*args):
+        forward = T5VAE.forward
+
+        def kept(self, batch):
+            rec, kl = forward(self, batch)
+            losses.append((rec + kl.clamp(min=0.3).sum(1)).mean().item())
+            return rec, kl
+
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(T5VAE, "forward", watched())
+        train.main([*map(str, flags), "--out", str(tmp_path)])
+    records = [r for r in log_records(tmp_path / "phase2") if r["split"] == "train"]
+    assert [r["loss"] for r in records] == pytest.approx(losses, rel=1e-5)
+    assert all(r["loss"] > r["rec"] + r["kl"] for r in records), "the threshold was above some KL"
+    mu, logvar = torch.tensor([0.4, 1.0, 2.0], requires_grad=True), torch.zeros(3)
+    kl_divergence(mu, logvar).clamp(min=0.3).sum().backward()
+    assert mu.grad.tolist() == [0, 1, 2], "below the threshold nothing pushes"
+
+
+def test_what_is_exponentiated_is_float32_under_autocast():
+    model = tiny_vae()
+    ids, mask = random_texts(8, 12)
+    eps = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    batch = data.Batch(ids, mask, ids, torch.arange(8), eps)
+    exact = model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(batch)
+        mu, logvar = model.encode(ids, mask)
+        logits = model.decode(mu, ids)
+    assert logits.dtype == torch.bfloat16, "the control: autocast is on"
+    assert {t.dtype for t in (mu, logvar, *half)} == {torch.float32}
+    assert not torch.equal(mu, mu.bfloat16().float()), "mu is not a rounded number"
+    for ours, value in zip(half, exact, strict=True):
+        torch.testing.assert_close(ours, value, rtol=0.05, atol=0.2)
+
+
+def test_dropout_is_the_configurations_unless_it_is_given(home, tmp_path, monkeypatch):
+    found, original = [], train.train
+
+    def look(model, *args):
+        modules = list(model.modules())
+        numbers = [getattr(module, "dropout", None) for module in modules]
+        of_attention = {number for number in numbers if isinstance(number, float)}
+        found.append(of_attention | {m.p for m in modules if isinstance(m, torch.nn.Dropout)})
+        return original(model, *args)
+
+    monkeypatch.setattr(train, "train", look)
+    flags = ["--dataset", home, "--init", home / "dropout", *SHORT, "--epochs", 0, "--overwrite"]
+    for more in [], ["--phase", 2], ["--phase", 2, "--dropout", 0.3]:
+        train.main([*map(str, [*flags, *more]), "--out", str(tmp_path)])
+    assert found == [{0.1}, {0.1}, {0.1}, {0.3}]
+
+
+def test_no_dropout_comes_right_before_pooling():
+    vae = tiny_vae(dropout_rate=0.5).train()
+    ids, mask = random_texts(3, 9)
+    once, again = vae.encode(ids, mask)[0], vae.encode(ids, mask)[0]
+    assert not torch.equal(once, again), "the control: dropout elsewhere"
+    vae.t5.encoder.block.eval()
+    assert torch.equal(vae.encode(ids, mask)[0], vae.encode(ids, mask)[0])
+
+
+# ------------------------------------------------------------------------------- several processes
 
 
 def one_of(rank, world, port, job, *args, **kwargs):
@@ -206,39 +393,48 @@ def run_all(*jobs):
 
 @pytest.mark.parametrize(("phase", "batch_size", "count"), [(1, 5, 2), (2, 5, 3), (2, 1, 2)])
 def test_processes_give_the_same_result(tmp_path, home, phase, batch_size, count):
-    """With 23 texts the last batch has 3; with one text per step the other process has nothing to do."""
-    command = ["--dataset", home, "--phase", phase, "--init", home / "vae", *SHORT, "--lr-schedule", "linear"]
-    command += ["--batch-size", batch_size] + (["--kl-target", 2] if phase == 2 else [])
-    assert train_run(main, *command, "--out", tmp_path / "one") == 0
-    assert run_all(*[(main, *command, "--out", tmp_path / "more")] * count) == [0] * count
-    assert distance(tmp_path / "one", tmp_path / "more") < 1e-5
-    assert distance(tmp_path / "one", home / "vae") > 1e-3, "the control: they were trained"
-    for one, more in zip(log_records(tmp_path / "one"), log_records(tmp_path / "more"), strict=True):
-        numbers = {name for name, value in one.items() if isinstance(value, int | float)}
-        assert [more[name] for name in numbers] == pytest.approx([one[name] for name in numbers], rel=1e-3, abs=1e-4)
+    """With 23 texts the last batch has 3; of one text per step, one process has nothing to do."""
+    flags = ["--dataset", home, "--phase", phase, "--init", home / "vae", *SHORT]
+    flags += ["--lr-schedule", "linear", "--batch-size", batch_size]
+    flags += ["--kl-target", 2] if phase == 2 else []
+    assert train_run(main, *flags, "--out", tmp_path / "one") == 0
+    assert run_all(*[(main, *flags, "--out", tmp_path / "more")] * count) == [0] * count
+    one, more = (tmp_path / name / f"phase{phase}" for name in ("one", "more"))
+    assert distance(one, more) < 5e-5
+    assert distance(one, home / "vae") > 1e-3, "the control: they were trained"
+    for a, b in zip(log_records(one), log_records(more), strict=True):
+        numbers = {name for name, value in a.items() if isinstance(value, int | float)}
+        found = [b[name] for name in numbers]
+        assert found == pytest.approx([a[name] for name in numbers], rel=1e-3, abs=1e-4)
+
+
+def test_processes_resume_after_a_kill(tmp_path, quiet):
+    flags = [*quiet, "--save-every", 0]
+    assert run_all(*[(main, *flags, "--out", tmp_path / "whole")] * 2) == [0, 0]
+    killed = (cut, 7, "seed_dropout", KILL, *flags, "--out", tmp_path / "cut")
+    assert run_all(killed, killed) == [-signal.SIGKILL] * 2
+    assert run_all(*[(main, *flags, "--out", tmp_path / "cut", "--resume")] * 2) == [0, 0]
+    assert same_run(tmp_path / "cut" / "phase2", tmp_path / "whole" / "phase2")
+    assert same_log(tmp_path / "cut" / "phase2", tmp_path / "whole" / "phase2")
 
 
 def test_language_model_in_two_processes(tmp_path, home):
     """Nothing that trains is left out of the loss: DistributedDataParallel would complain."""
-    args = ["--dataset", home, *TINY, *SHORT, "--phase", 2, "--no-latent", "--out", tmp_path / "run"]
-    assert run_all(*[(main, *args)] * 2) == [0, 0]
+    flags = ["--dataset", home, *TINY, *SHORT, "--no-latent", "--out", tmp_path]
+    assert run_all(*[(main, *flags)] * 2) == [0, 0]
 
 
 def test_evaluation_split_among_processes(tmp_path, quiet):
-    flags = ["--epochs", 0, "--batch-size", 2]
-    assert train_run(main, *quiet, *flags, "--out", tmp_path / "one") == 0
-    assert run_all(*[(main, *quiet, *flags, "--out", tmp_path / "three")] * 3) == [0, 0, 0]
-    one, three = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("one", "three"))
+    """The test split is one batch: two of three processes have none."""
+    flags = [*quiet, "--epochs", 0]
+    assert train_run(main, *flags, "--out", tmp_path / "one") == 0
+    assert run_all(*[(main, *flags, "--out", tmp_path / "three")] * 3) == [0, 0, 0]
+    one, three = (
+        json.loads((tmp_path / out / "phase2" / "metrics.json").read_text())
+        for out in ("one", "three")
+    )
     assert one == three
     assert one["rec"] != one["rec_prior"]
-
-
-def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, quiet):
-    args = [*quiet, "--out", tmp_path / "run"]
-    codes = run_all((main, *args), (cut, 7, "gradient_step", partial(send, signal.SIGTERM), *args))
-    assert codes == [143, 143]
-    assert saved_state(tmp_path / "run")["step"] == 7
-    assert run_all(*[(main, *args, "--resume")] * 2) == [0, 0]
 
 
 def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
@@ -256,119 +452,101 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
     for bf16, amp in (True, "bf16"), (False, "fp16"):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, b=bf16: b)
         flags = ["--dataset", "grammar", "--device", "cuda"]
-        assert train.parse_args(train.make_parser(), flags).amp == amp
+        assert train.parse_args(flags)[0].amp == amp
         with pytest.raises(Enough, match="^cpu:gloo,cuda:nccl$"):
             train.main(flags)
     with pytest.raises(Enough, match="^gloo$"):
         train.main(["--dataset", "grammar", "--device", "cpu"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--phase 1", "--dataset is missing"),
-        ("--phase 0", "invalid choice: 0"),
-        ("--dataset grammar --phase 2 1", "--phase is [2, 1]"),
-        ("--dataset grammar --phase 1 1", "--phase is [1, 1]"),
-        ("--dataset grammar --epochs 1 2 3", "--epochs has 3 values for 2 phases"),
-        ("--dataset grammar --phase 1 --epochs 1 2", "--epochs has 2 values for 1 phases"),
-        ("--dataset grammar --lr 1 1 1", "--lr has 3 values"),
-        ("--dataset grammar --dropout 0 0 0.1", "--dropout has 3 values"),
-        ("--dataset grammar --dropout 0 1", "1 is not in [0, 1)"),
-        ("--dataset grammar --epochs -1", "-1 is not in [0, inf)"),
-        ("--dataset grammar --epochs 1.5", "1.5"),
-        ("--dataset grammar --lr inf", "inf is not in [0, inf)"),
-        ("--dataset grammar --lr nan", "nan is not in"),
-        ("--dataset grammar --lr=-1e-3", "-1e-3 is not in"),
-        ("--dataset grammar --clip nan", "nan is not in"),
-        ("--dataset grammar --adam-eps inf", "inf is not in"),
-        ("--dataset grammar --denoise 1", "1 is not in [0, 1)"),
-        ("--dataset grammar --denoise -0.1", "-0.1 is not in [0, 1)"),
-        ("--dataset grammar --batch-size 0", "0 is not in [1, inf)"),
-        ("--dataset grammar --max-length 1", "1 is not in [2, inf)"),
-        ("--dataset grammar --limit 0", "0 is not in"),
-        ("--dataset grammar --latent-dim 0", "0 is not in"),
-        ("--dataset grammar --iw-samples 0", "0 is not in"),
-        ("--dataset grammar --log-every 0", "0 is not in"),
-        ("--dataset grammar --seed -1", "-1 is not in"),
-        ("--dataset grammar --seed 9223372036854775808", "9223372036854775808 is not in [0, 9223372036854775808)"),
-        ("--dataset grammar --save-every nan", "nan is not in"),
-        ("--dataset grammar --kl-target -1", "-1 is not in"),
-        ("--dataset grammar --kl-target 8 --kl-threshold 1", "--kl-target 8 takes no {'kl_threshold'}"),
-        ("--dataset grammar --kl-target 8 --kl-schedule linear", "takes no {'kl_schedule'}"),
-        ("--dataset grammar --kl-threshold inf", "inf is not in"),
-        ("--dataset grammar --kl-schedule sine", "invalid choice: 'sine'"),
-        ("--dataset grammar --kl-cycles 0", "0 is not in"),
-        ("--dataset grammar --kl-anneal-epochs nan", "nan is not in"),
-        ("--dataset grammar --pool sum", "invalid choice: 'sum'"),
-        ("--dataset grammar --recipe worst", "invalid choice: 'worst'"),
-        ("--dataset grammar --amp fp8", "invalid choice: 'fp8'"),
-        ("--dataset grammar --optimizer adamw-rms --adam-eps 1e-8", "--adam-eps is a setting of --optimizer adamw"),
-        ("--dataset grammar --recipe best --adam-eps 1e-8", "--adam-eps is a setting of --optimizer adamw"),
-        ("--dataset grammar --d-model 30 --heads 4", "--d-model 30 is not a multiple of --heads 4"),
-        ("--dataset grammar --no-latent", "--no-latent has no encoder to warm up"),
-        ("--dataset grammar --resume --overwrite", "leave one out"),
-        ("--dataset grammar --device cuda", "torch finds no GPU"),
-        ("--dataset no/such/folder --model tiny", "no train.txt in"),
-        ("--dataset no/such/folder --model no/such/t5 --phase 1", "no train.txt in"),
-        ("--dataset grammar --model no/such/t5 --phase 1", "no/such/t5, which is neither a folder with a model"),
-        ("--dataset grammar --phase 2", "runs/grammar/phase1, which is neither a folder with a model"),
-        ("--dataset grammar --model tiny --vocab-size 3", "vocab_size is 3"),
-        ("--dataset {home} --phase 2 --init {home}/vae --latent-dim 5", "latent_dim is 5, but"),
-        ("--dataset {home} --phase 2 --init {home}/vae --pool mean", "pooling is 'mean', but"),
-        ("--dataset {home} --phase 2 --init {home}/vae --pool-layers all", "pool_layers is 'all', but"),
-        ("--dataset {home} --phase 2 --init {home}/vae --model t5-base", "model is 't5-base', but"),
-        ("--dataset {home} --phase 2 --init {home}/vae --d-model 64", "d_model is 64, but"),
-    ],
-)
+# ----------------------------------------------------------------------------------------- mistakes
+
+MISTAKES = [
+    ("--phase 1", "--dataset is missing"),
+    ("--recipe best", "--dataset is missing"),
+    ("--dataset grammar --phase 0", "invalid choice: 0"),
+    ("--dataset grammar --phase 1 2", "unrecognized arguments: 2"),
+    ("--dataset grammar --dropout 1", "--dropout is 1.0; it must be at least 0 and less than 1"),
+    ("--dataset grammar --epochs -1", "--epochs is -1; it must be at least 0"),
+    ("--dataset grammar --epochs 1.5", "1.5"),
+    ("--dataset grammar --lr inf", "--lr is inf"),
+    ("--dataset grammar --lr nan", "--lr is nan"),
+    ("--dataset grammar --lr=-1e-3", "--lr is -0.001"),
+    ("--dataset grammar --clip nan", "--clip is nan"),
+    ("--dataset grammar --adam-eps inf", "--adam-eps is inf"),
+    ("--dataset grammar --denoise 1", "--denoise is 1.0"),
+    ("--dataset grammar --denoise=-0.1", "--denoise is -0.1"),
+    ("--dataset grammar --batch-size 0", "--batch-size is 0; it must be at least 1"),
+    ("--dataset grammar --max-length 1", "--max-length is 1; it must be at least 2"),
+    ("--dataset grammar --limit 0", "--limit is 0"),
+    ("--dataset grammar --latent-dim 0", "--latent-dim is 0"),
+    ("--dataset grammar --iw-samples 0", "--iw-samples is 0"),
+    ("--dataset grammar --log-every 0", "--log-every is 0"),
+    ("--dataset grammar --seed -1", "--seed is -1"),
+    ("--dataset grammar --seed 9223372036854775808", "--seed is 9223372036854775808"),
+    ("--dataset grammar --save-every nan", "--save-every is nan"),
+    ("--dataset grammar --kl-target=-1", "--kl-target is -1.0"),
+    ("--dataset grammar --kl-target 8 --kl-threshold 0", "--kl-target takes no --kl-threshold"),
+    ("--dataset grammar --kl-target 8 --kl-schedule linear", "and no --kl-schedule"),
+    ("--dataset grammar --kl-threshold inf", "--kl-threshold is inf"),
+    ("--dataset grammar --kl-schedule sine", "invalid choice: 'sine'"),
+    ("--dataset grammar --kl-anneal-epochs nan", "--kl-anneal-epochs is nan"),
+    ("--dataset grammar --pool sum", "invalid choice: 'sum'"),
+    ("--dataset grammar --recipe worst", "invalid choice: 'worst'"),
+    ("--dataset grammar --amp fp8", "invalid choice: 'fp8'"),
+    ("--dataset grammar --d-model 30", "--d-model is 30; it must be a multiple of --heads, 4"),
+    ("--dataset grammar --heads 3", "--d-model is 128; it must be a multiple of --heads, 3"),
+    ("--dataset grammar --no-latent --phase 1", "--no-latent has no encoder"),
+    ("--dataset grammar --no-latent --latent-dim 5", "no --latent-dim"),
+    ("--dataset grammar --resume --overwrite", "leave one out"),
+    ("--dataset grammar --device cuda", "torch finds no GPU"),
+    ("--dataset no/such/folder --model tiny", "no train.txt in"),
+    ("--dataset no/such/folder --model no/such/t5 --phase 1", "no train.txt in"),
+    ("--dataset grammar --model no/such/t5 --phase 1", "cannot start from no/such/t5"),
+    ("--dataset grammar --phase 2", "cannot start from runs/grammar/phase1"),
+    ("--dataset grammar --model tiny --vocab-size 3", "vocab_size is 3"),
+    ("--dataset {home} --phase 2 --init {home}/vae --latent-dim 5", "--latent-dim is 5, but"),
+    ("--dataset {home} --phase 2 --init {home}/vae --pool mean", "--pool is mean, but"),
+    ("--dataset {home} --phase 2 --init {home}/vae --pool-layers all", "--pool-layers is all, but"),
+    ("--dataset {home} --phase 2 --init {home}/vae --model t5-base", "--model is t5-base, but"),
+    ("--dataset {home} --phase 2 --init {home}/vae --d-model 64", "--d-model is 64, but"),
+    ("--dataset {home} --no-latent --init {home}/vae", "--latent-dim is 0, but"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), MISTAKES)
 def test_mistakes_are_told_in_one_line(flags, words, home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as stop:
         train.main(flags.format(home=home).split())
-    said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+    said = stop.value.code
+    if not isinstance(said, str):
+        said = capsys.readouterr().err.splitlines()[-1]
     assert words in said, said
     assert said.startswith("train.py: ")
     assert "\n" not in said
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-def test_dropout_is_the_configurations_unless_it_is_given(home):
-    def rates(*flags):
-        """A set for each phase: the rates of its dropout layers and of its attention."""
-        found = []
-
-        def look(model):
-            modules = list(model.modules())
-            of_attention = {m.dropout for m in modules if isinstance(getattr(m, "dropout", None), float)}
-            found.append(of_attention | {m.p for m in modules if isinstance(m, torch.nn.Dropout)})
-
-        start = ["--dataset", home, "--init", home / "dropout", *SHORT, "--epochs", 0, "--overwrite"]
-        train.main([*start, "--out", home / "rates", *flags], transform=look)
-        return found
-
-    assert rates("--phase", 2) == [{0.1}]
-    assert rates("--phase", 2, "--dropout", 0.3) == [{0.3}]
-    assert rates("--phase", 1, 2, "--dropout", 0.3) == [{0.3}, {0.3}]
-    assert rates("--phase", 1, 2, "--dropout", 0, 0.3) == [{0.0}, {0.3}]
-
-
-def test_no_dropout_comes_right_before_pooling():
-    vae = tiny_vae(dropout_rate=0.5).train()
-    ids, mask = random_texts(3, 9)
-    assert not torch.equal(vae.encode(ids, mask)[0], vae.encode(ids, mask)[0]), "the control: dropout elsewhere"
-    vae.t5.encoder.block.eval()
-    assert torch.equal(vae.encode(ids, mask)[0], vae.encode(ids, mask)[0])
+def test_a_language_model_is_no_start_for_a_vae(tmp_path, home):
+    flags, report = ["--dataset", home, *SHORT, "--epochs", 0, "--out", tmp_path], tmp_path / "say"
+    assert train_run(main, *flags, *TINY, "--no-latent") == 0
+    start = ["--phase", 2, "--init", tmp_path / "lm", "--kl-target", 8]
+    assert train_run(main, *flags, *start, report=report) == 1
+    assert "is a language model: a VAE cannot start from it" in report.read_text()
 
 
 def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path, home, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for parent in "a", "b":
-        shutil.copytree(home, tmp_path / parent / "x", ignore=lambda d, names: [n for n in names if "txt" not in n])
-    flags = [*SHORT, "--epochs", 0]
+        (tmp_path / parent / "x").mkdir(parents=True)
+        for split in data.SPLITS:
+            shutil.copy(home / f"{split}.txt", tmp_path / parent / "x")
+    flags, report = [*SHORT, "--epochs", 0], tmp_path / "report"
     assert train_run(main, "--dataset", "a/x", "--phase", 1, *TINY, *flags) == 0
-    report = tmp_path / "report"
     assert train_run(main, "--dataset", "b/x", "--phase", 2, *flags, report=report) == 1
-    assert "dataset is 'b/x', but runs/x/phase1 was made with 'a/x'" in report.read_text()
-    assert train_run(main, "--dataset", "b/x", "--phase", 2, "--init", "runs/x/phase1", *flags) == 0
+    assert "--dataset is b/x, but runs/x/phase1 has a/x" in report.read_text()
+    init = ["--init", "runs/x/phase1"]
+    assert train_run(main, "--dataset", "b/x", "--phase", 2, *init, *flags) == 0
     assert train_run(main, "--dataset", "a/x", "--phase", 2, *flags, "--overwrite") == 0
