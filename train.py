@@ -407,8 +407,9 @@ def prepare(model, args):
     if args.phase == 1 and args.freeze_decoder:
         model.freeze_decoder()
     if model.latent_dim == 0:  # a language model does not encode: its encoder has nothing to learn
-        model.t5.encoder.block.requires_grad_(False)
-        model.t5.encoder.final_layer_norm.requires_grad_(False)
+        encoder = model.t5.encoder
+        for module in (encoder.block, encoder.final_layer_norm, model.w_mu, model.w_logvar):
+            module.requires_grad_(False)
     for module in model.modules() if args.dropout is not None else ():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout

@@ -18,11 +18,21 @@ from huggingface_hub import hub_mixin
 from transformers import (
     BertConfig,
     GenerationConfig,
-    UMT5Config,
 )
 
 import data
-from test_vae import EOS, PAD, cli_tokenizer, data_tokenizer, files, from_t5, saved, t5_folder, texts_of, write  # noqa: F401
+from test_vae import (
+    EOS,
+    PAD,
+    cli_tokenizer,
+    data_tokenizer,
+    files,
+    from_t5,
+    saved,
+    t5_folder,
+    texts_of,
+    write,
+)  # noqa: F401
 from vae import T5VAE
 
 
@@ -43,18 +53,27 @@ def break_config(folder, change):
     [
         (lambda f: (f / "config.json").unlink(), "config.json"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
-        (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "model.safetensors"),
+        (
+            lambda f: (f / "model.safetensors").write_text("version https://git-lfs"),
+            "model.safetensors",
+        ),
         (lambda f: break_weights(f, lambda w: w.pop("w_mu.weight")), "w_mu.weight"),
         (lambda f: break_weights(f, lambda w: w.update(w_logsd=torch.ones(1))), "w_logsd"),
         (lambda f: break_config(f, lambda c: c.pop("t5_config")), "t5_config"),
-        (lambda f: break_config(f, lambda c: c.update(latent_dim=6)), "size mismatch for w_mu.weight"),
-        (lambda f: break_config(f, lambda c: c["t5_config"].update(model_type="bart")), "config.json"),
+        (
+            lambda f: break_config(f, lambda c: c.update(latent_dim=6)),
+            "another shape: w_logvar.weight",
+        ),
+        (
+            lambda f: break_config(f, lambda c: c["t5_config"].update(model_type="bart")),
+            "config.json",
+        ),
     ],
 )
 def test_folders_of_others_are_refused_by_name(saved, harm, lacks):
     T5VAE.from_pretrained(saved)
     harm(saved)
-    with pytest.raises(ValueError, match=r"(?s)old.*" + lacks.replace(".", r"\.")) as caught:
+    with pytest.raises(ValueError, match=r"old.*" + lacks.replace(".", r"\.")) as caught:
         T5VAE.from_pretrained(saved)
     assert str(saved) in str(caught.value)
 
@@ -62,10 +81,9 @@ def test_folders_of_others_are_refused_by_name(saved, harm, lacks):
 def test_a_t5_is_no_vae_and_others_are_no_t5(t5_folder, tmp_path):
     with pytest.raises(ValueError, match="holds no T5VAE"):
         T5VAE.from_pretrained(t5_folder)
-    for config in BertConfig(), UMT5Config():
-        config.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=f"a {config.model_type}; it must be one of t5, mt5"):
-            T5VAE.from_t5(str(tmp_path))
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it is a bert; it must be one of t5, mt5, umt5"):
+        T5VAE.from_t5(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no/such/run is neither a folder here"):
         T5VAE.from_pretrained("no/such/run")
 
@@ -76,13 +94,18 @@ def test_a_t5_that_lacks_weights_is_refused(t5_folder, tmp_path):
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     half = {name: w for name, w in weights.items() if not name.startswith("decoder")}
     safetensors.torch.save_file(half, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"is no whole T5: it lacks {len(weights) - len(half)} weights, as decoder"):
+    with pytest.raises(
+        ValueError,
+        match=f"is incomplete: {len(weights) - len(half)} weights are missing, e.g. decoder",
+    ):
         from_t5(tmp_path)
 
 
 def test_generation_settings_of_the_checkpoint_do_not_stay(t5_folder, tmp_path):
     shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
-    settings = GenerationConfig(num_beams=3, repetition_penalty=9.0, decoder_start_token_id=0, eos_token_id=1)
+    settings = GenerationConfig(
+        num_beams=3, repetition_penalty=9.0, decoder_start_token_id=0, eos_token_id=1
+    )
     settings.save_pretrained(tmp_path)
     z = torch.randn(4, 5)
     loud = from_t5(t5_folder)
@@ -95,7 +118,11 @@ def test_generation_settings_of_the_checkpoint_do_not_stay(t5_folder, tmp_path):
 def test_a_run_folder_is_a_model_too_and_can_be_pushed(saved, tmp_path, monkeypatch):
     run, pushed = tmp_path / "run", {}
     shutil.copytree(saved, run / "model")
-    for a, b in zip(T5VAE.from_pretrained(run).parameters(), T5VAE.from_pretrained(saved).parameters(), strict=True):
+    for a, b in zip(
+        T5VAE.from_pretrained(run).parameters(),
+        T5VAE.from_pretrained(saved).parameters(),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
     class Hub:
@@ -137,7 +164,9 @@ def server(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.cuts = {}, {}
     server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     yield server
     server.shutdown()
@@ -147,16 +176,17 @@ def server(monkeypatch):
 
 DIGESTS = {
     "sha256": lambda text: hashlib.sha256(text),
-    "md5": lambda text: hashlib.md5(text),
     "blob": lambda text: hashlib.sha1(b"blob %d\0" % len(text) + text),
 }
 
 
 @pytest.mark.parametrize("kind", DIGESTS)
-def test_a_download_is_whole_and_checked_or_leaves_nothing(server, monkeypatch, tmp_path, kind, capsys):
+def test_a_download_is_whole_and_checked_or_leaves_nothing(
+    server, monkeypatch, tmp_path, kind, capsys
+):
     text = b"a king paints\n" * 9000
     server.files["/ptb.valid.txt"] = text
-    url, right = server.url + "/ptb.{split}.txt", f"{kind}:{DIGESTS[kind](text).hexdigest()}"
+    url, right = server.url + "/ptb.{split}.txt", DIGESTS[kind](text).hexdigest()
     monkeypatch.setitem(data.SOURCES, "ptb", (url, right, right, right))
     path = data.split_path("ptb", "valid", tmp_path)
     assert path.read_bytes() == text
@@ -167,7 +197,7 @@ def test_a_download_is_whole_and_checked_or_leaves_nothing(server, monkeypatch, 
     for served, cuts, checksum, reason in (
         ({}, {}, right, "404"),
         ({"/ptb.valid.txt": text}, {"/ptb.valid.txt": 4000}, right, "read"),
-        ({"/ptb.valid.txt": text}, {}, right[:-2] + "zz", kind),
+        ({"/ptb.valid.txt": text}, {}, right[:-2] + "zz", "checksum"),
     ):
         server.files, server.cuts = served, cuts
         monkeypatch.setitem(data.SOURCES, "ptb", (url, checksum, checksum, checksum))
@@ -181,9 +211,7 @@ def test_a_download_is_whole_and_checked_or_leaves_nothing(server, monkeypatch, 
 def test_sources_are_pinned():
     for url, *checksums in data.SOURCES.values():
         assert re.search(r"/[0-9a-f]{40}/.*\{split\}", url), url
-        assert [len(bytes.fromhex(c.split(":")[1])) for c in checksums] == [
-            {"sha256": 32, "md5": 16, "blob": 20}[c.split(":")[0]] for c in checksums
-        ]
+        assert {len(bytes.fromhex(checksum)) for checksum in checksums} <= {32, 20}
         assert len(checksums) == len(data.SPLITS)
 
 
@@ -232,7 +260,10 @@ def test_a_vocabulary_that_cannot_be_is_refused():
 
 
 def test_overlong_lines_are_cut_and_counted(data_tokenizer, tmp_path):
-    own = write(tmp_path, content=b"a king paints\n" + b"the old king paints a red boat " * 5000 + b"\na queen\n")
+    own = write(
+        tmp_path,
+        content=b"a king paints\n" + b"the old king paints a red boat " * 5000 + b"\na queen\n",
+    )
     corpus = data.load_corpus(own, "train", data_tokenizer, max_length=16)
     assert corpus.truncated == 1
     assert corpus.lengths.max() == corpus.lengths[1] == 16
@@ -255,7 +286,9 @@ def test_one_file_is_split_by_its_texts(tmp_path):
     one = str(tmp_path / "all.txt")
     parts = {split: list(data.read_texts(one, split)) for split in data.SPLITS}
     assert sorted(sum(parts.values(), [])) == sorted(lines)
-    assert [len(set(part)) / 3000 for part in parts.values()] == pytest.approx([0.9, 0.05, 0.05], abs=0.02)
+    assert [len(set(part)) / 3000 for part in parts.values()] == pytest.approx(
+        [0.9, 0.05, 0.05], abs=0.02
+    )
     assert not set(parts["train"]) & set(parts["test"])  # the same text twice is in the same split
     (tmp_path / "all.txt").write_text("\n".join(reversed(lines)))
     assert set(data.read_texts(one, "test")) == set(parts["test"])  # whatever the order
@@ -298,7 +331,9 @@ LENGTHS = {
     .gamma(5.5, 5.1, 42_068)
     .astype(int)
     .clip(2, 133),  # mean 28, as PTB's training texts
-    "yahoo": (20 + np.random.default_rng(0).lognormal(4.3, 0.6, 100_000)).astype(int).clip(28, 256),  # mean 110
+    "yahoo": (20 + np.random.default_rng(0).lognormal(4.3, 0.6, 100_000))
+    .astype(int)
+    .clip(28, 256),  # mean 110
 }
 
 
@@ -311,7 +346,9 @@ def test_epochs_are_whole_random_and_waste_little(name):
     waste = 1 - lengths.sum() / sum(len(share) * lengths[share].max() for share in shares)
     assert waste <= 0.05, f"{waste:.2%} of positions are padding"
     order = np.random.default_rng(0).permutation(len(lengths))
-    unsorted = 1 - lengths.sum() / sum(32 * lengths[i].max() for i in np.array_split(order, len(lengths) // 32))
+    unsorted = 1 - lengths.sum() / sum(
+        32 * lengths[i].max() for i in np.array_split(order, len(lengths) // 32)
+    )
     assert unsorted > 0.2  # what the buckets spare
     again = data.epoch_order(lengths, 32, seed=0, epoch=1)
     together = {tuple(sorted(batch)) for batch in first} & {tuple(sorted(batch)) for batch in again}
@@ -324,5 +361,7 @@ def test_epochs_are_whole_random_and_waste_little(name):
 
 def test_evaluation_has_every_text_once(data_tokenizer):
     corpus = data.load_corpus("grammar", "train", data_tokenizer, limit=5)
-    seen = [i for batch in data.evaluation_batches(corpus, 2) for i in batch.index.tolist()]
-    assert sorted(seen) == list(range(5))
+    order = data.evaluation_order(corpus.lengths, 2)
+    assert sorted(np.concatenate(order).tolist()) == list(range(5))
+    lengths = corpus.lengths[np.concatenate(order)]
+    assert (np.diff(lengths) >= 0).all(), "shortest first"
