@@ -236,12 +236,15 @@ def validate(model, corpora, controller, noise):
     measured = metrics.evaluate(model, corpora["valid"])
     if controller:
         torch.manual_seed(noise["seed"])
-        kls = []
-        for index in np.linspace(0, len(corpora["train"]) - 1, 3000, dtype=int).reshape(-1, 50):
+        some = np.linspace(0, len(corpora["train"]) - 1, 3000, dtype=int).reshape(-1, 50)
+        total = torch.zeros((), dtype=torch.float64, device=model.device)
+        for index in some:
             batch = data.training_batch(corpora["train"], 0, index, **noise).to(model.device)
             with torch.no_grad():
-                kls.append(kl_divergence(*model.encode(batch.ids, batch.mask)).sum(1).mean())
-        controller.ratio = measured["kl"] / torch.stack(kls).mean().item()
+                total += kl_divergence(*model.encode(batch.ids, batch.mask)).sum()
+        if data.processes()[1] > 1:
+            distributed.all_reduce(total)
+        controller.ratio = measured["kl"] * some.size / total.item()
     return measured
 
 

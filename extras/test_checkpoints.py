@@ -393,7 +393,7 @@ def run_all(world, argv):
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(30)
     return [child.exitcode for child in children]
 
 
