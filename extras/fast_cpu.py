@@ -2,11 +2,11 @@
 
     python -m extras.fast_cpu <flags of train.py>
 
-`quicken(model)` replaces, in place and under the same names of weights, linear layers (oneDNN's products, which use
-AVX-512 on every CPU that has it; PyTorch's default, MKL, does so on Intel's alone), dropout (16 random bits per element
-instead of 64), a ReLU with its dropout (one tensor kept for the backward pass), layer norms (rounded once, under
-autocast), and `rec` (the logits of real tokens only, a slice at a time). On a GPU, and where a form does not apply,
-torch's own is used.
+`quicken(model)` replaces, in place and under the same names of weights, linear layers (oneDNN's
+products, which use AVX-512 on every CPU that has it; PyTorch's default, MKL, does so on Intel's
+alone), dropout (16 random bits per element instead of 64), a ReLU with its dropout (one tensor kept
+for the backward pass), layer norms (rounded once, under autocast), and `rec` (the logits of real
+tokens only, a slice at a time). On a GPU, and where a form does not apply, torch's own is used.
 """
 
 import sys
@@ -19,16 +19,22 @@ from torch.autograd.function import once_differentiable
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import train
+from vae import Float32Activation, Float32Output
 
 
 def multiply(a, b):
     """a b^T of matrices (M, K) and (N, K), contiguous or the transpose of a contiguous one: (M, N).
 
-    On a CPU in float32 oneDNN does it, which uses AVX-512 on every CPU that has it. What PyTorch calls by default,
-    MKL, does so on Intel's alone: on AMD's it takes twice the time. The operator is private to torch, whose version
-    requirements.txt pins.
+    On a CPU in float32 oneDNN does it, which uses AVX-512 on every CPU that has it. What PyTorch
+    calls by default, MKL, does so on Intel's alone: on AMD's it takes twice the time. The operator
+    is private to torch, whose version requirements.txt pins.
     """
-    if a.is_cpu and a.numel() and a.dtype == b.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if (
+        a.is_cpu
+        and a.numel()
+        and a.dtype == b.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    ):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
 
@@ -46,11 +52,14 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad):
         (x, weight), (needs_x, needs_weight) = ctx.saved_tensors, ctx.needs_input_grad
         grad = grad.contiguous()
-        return multiply(grad, weight.T) if needs_x else None, multiply(grad.T, x.T) if needs_weight else None
+        return multiply(grad, weight.T) if needs_x else None, multiply(
+            grad.T, x.T
+        ) if needs_weight else None
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias that multiplies with `multiply`; under autocast and on a GPU, torch's own."""
+    """A linear layer without bias that multiplies with `multiply`; under autocast and on a GPU,
+    torch's own."""
 
     def forward(self, x):
         if self.bias is not None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
@@ -75,7 +84,8 @@ class Drop(torch.autograd.Function):
 
 
 class DropOfReLU(torch.autograd.Function):
-    """relu(x) * kept * scale, which keeps only its result: the gradient passes where that is positive."""
+    """relu(x) * kept * scale, which keeps only its result: the gradient passes where that is
+    positive."""
 
     @staticmethod
     def forward(ctx, x, kept, scale):
@@ -87,7 +97,11 @@ class DropOfReLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0).mul_(ctx.scale), None, None
+        return (
+            torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0).mul_(ctx.scale),
+            None,
+            None,
+        )
 
 
 class Dropout(nn.Dropout):
@@ -97,12 +111,18 @@ class Dropout(nn.Dropout):
     """
 
     def draw(self, x):
-        """What to keep of x (1, else 0), and its scale; None where torch's own dropout is as good."""
+        """What to keep of x (1, else 0), and its scale; None where torch's own dropout is as
+        good."""
         drop = round(self.p * 2**16)  # of 2^16
         if not (self.training and x.is_cpu and 0 < drop < 2**16):
             return None
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        # Compared into numbers of x's type at once: converting truth values takes twice the time of the comparison.
+        bits = (
+            torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
+            .random_(-(2**63), None)
+            .view(torch.int16)
+        )
+        # Compared into numbers of x's type at once: converting truth values takes twice the time of
+        # the comparison.
         kept = torch.ge(bits[: x.numel()].view(x.shape), drop - 2**15, out=torch.empty_like(x))
         return kept, 2**16 / (2**16 - drop)
 
@@ -136,36 +156,47 @@ class Normalize(torch.autograd.Function):
         grad = grad.float()
         along = grad * unit
         d_weight = along.flatten(0, -2).sum(0)
-        along = (along @ weight[:, None]).div_(-unit.shape[-1])  # what would only change the length of x
+        along = (along @ weight[:, None]).div_(
+            -unit.shape[-1]
+        )  # what would only change the length of x
         return (grad * weight).addcmul_(unit, along).mul_(scale), d_weight, None, None
 
 
 class LayerNorm(T5LayerNorm):
-    """T5's layer norm before linear layers, which under autocast round what they read: here that is done once."""
+    """T5's layer norm before linear layers, which under autocast round what they read: here that is
+    done once."""
 
     def forward(self, x):
         if not (x.is_cpu and x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")):
             return super().forward(x)
-        return Normalize.apply(x, self.weight, self.variance_epsilon, torch.get_autocast_dtype("cpu"))
+        return Normalize.apply(
+            x, self.weight, self.variance_epsilon, torch.get_autocast_dtype("cpu")
+        )
 
 
 class TokenNats(torch.autograd.Function):
-    """-log softmax(h W^T)[label] of N tokens: (N,), nats. The (N, V) logits are never there, only CHUNK rows of them.
+    """-log softmax(h W^T)[label] of N tokens: (N,), nats. The (N, V) logits are never there, only
+    CHUNK rows of them.
 
-    The gradient of their sum is computed in the forward pass, while they are there, and `backward` scales it. That is
-    exact for h, whose rows belong to one token each, and for W where all tokens weigh the same, as in a mean over
-    sentences. Otherwise the tokens of each weight are computed again. Not for fp16, whose loss scale comes later.
+    The gradient of their sum is computed in the forward pass, while they are there, and `backward`
+    scales it. That is exact for h, whose rows belong to one token each, and for W where all tokens
+    weigh the same, as in a mean over sentences. Otherwise the tokens of each weight are computed
+    again. Not for fp16, whose loss scale comes later.
 
-    Args: hidden (N, D); weight (V, D), of the LM head, whose gradient is only computed if it is trained; labels (N,).
+    Args: hidden (N, D); weight (V, D), of the LM head, whose gradient is only computed if it is
+    trained; labels (N,).
     """
 
     CHUNK = 256  # 32 MiB of logits
 
     @staticmethod
     def run(hidden, weight, labels, needs_hidden, needs_weight):
-        """(N,) nats, and the gradients of their sum: (N, D) and (V, D), or None where they are not needed."""
+        """(N,) nats, and the gradients of their sum: (N, D) and (V, D), or None where they are not
+        needed."""
         nats, d_hidden, d_weight = [], [], torch.zeros_like(weight) if needs_weight else None
-        for h, label in zip(hidden.split(TokenNats.CHUNK), labels.split(TokenNats.CHUNK), strict=True):
+        for h, label in zip(
+            hidden.split(TokenNats.CHUNK), labels.split(TokenNats.CHUNK), strict=True
+        ):
             h = h.to(weight.dtype)
             logits = multiply(h, weight).float()  # (C, V)
             nats.append(F.cross_entropy(logits, label, reduction="none"))
@@ -176,12 +207,16 @@ class TokenNats(torch.autograd.Function):
             if needs_hidden:
                 d_hidden.append(multiply(d_logits, weight.T).float())
             if needs_weight:
-                d_weight.addmm_(d_logits.T, h)  # in place: here another (V, D) would cost more than MKL does
+                d_weight.addmm_(
+                    d_logits.T, h
+                )  # in place: here another (V, D) would cost more than MKL does
         return torch.cat(nats), torch.cat(d_hidden) if needs_hidden else None, d_weight
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
-        nats, d_hidden, ctx.d_weight = TokenNats.run(hidden, weight, labels, *ctx.needs_input_grad[:2])
+        nats, d_hidden, ctx.d_weight = TokenNats.run(
+            hidden, weight, labels, *ctx.needs_input_grad[:2]
+        )
         ctx.save_for_backward(hidden, weight, labels, d_hidden)
         return nats
 
@@ -194,7 +229,10 @@ class TokenNats(torch.autograd.Function):
             d_weight.mul_(grad[0])
         elif ctx.needs_input_grad[1]:
             groups = ((g, grad == g) for g in grad.unique())
-            d_weight = sum(g * TokenNats.run(hidden[at], weight, labels[at], False, True)[2] for g, at in groups)
+            d_weight = sum(
+                g * TokenNats.run(hidden[at], weight, labels[at], False, True)[2]
+                for g, at in groups
+            )
         return d_hidden * grad[:, None] if ctx.needs_input_grad[0] else None, d_weight, None
 
 
@@ -204,7 +242,9 @@ def quick_rec(model, z, labels):
         return type(model).rec(model, z, labels)
     t5, real = model.t5, labels != model.t5.config.pad_token_id  # (B, T)
     hidden = t5.decoder(
-        t5.prepare_decoder_input_ids_from_labels(labels), encoder_hidden_states=model.memory(z), use_cache=False
+        t5.prepare_decoder_input_ids_from_labels(labels),
+        encoder_hidden_states=model.memory(z),
+        use_cache=False,
     ).last_hidden_state  # (B, T, D)
     if getattr(t5.config, "scale_decoder_outputs", False):
         hidden = hidden * hidden.shape[-1] ** -0.5
@@ -215,13 +255,21 @@ def quick_rec(model, z, labels):
     return nats.new_zeros(labels.shape).masked_scatter(real, nats).sum(1)
 
 
+FASTER = {nn.Linear: Linear, Float32Output: Linear, nn.Dropout: Dropout}
+
+
 def quicken(module):
-    """Give the layers of a T5VAE, or of a T5, forms that are faster on a CPU, in place; weights keep their names."""
+    """Give the layers of a T5VAE, or of a T5, forms that are faster on a CPU, in place; weights
+    keep their names."""
     for part in module.modules():
-        if faster := {nn.Linear: Linear, nn.Dropout: Dropout}.get(type(part)):
+        if faster := FASTER.get(type(part)):
             part.__class__ = faster  # the same weights under the same names
-        if isinstance(getattr(part, "layer_norm", None), T5LayerNorm):  # of attention or a feed-forward layer
+        if isinstance(
+            getattr(part, "layer_norm", None), T5LayerNorm
+        ):  # of attention or a feed-forward layer
             part.layer_norm.__class__ = LayerNorm
+        if isinstance(getattr(part, "act", None), Float32Activation):  # of a T5VAE: for float16
+            part.act = part.act.activation
         if isinstance(getattr(part, "act", None), nn.ReLU):  # a feed-forward layer
             part.act, part.dropout = DropoutOfReLU(part.dropout.p), nn.Identity()
     if hasattr(module, "t5"):  # a T5VAE
@@ -232,8 +280,15 @@ def quicken(module):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     if train.make_parser().parse_known_args(argv)[0].amp == "fp16":
-        sys.exit("fast_cpu.py: --amp fp16 needs gradients that the loss scale reaches; it must be bf16 or off")
-    train.main(argv, transform=quicken)
+        sys.exit(
+            "fast_cpu.py: --amp is fp16, whose loss scale comes too late; it must be bf16 or off"
+        )
+    load_start = train.load_start
+    train.load_start = lambda args: quicken(load_start(args))
+    try:
+        train.main(argv)
+    finally:
+        train.load_start = load_start
 
 
 if __name__ == "__main__":

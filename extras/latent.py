@@ -9,8 +9,9 @@
     python -m extras.latent traverse RUN "a text" [--dim 3 7]       one dimension from -3 to 3
     python -m extras.latent encode RUN texts.txt -o latents.npz     arrays mu and logvar
 
-RUN is a run folder, a model folder or a hub name. Decoding is greedy; --temperature, --top-k and --top-p sample tokens,
---num-beams searches, and --seed fixes all that is random. An empty line is an empty text and keeps its place.
+RUN is a run folder, a model folder or a hub name. Decoding is greedy; --temperature, --top-k and
+--top-p sample tokens, --num-beams searches, and --seed fixes all that is random. An empty line is
+an empty text and keeps its place.
 """
 
 import argparse
@@ -24,15 +25,16 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from train import at_least
+from data import tokenize
+from extras.flags import at_least
 from vae import T5VAE
 
 
 def interpolate(a, b, steps, spherical=False):
     """`steps` latents from a to b (Z,), both included, evenly spaced: (steps, Z).
 
-    On a straight line, or `spherical`, at an even pace of the angle between a and b, in which the norm does not
-    shrink on the way (White 2016).
+    On a straight line, or `spherical`, at an even pace of the angle between a and b, in which the
+    norm does not shrink on the way (White 2016).
     """
     t = torch.linspace(0, 1, steps)[:, None]
     angle = torch.arccos(F.cosine_similarity(a, b, 0).clamp(-1, 1))
@@ -42,16 +44,19 @@ def interpolate(a, b, steps, spherical=False):
 
 
 def active_dimensions(model, n=256):
-    """The dimensions of z, most active first: those whose posterior mean varies most over texts: (Z,).
+    """The dimensions of z, most active first: those whose posterior mean varies most over texts:
+    (Z,).
 
-    The texts are n that the model itself writes from the prior, because a saved model comes without its data.
+    The texts are n that the model itself writes from the prior, because a saved model comes without
+    its data.
     """
     texts = model.decode_texts(torch.randn(n, model.latent_dim), max_new_tokens=64)
     return model.encode_texts(texts)[0].var(0).argsort(descending=True)
 
 
 def read_lines(path):
-    """The stripped lines of a UTF-8 file, "-" for standard input; bytes that are not UTF-8 become U+FFFD."""
+    """The stripped lines of a UTF-8 file, "-" for standard input; bytes that are not UTF-8 become
+    U+FFFD."""
     if path == "-":
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         return [line.strip() for line in sys.stdin]
@@ -67,7 +72,8 @@ def read_group(path):
 
 
 def read_texts(args):
-    """The texts of a command: TEXT ... and --file, or standard input. An empty line is an empty text."""
+    """The texts of a command: TEXT ... and --file, or standard input. An empty line is an empty
+    text."""
     given = args.text or ([] if args.file else ["-"])
     texts = [line for text in given for line in (read_lines("-") if text == "-" else [text])]
     return texts + (read_lines(args.file) if args.file else [])
@@ -75,12 +81,19 @@ def read_texts(args):
 
 def encode(model, args, texts):
     # A command line that is not UTF-8 arrives with surrogates, which are no characters.
-    texts = [text.strip().encode(errors="surrogateescape").decode(errors="replace") for text in texts]
+    texts = [
+        text.strip().encode(errors="surrogateescape").decode(errors="replace") for text in texts
+    ]
     t = model.tokenizer
-    rows = t(texts, verbose=False)["input_ids"] if texts else []
-    unknown = sum(row.count(t.unk_token_id) > text.count(t.unk_token) for row, text in zip(rows, texts, strict=True))
+    rows = tokenize(texts, t)
+    unknown = sum(
+        row.count(t.unk_token_id) > text.count(t.unk_token)
+        for row, text in zip(rows, texts, strict=True)
+    )
     if unknown:
-        warnings.warn(f"{unknown} of {len(texts)} texts have characters outside the vocabulary", stacklevel=2)
+        warnings.warn(
+            f"{unknown} of {len(texts)} texts have characters outside the vocabulary", stacklevel=2
+        )
     return model.encode_texts(texts, args.batch_size, args.max_length)
 
 
@@ -89,9 +102,8 @@ def decode(model, args, z):
     kwargs = {"max_new_tokens": args.max_length, "num_beams": args.num_beams}
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     if any(value is not None for value in sampling.values()):
-        # What is not given is off: transformers' own default keeps the 50 most likely tokens.
-        default = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        kwargs |= {"do_sample": True} | default | {k: v for k, v in sampling.items() if v is not None}
+        given = {name: value for name, value in sampling.items() if value is not None}
+        kwargs |= {"do_sample": True} | given
     return model.decode_texts(z, args.batch_size, **kwargs)
 
 
@@ -109,18 +121,27 @@ def run_reconstruct(model, args):
 
 
 def run_sample(model, args):
-    return [{"output": output} for output in decode(model, args, torch.randn(args.n, model.latent_dim))]
+    return [
+        {"output": output} for output in decode(model, args, torch.randn(args.n, model.latent_dim))
+    ]
 
 
 def run_interpolate(model, args):
     mu, _ = encode(model, args, [args.a, args.b])
-    return [{"output": output} for output in decode(model, args, interpolate(*mu, args.steps, args.spherical))]
+    return [
+        {"output": output}
+        for output in decode(model, args, interpolate(*mu, args.steps, args.spherical))
+    ]
 
 
 def run_arithmetic(model, args):
-    source, target = (encode(model, args, read_group(path))[0].mean(0) for path in (args.source, args.target))
+    source, target = (
+        encode(model, args, read_group(path))[0].mean(0) for path in (args.source, args.target)
+    )
     texts = read_texts(args)
-    return pairs(texts, decode(model, args, encode(model, args, texts)[0] + args.k * (target - source)))
+    return pairs(
+        texts, decode(model, args, encode(model, args, texts)[0] + args.k * (target - source))
+    )
 
 
 def run_neighbors(model, args):
@@ -141,7 +162,10 @@ def run_traverse(model, args):
     for row, (dim, value) in zip(z, rows, strict=True):
         row[dim] = value
     outputs = decode(model, args, z)
-    return [{"text": args.query, "dim": d, "value": v, "output": o} for (d, v), o in zip(rows, outputs, strict=True)]
+    return [
+        {"text": args.query, "dim": d, "value": v, "output": o}
+        for (d, v), o in zip(rows, outputs, strict=True)
+    ]
 
 
 def run_encode(model, args):
@@ -152,7 +176,10 @@ def run_encode(model, args):
             np.savez(file, mu=mu.numpy(), logvar=logvar.numpy())
         return []
     args.json = True
-    return [{"text": t, "mu": m, "logvar": v} for t, m, v in zip(texts, mu.tolist(), logvar.tolist(), strict=True)]
+    return [
+        {"text": t, "mu": m, "logvar": v}
+        for t, m, v in zip(texts, mu.tolist(), logvar.tolist(), strict=True)
+    ]
 
 
 def parse_args(argv):
@@ -170,44 +197,107 @@ def parse_args(argv):
         flag = sub.add_argument
         flag("model", metavar="RUN")
         if texts:
-            flag("text", nargs="*", metavar="TEXT", help="A text; - or none: the lines of standard input.")
+            flag(
+                "text",
+                nargs="*",
+                metavar="TEXT",
+                help="A text; - or none: the lines of standard input.",
+            )
             flag("--file", metavar="FILE", help="Texts, one per line.")
         flag("--json", action="store_true", help="Print one JSON object per line, with the input.")
-        flag("--batch-size", type=at_least(1), default=64, metavar="N", help="Texts at a time (64).")
-        flag("--max-length", type=at_least(2), default=256, metavar="TOKENS", help="Longest text, </s> included (256).")
+        flag(
+            "--batch-size", type=at_least(1), default=64, metavar="N", help="Texts at a time (64)."
+        )
+        flag(
+            "--max-length",
+            type=at_least(2),
+            default=256,
+            metavar="TOKENS",
+            help="Longest text, </s> included (256).",
+        )
         devices = ("cuda", "cpu")[not torch.cuda.is_available() :]
         flag("--device", choices=devices, default=devices[0], help="Where to compute.")
         if decodes:
             flag("--seed", type=int, default=0, help="Seed of everything random (0).")
-            flag("--temperature", type=at_least(1e-3, float), metavar="T", help="Sample tokens, at temperature T.")
-            flag("--top-k", type=at_least(1), metavar="K", help="Sample from the K most likely tokens.")
-            flag("--top-p", type=at_least(1e-9, float, 1 + 1e-9), metavar="P", help="Sample from the top share P.")
-            flag("--num-beams", type=at_least(1), default=1, metavar="N", help="Beams; 1 is greedy decoding (1).")
+            flag(
+                "--temperature",
+                type=at_least(1e-3, float),
+                metavar="T",
+                help="Sample tokens, at temperature T.",
+            )
+            flag(
+                "--top-k",
+                type=at_least(1),
+                metavar="K",
+                help="Sample from the K most likely tokens.",
+            )
+            flag(
+                "--top-p",
+                type=at_least(1e-9, float, 1 + 1e-9),
+                metavar="P",
+                help="Sample from the top share P.",
+            )
+            flag(
+                "--num-beams",
+                type=at_least(1),
+                default=1,
+                metavar="N",
+                help="Beams; 1 is greedy decoding (1).",
+            )
         return flag
 
     flag = command(run_reconstruct, "Decode the posterior means of texts.", texts=True)
-    flag("--samples", type=at_least(1), metavar="N", help="Decode N samples of each posterior instead.")
+    flag(
+        "--samples",
+        type=at_least(1),
+        metavar="N",
+        help="Decode N samples of each posterior instead.",
+    )
     flag = command(run_sample, "Decode samples of the prior.")
     flag("-n", type=at_least(1), default=10, help="How many (10).")
     flag = command(run_interpolate, "Decode latents between the posterior means of A and B.")
     flag("a", metavar="A")
     flag("b", metavar="B")
-    flag("--steps", type=at_least(2), default=7, metavar="N", help="Texts, the two ends included (7).")
+    flag(
+        "--steps",
+        type=at_least(2),
+        default=7,
+        metavar="N",
+        help="Texts, the two ends included (7).",
+    )
     flag("--spherical", action="store_true", help="Take an arc instead of a straight line.")
-    flag = command(run_arithmetic, "Add the difference of two groups' mean latents to texts.", texts=True)
-    flag("--from", required=True, dest="source", metavar="FILE", help="Texts of the first group, one per line.")
+    flag = command(
+        run_arithmetic, "Add the difference of two groups' mean latents to texts.", texts=True
+    )
+    flag(
+        "--from",
+        required=True,
+        dest="source",
+        metavar="FILE",
+        help="Texts of the first group, one per line.",
+    )
     flag("--to", required=True, dest="target", metavar="FILE", help="Texts of the second group.")
     flag("--k", type=float, default=1.0, help="Add the difference this many times (1).")
-    flag = command(run_neighbors, "Print the lines of FILE nearest to TEXT, by posterior mean.", decodes=False)
+    flag = command(
+        run_neighbors, "Print the lines of FILE nearest to TEXT, by posterior mean.", decodes=False
+    )
     flag("lines", metavar="FILE", help="Texts, one per line; - is standard input.")
     flag("query", metavar="TEXT")
     flag("-n", type=at_least(1), default=10, help="How many (10).")
-    flag = command(run_traverse, "Decode TEXT with one dimension of its posterior mean set from -3 to 3.")
+    flag = command(
+        run_traverse, "Decode TEXT with one dimension of its posterior mean set from -3 to 3."
+    )
     flag("query", metavar="TEXT")
     flag("--dim", type=int, nargs="+", metavar="I", help="Dimensions, from 0 (the 5 most active).")
     flag("--steps", type=at_least(2), default=7, metavar="N", help="Values (7).")
     flag = command(run_encode, "Write mu and logvar of the lines of FILE.", decodes=False)
-    flag("lines", nargs="?", default="-", metavar="FILE", help="Texts, one per line; - is standard input (-).")
+    flag(
+        "lines",
+        nargs="?",
+        default="-",
+        metavar="FILE",
+        help="Texts, one per line; - is standard input (-).",
+    )
     flag("-o", dest="out", metavar="OUT.npz", help="Arrays mu and logvar (default: JSON lines).")
     if argv and argv[0] in commands.choices:  # intermixed: TEXT may stand after options too
         return commands.choices[argv[0]].parse_intermixed_args(argv[1:])
@@ -218,8 +308,14 @@ def show(row, as_json):
     """A row as a line: JSON, or what is new in it, separated by tabs."""
     if as_json:
         return json.dumps(row, ensure_ascii=False)
-    cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for key, value in row.items() if key != "text")
-    return "\t".join(cell.translate(dict.fromkeys(b"\t\n\r", " ")) for cell in cells)  # one line, whatever is in it
+    cells = (
+        f"{value:.3f}" if isinstance(value, float) else str(value)
+        for key, value in row.items()
+        if key != "text"
+    )
+    return "\t".join(
+        cell.translate(dict.fromkeys(b"\t\n\r", " ")) for cell in cells
+    )  # one line, whatever is in it
 
 
 def main(argv=None):
@@ -235,8 +331,12 @@ def main(argv=None):
             for row in args.run(model, args):
                 print(show(row, args.json))
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader, `head` say, has enough: leave as a program that SIGPIPE ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        except (
+            BrokenPipeError
+        ):  # the reader, `head` say, has enough: leave as a program that SIGPIPE ends
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # nothing is left to flush at exit
             sys.exit(141)
         except KeyboardInterrupt:
             sys.exit(130)

@@ -2,7 +2,8 @@
 
     python -m extras.paper_tables [RUN ...]
 
-RUN is a finished run folder on one of the paper's data sets; its numbers are those of its metrics.json.
+RUN is a finished run folder on one of the paper's data sets; its numbers are those of its
+metrics.json.
 """
 
 import argparse
@@ -13,11 +14,20 @@ from pathlib import Path
 
 import metrics
 
-# Tables 1 to 4 as printed: PPL, KL, "-ELBO", MI, AU. Two rows of PTB have a cell too few; by their size, MI is the
-# one missing. Words per test sentence, one end mark included: counted for PTB; 96 + 1 for Yelp.
+# Tables 1 to 4 as printed: PPL, KL, "-ELBO", MI, AU. Two rows of PTB have a cell too few; by their
+# size, MI is the one missing. Words per test sentence, one end mark included: counted for PTB; 96 +
+# 1 for Yelp.
 PAPER_ROWS = (  # name, what its PPL is per
-    (("Optimus (lambda 0.5)", "GPT-2 token"), ("GPT-2", "GPT-2 token"), ("Li et al. (lambda 3)", "word"))
-    + (("Max pool", "T5 token"), ("Max pool + Denoise", "T5 token"), ("Max pool + Denoise + KLT", "T5 token"))
+    (
+        ("Optimus (lambda 0.5)", "GPT-2 token"),
+        ("GPT-2", "GPT-2 token"),
+        ("Li et al. (lambda 3)", "word"),
+    )
+    + (
+        ("Max pool", "T5 token"),
+        ("Max pool + Denoise", "T5 token"),
+        ("Max pool + Denoise + KLT", "T5 token"),
+    )
     + (("Max pool + Denoise + KLT + Deep", "T5 token"),)
 )
 PAPER = {  # data set: number of the table, words per sentence, rows
@@ -54,27 +64,34 @@ def align(rows):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     first, *others = widths
     return "\n".join(
-        row[0].ljust(first) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], others, strict=True)) for row in rows
+        row[0].ljust(first) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], others, strict=True))
+        for row in rows
     )
 
 
 def reread(dataset):
-    """The rows of the paper's table for a data set, with what their printed digits imply, as a list of dicts.
+    """The rows of the paper's table for a data set, with what their printed digits imply, as a list
+    of dicts.
 
-    name, unit, and the printed ppl, kl, printed, mi, au (text); rec, n_printed, n, neg_elbo, ppl_word (None where
-    nothing implies them).
+    name, unit, and the printed ppl, kl, printed, mi, au (text); rec, n_printed, n, neg_elbo,
+    ppl_word (None where nothing implies them).
     """
     _, words, text = PAPER[dataset]
     rows, true_n = [], None
     for (name, unit), line in zip(PAPER_ROWS, text.split("|"), strict=True):
-        row = dict(zip(("ppl", "kl", "printed", "mi", "au"), line.split(), strict=True), name=name, unit=unit)
+        row = dict(
+            zip(("ppl", "kl", "printed", "mi", "au"), line.split(), strict=True),
+            name=name,
+            unit=unit,
+        )
         row |= dict.fromkeys(("rec", "n_printed", "n", "neg_elbo", "ppl_word"))
         if row["printed"] != "-":
             nats, kl, printed = math.log(float(row["ppl"])), float(row["kl"]), float(row["printed"])
             row["n_printed"] = printed / nats
             row["neg_elbo"] = printed
             if unit == "T5 token":
-                # The first row's KL is next to nothing: it has the true N, however its column is read.
+                # The first row's KL is next to nothing: it has the true N, however its column is
+                # read.
                 true_n = true_n or (printed + 2 * kl) / nats
                 sign = min((1, -1), key=lambda s: abs((s * printed + 2 * kl) / nats - true_n))
                 row["neg_elbo"] = sign * printed + 2 * kl
@@ -90,19 +107,40 @@ def format_paper(datasets, runs, configs):
     tables = []
     for dataset in datasets:
         number_of_table, words, _ = PAPER[dataset]
-        heads = [dataset, "PPL", "per", "KL", '"-ELBO"', "N", "MI", "AU", "true N", "rec", "true -ELBO", "PPL/word"]
+        heads = [
+            dataset,
+            "PPL",
+            "per",
+            "KL",
+            '"-ELBO"',
+            "N",
+            "MI",
+            "AU",
+            "true N",
+            "rec",
+            "true -ELBO",
+            "PPL/word",
+        ]
         rows = [heads]
         for r in reread(dataset):
-            derived = [number(r[key]) for key in ("n", "rec", "neg_elbo")] + [number(r["ppl_word"], 1)]
+            derived = [number(r[key]) for key in ("n", "rec", "neg_elbo")] + [
+                number(r["ppl_word"], 1)
+            ]
             printed = [r[key] for key in ("name", "ppl", "unit", "kl", "printed")]
             rows.append([*printed, number(r["n_printed"]), r["mi"], r["au"], *derived])
         for run in (run for run in runs if configs[run]["dataset"] == dataset):
             m = runs[run]
             row = [run, number(m["ppl_token"]), "T5 token", metrics.cell(m, "kl"), "-", "-"]
             row += [number(m["mi"]), str(m["au"])]
-            row += [number(m["tokens"] / m["sentences"]), metrics.cell(m, "rec"), metrics.cell(m, "neg_elbo")]
+            row += [
+                number(m["tokens"] / m["sentences"]),
+                metrics.cell(m, "rec"),
+                metrics.cell(m, "neg_elbo"),
+            ]
             rows.append([*row, number(m["ppl_word"], 1)])
-        tables.append(f"Table {number_of_table}, {dataset}: {words:g} words per sentence\n{align(rows)}")
+        tables.append(
+            f"Table {number_of_table}, {dataset}: {words:g} words per sentence\n{align(rows)}"
+        )
     return "\n\n".join([*tables, PAPER_NOTE])
 
 
@@ -116,7 +154,9 @@ def main(argv=None):
                 json.loads(Path(run, f"{name}.json").read_text()) for name in ("config", "metrics")
             )
             if configs[run]["dataset"] not in PAPER:
-                raise ValueError(f"the paper has tables of {', '.join(PAPER)}, not of {configs[run]['dataset']}")
+                raise ValueError(
+                    f"the paper has tables of {', '.join(PAPER)}, not of {configs[run]['dataset']}"
+                )
         except (OSError, ValueError, KeyError) as error:
             sys.exit(f"paper_tables.py: cannot use {run}: {error}")
     used = {config["dataset"] for config in configs.values()} or PAPER

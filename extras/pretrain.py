@@ -1,25 +1,28 @@
 """Make a T5 by span corruption, T5's own pretraining task, where no checkpoint can be downloaded.
 
     python -m extras.pretrain --dataset my-texts --out runs/my-t5
-    python -m extras.pretrain --dataset general ptb --lm-share 0.5 --steps 20000 --d-model 256 --layers 4 --out runs/t5
+    python -m extras.pretrain --dataset general ptb --lm-share 0.5 --steps 20000 --out runs/t5
     python train.py --dataset ptb --model runs/t5/model
 
-15 % of the tokens, in spans of 3 on average, are replaced by sentinels, and the decoder writes what was there (Raffel
-et al. 2020, section 3.1.4). With --lm-share 0.5, half of the batches are language modelling instead: the encoder reads
-nothing and the decoder writes whole texts. OUT/model is an ordinary T5 directory.
+15 % of the tokens, in spans of 3 on average, are replaced by sentinels, and the decoder writes what
+was there (Raffel et al. 2020, section 3.1.4). With --lm-share 0.5, half of the batches are language
+modelling instead: the encoder reads nothing and the decoder writes whole texts. OUT/model is an
+ordinary T5 directory. --tokenizer DIR takes a vocabulary that exists, --steps 0 writes random
+weights, and --resume continues a run that was cut short.
 
-The flags are those of train.py that concern data, the shape of `tiny`, the loop and the run, --resume among them.
---tokenizer DIR takes a vocabulary that exists, and --steps 0 writes random weights.
-
-The log says what the loss hides: `query_growth` is the RMS of the query weights relative to their start. T5 does not
-divide attention logits by sqrt(d_kv), so queries that grew tenfold saturate attention, and the model cannot be
-finetuned, at an unsuspicious loss. Below 3 is healthy.
+The log says what the loss hides: `query_growth` is the RMS of the query weights relative to their
+start. T5 does not divide attention logits by sqrt(d_kv), so queries that grew tenfold saturate
+attention, and the model cannot be finetuned, at an unsuspicious loss. Below 3 is healthy.
 """
 
 import argparse
 import json
+import math
+import shlex
 import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,14 +31,13 @@ import transformers
 from torch import nn
 
 import data
-import metrics
 import train
 from extras.fast_cpu import quicken
+from extras.flags import at_least
+from metrics import HALF
 
-DEFAULTS = "--model tiny --phase 1 --epochs 10 --optimizer adamw-rms --lr-schedule linear --batch-size 64"
-USELESS = {"model", "phase", "init", "latent_dim", "pooling", "pool_layers", "recipe", "denoise", "freeze_decoder"}
-USELESS |= {"kl_target", "kl_threshold", "kl_schedule", "kl_anneal_epochs", "kl_cycles", "iw_samples", "dropout"}
-SPANS, LM = 1, 5  # the uses of its streams of random numbers, beside those in data.py
+SPANS, LM = 11, 12  # what its random numbers are for, beside the uses in data.py
+RUN_FILES = {"config.json", "log.jsonl", "checkpoint.pt", "metrics.json", "model"}
 
 
 def corrupt_spans(tokens, sentinels, eos_id, rng, density=0.15, mean_span=3):
@@ -45,8 +47,8 @@ def corrupt_spans(tokens, sentinels, eos_id, rng, density=0.15, mean_span=3):
         tokens: (T,) of one text, without </s>.
         sentinels: ids of <extra_id_0>, <extra_id_1>, ...
         rng: a numpy Generator.
-    Returns: inputs, targets: 1-d arrays. Inputs have a sentinel for each span; targets have each sentinel and its
-        span, then one more sentinel; both end in </s>.
+    Returns: inputs, targets: 1-d arrays. Inputs have a sentinel for each span; targets have each
+        sentinel and its span, then one more sentinel; both end in </s>.
     """
     lost = max(1, round(len(tokens) * density))
     spans = max(1, min(round(lost / mean_span), len(tokens) - lost, len(sentinels) - 1))
@@ -64,144 +66,217 @@ def corrupt_spans(tokens, sentinels, eos_id, rng, density=0.15, mean_span=3):
     return np.array([*inputs, *tokens[at:], eos_id]), np.array([*targets, sentinels[spans], eos_id])
 
 
-def pretraining_batch(corpus, index, epoch, *, sentinels, eos_id, seed, lm_share):
+def pretraining_batch(corpus, epoch, index, *, sentinels, eos_id, seed, lm_share):
     """The texts `index`, corrupted with the noise of this epoch, a function of (seed, epoch, text).
 
-    With probability `lm_share`, drawn from the stream of its first text, it is a batch of language modelling instead:
-    the encoder reads </s> alone, and the decoder writes the whole texts.
+    With probability `lm_share`, drawn for its first text, it is a batch of language modelling
+    instead: the encoder reads </s> alone, and the decoder writes the whole texts.
     """
-    if data.stream(seed, epoch, int(index[0]), LM).random() < lm_share:
+    if data.uniform(1, seed, epoch, index[:1], LM)[0, 0] < lm_share:
         pairs = [(np.array([eos_id]), corpus.row(i)) for i in index]
     else:
-        rngs = (data.stream(seed, epoch, i, SPANS) for i in index.tolist())
-        pairs = [corrupt_spans(corpus.row(i)[:-1], sentinels, eos_id, rng) for i, rng in zip(index, rngs, strict=True)]
+        pairs = []
+        for i in index.tolist():
+            rng = np.random.default_rng([seed, epoch, SPANS, i])
+            pairs.append(corrupt_spans(corpus.row(i)[:-1], sentinels, eos_id, rng))
     ids, mask = data.pad([inputs for inputs, _ in pairs], corpus.pad_id)
     labels, _ = data.pad([targets for _, targets in pairs], corpus.pad_id)
     return data.Batch(ids, mask, labels, torch.as_tensor(index), torch.zeros(len(index), 0))
 
 
-class PretrainingObjective(nn.Module):
-    """-log p(targets | inputs) of a T5, (B,) nats, summed over a text's targets; and their number."""
-
-    def __init__(self, t5):
-        super().__init__()
-        self.t5 = t5
-
-    def forward(self, batch, weight):
-        labels, pad_id = batch.labels, self.t5.config.pad_token_id
-        shifted = self.t5.prepare_decoder_input_ids_from_labels(labels)  # given labels, T5 would compute a loss too
-        out = self.t5(input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=shifted)
-        nats = F.cross_entropy(out.logits.float().transpose(1, 2), labels, ignore_index=pad_id, reduction="none")
-        return {"loss": nats.sum(1), "targets": (labels != pad_id).sum(1)}  # (B, T) -> (B,)
+def target_nats(t5, batch):
+    """-log p(targets | inputs) of a T5: (B,) nats, summed over a text's targets; and their number."""
+    labels, pad_id = batch.labels, t5.config.pad_token_id
+    shifted = t5.prepare_decoder_input_ids_from_labels(labels)
+    out = t5(input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=shifted)
+    logits = out.logits.float().transpose(1, 2)  # (B, V, T)
+    nats = F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="none")  # (B, T)
+    return nats.sum(1), (labels != pad_id).sum()
 
 
 def query_growth(t5):
-    """RMS of all query weights relative to that of T5's initialization, (d_model * d_kv)^-1/2."""
-    queries = torch.cat(
-        [p.detach().flatten() for name, p in t5.named_parameters() if name.endswith("Attention.q.weight")]
-    )
-    return (queries.pow(2).mean().sqrt() * (t5.config.d_model * t5.config.d_kv) ** 0.5).item()
+    """RMS of all query weights relative to that of T5's start, (d_model * d_kv)^-1/2."""
+    named = t5.named_parameters()
+    queries = [p.detach().flatten() for name, p in named if name.endswith("Attention.q.weight")]
+    rms = torch.cat(queries).pow(2).mean().sqrt()
+    return (rms * (t5.config.d_model * t5.config.d_kv) ** 0.5).item()
+
+
+@torch.no_grad()
+def validate(t5, corpus, make_batch, args):
+    """{"nats_per_target": of corrupted spans, "query_growth"}, of a validation split."""
+    t5.eval()
+    nats, targets = 0.0, 0
+    for index in data.evaluation_order(corpus.lengths, args.batch_size):
+        batch = make_batch(corpus, 0, index, lm_share=0.0).to(args.device)
+        of_texts, count = target_nats(t5, batch)
+        nats, targets = nats + of_texts.double().sum().item(), targets + count.item()
+    t5.train()
+    return {"nats_per_target": nats / targets, "query_growth": query_growth(t5)}
+
+
+def pretrain(t5, corpora, make_batch, args, out, log):
+    """The training loop, as in train.py, from step 0 or from the checkpoint in `out`."""
+    corpus = corpora["train"]
+    steps_per_epoch = math.ceil(len(corpus) / args.batch_size)
+    total_steps = args.epochs * steps_per_epoch if args.steps is None else args.steps
+    optimizer = train.RelativeAdamW(t5.parameters(), lr=args.lr, eps=1e-8, fused=True)
+    step, _ = train.load_checkpoint(out, log, {"model": t5, "optimizer": optimizer}, 0.0)
+    clock, saved_at = train.Clock(step, total_steps), time.monotonic()
+    while step < total_steps:
+        epoch, begun = divmod(step, steps_per_epoch)
+        if begun == 0:
+            train.record(log, step, "valid", validate(t5, corpora["valid"], make_batch, args))
+        order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)
+        order = order[begun : begun + total_steps - step]
+        for batch in data.prefetch(partial(make_batch, corpus, epoch), order):
+            train.seed_dropout(args.seed, step, 0)
+            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / total_steps)
+            with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
+                nats, targets = target_nats(t5, batch.to(args.device))
+            loss = nats.mean()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(t5.parameters(), args.clip).item()
+            if not math.isfinite(loss.item() + norm):
+                raise FloatingPointError(f"step {step}: the loss is {loss.item()}, its norm {norm}")
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % args.log_every == 0 or step == total_steps:
+                values = {"loss": loss.item(), "nats_per_target": (nats.sum() / targets).item()}
+                values["grad_norm"] = norm
+                train.record(log, step, "train", values, clock.left(step))
+            late = time.monotonic() > saved_at + 60 * args.save_every
+            if late or step % steps_per_epoch == 0 or step == total_steps:
+                parts = {"model": t5, "optimizer": optimizer}
+                train.save_checkpoint(out, log, parts, step, 0.0)
+                saved_at = time.monotonic()
+    measured = validate(t5, corpora["valid"], make_batch, args)
+    train.record(log, step, "valid", measured)
+    return measured
 
 
 def join(corpora):
     """One `data.Corpus` of several, end to end."""
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([corpus.lengths for corpus in corpora]))])
-    ids, words = (np.concatenate([getattr(corpus, name) for corpus in corpora]) for name in ("ids", "words"))
-    cut, skipped = (sum(getattr(corpus, name) for corpus in corpora) for name in ("truncated", "skipped"))
-    sha256 = " ".join(corpus.sha256 for corpus in corpora)
-    return data.Corpus(ids, offsets, words, cut, skipped, corpora[0].pad_id, corpora[0].unk_id, sha256)
+    lengths = np.concatenate([corpus.lengths for corpus in corpora])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([corpus.ids for corpus in corpora])
+    words = np.concatenate([corpus.words for corpus in corpora])
+    cut, skipped = sum(c.truncated for c in corpora), sum(c.skipped for c in corpora)
+    sha256, first = " ".join(corpus.sha256 for corpus in corpora), corpora[0]
+    return data.Corpus(ids, offsets, words, cut, skipped, first.pad_id, first.unk_id, sha256)
 
 
 def parse_args(argv):
-    own = argparse.ArgumentParser("pretrain.py", description=__doc__.splitlines()[0], add_help=False)
-    own.add_argument("--dataset", nargs="+", metavar="NAME|DIR", help="Data sets, as in train.py.")
-    own.add_argument("--tokenizer", metavar="DIR", help="Vocabulary to take; else one is made of the training texts.")
-    share = train.at_least(0, float, 1)
-    own.add_argument("--lm-share", type=share, default=0.0, metavar="P", help="Share of batches of language modelling.")
-    own.add_argument("--steps", type=train.at_least(0), metavar="N", help="Optimizer steps, instead of --epochs.")
-    mine, rest = own.parse_known_args(argv)
-    parser = train.make_parser()
-    if {"-h", "--help"} & set(rest):
-        print(__doc__, own.format_help(), sep="\n")
-    datasets = ["--dataset", mine.dataset[0]] if mine.dataset else []
-    args = train.parse_args(parser, [*rest, *datasets], DEFAULTS)
-    if wrong := USELESS & set(args.given):
-        parser.error(f"pretraining takes no {', '.join(sorted(wrong))}")
-    if not args.out:
-        parser.error("--out is missing")
-    values = vars(mine) | {"argv": argv}
-    return argparse.Namespace(**vars(args) | values | {"epochs": args.epochs[0], "lr": args.lr[0], "phase": 1})
+    parser = argparse.ArgumentParser("pretrain.py", description=__doc__.splitlines()[0])
+    flag, share = parser.add_argument, at_least(0, float, 1)
+    flag("--dataset", nargs="+", required=True, help="data sets, as in train.py")
+    flag("--data-dir", default="data", help="where the folders of named data sets are (data)")
+    flag("--limit", type=at_least(1), help="train on the first N texts of each only")
+    flag("--max-length", type=at_least(2), default=256, help="tokens of a text (256)")
+    flag("--tokenizer", help="folder with a vocabulary; else one is made of the training texts")
+    flag("--d-model", type=at_least(1), default=train.TINY["d_model"], help="width (128)")
+    flag("--layers", type=at_least(1), default=train.TINY["layers"], help="of each half (2)")
+    flag("--heads", type=at_least(1), default=train.TINY["heads"], help="attention heads (4)")
+    flag("--vocab-size", type=at_least(1), default=train.TINY["vocab_size"], help="(4000)")
+    flag("--lm-share", type=share, default=0.0, help="share of batches of language modelling (0)")
+    flag("--epochs", type=at_least(0), default=10, help="(10)")
+    flag("--steps", type=at_least(0), help="optimizer steps, instead of --epochs")
+    flag("--batch-size", type=at_least(1), default=64, help="texts per step (64)")
+    flag("--lr", type=at_least(0, float), default=2e-2, help="of each weight's RMS (2e-2)")
+    flag("--clip", type=at_least(0, float), default=100.0, help="largest norm of the gradient")
+    flag("--amp", choices=("off", "bf16"), default="off", help="precision (off: float32)")
+    flag("--out", required=True, help="folder to write")
+    flag("--overwrite", action="store_true", help="replace what the folder holds")
+    flag("--resume", action="store_true", help="resume from the last checkpoint, if there is one")
+    flag("--save-every", type=at_least(0, float), default=10.0, help="minutes (10)")
+    flag("--log-every", type=at_least(1), default=50, help="steps per training record (50)")
+    flag("--seed", type=at_least(0), default=0, help="of everything random (0)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--device", choices=("cpu", "cuda"), default=device, help="where to compute")
+    args = parser.parse_args(argv)
+    if args.d_model % args.heads:
+        parser.error(f"--d-model is {args.d_model}; it must be a multiple of --heads, {args.heads}")
+    if args.resume and args.overwrite:
+        parser.error("--resume continues what --overwrite would replace: leave one out")
+    args.command = shlex.join(["python", "-m", "extras.pretrain", *argv])
+    return args
+
+
+def claim_folder(args):
+    """Refuse a folder with files of others; delete the old run unless it resumes."""
+    out = Path(args.out)
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    found = {name for name in found if not name.startswith(".") and not name.endswith(".partial")}
+    own = "pretraining_sha256" in train.read_config(out)
+    if foreign := found - RUN_FILES if own else found:
+        raise data.InputError(f"{out} holds {min(foreign)}, which no run wrote: give another --out")
+    if found & {"metrics.json", "checkpoint.pt"} and not (args.resume or args.overwrite):
+        raise data.InputError(f"{out} holds a run: --resume it, give another --out, or --overwrite")
+    for name in ("metrics.json", "checkpoint.pt", "log.jsonl") if not args.resume else ():
+        (out / name).unlink(missing_ok=True)
 
 
 def make_t5(args):
     """(T5 with random weights, tokenizer) of the shape and vocabulary that the flags ask for."""
-    texts = [text for name in args.dataset for text in data.read_texts(name, "train", args.data_dir) if text]
+    texts = []
+    for name in args.dataset:
+        texts += [text for text in data.read_texts(name, "train", args.data_dir) if text]
     if args.tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     else:
         tokenizer = data.train_tokenizer(texts, args.vocab_size)
     torch.manual_seed(args.seed)
-    return transformers.T5ForConditionalGeneration(train.tiny_config(args, tokenizer)), tokenizer
+    config = train.tiny_config(args, len(tokenizer))
+    return transformers.T5ForConditionalGeneration(config), tokenizer
 
 
 def run(args):
     """Train, and write OUT/model and OUT/metrics.json."""
-    out = train.run_folder(args, 1)
-    finished = (out / "metrics.json").exists()
-    if (finished or (out / "checkpoint.pt").exists()) and not (args.resume or args.overwrite):
-        raise ValueError(f"{out} holds a run: --resume it, give another --out, or --overwrite")
-    if finished and args.resume:
+    claim_folder(args)
+    out = Path(args.out)
+    if (out / "metrics.json").exists():
         return print(f"{out} is finished")
     t5, tokenizer = make_t5(args)
     t5.train().to(args.device)
-    if args.device == "cpu" and args.amp != "fp16":
+    if args.device == "cpu":
         quicken(t5)
     corpora = {}
     for split, limit in ("train", args.limit), ("valid", None):
         rest = split, tokenizer, args.data_dir, args.max_length, limit
         corpora[split] = join([data.load_corpus(name, *rest) for name in args.dataset])
         print(f"{split}: {len(corpora[split]):,} texts, {corpora[split].ids.size:,} tokens")
-    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
-    settings = {"sentinels": sentinels, "eos_id": tokenizer.eos_token_id, "seed": args.seed, "lm_share": args.lm_share}
-    make_batch = partial(pretraining_batch, **settings)
-    objective = PretrainingObjective(t5)
-
-    @torch.no_grad()
-    def validate(control=None):
-        t5.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        for whole in data.evaluation_batches(corpora["valid"], args.batch_size):
-            terms = objective(make_batch(corpora["valid"], whole.index, 0, lm_share=0).to(args.device), 0.0)
-            sums += torch.stack([terms["loss"].double().sum(), terms["targets"].double().sum()]).cpu()
-        t5.train()
-        return {"nats_per_target": (sums[0] / sums[1]).item(), "query_growth": query_growth(t5)}
-
-    config = vars(args) | {"data_sha256": {split: corpus.sha256 for split, corpus in corpora.items()}}
-    config["command"] = "python -m extras.pretrain " + " ".join(args.argv)
-    log, saved = train.open_run(out, config, args)
-    with log:
-        train.train(objective, corpora["train"], make_batch, no_kl, validate, args, out, log, saved, args.steps)
-    if metrics.processes()[0] == 0:
-        t5.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
-        measured = validate()
-        (out / "metrics.json").write_text(json.dumps(measured, indent=2) + "\n")
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-        print("  ".join(f"{name} {value:.3f}" for name, value in measured.items()), f"-> {out / 'model'}")
-
-
-def no_kl(step, control, terms):
-    """The KL weight of a T5 that has no latent."""
-    return 0.0
+    make_batch = partial(
+        pretraining_batch,
+        sentinels=tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)]),
+        eos_id=tokenizer.eos_token_id,
+        seed=args.seed,
+        lm_share=args.lm_share,
+    )
+    shas = {split: corpus.sha256 for split, corpus in corpora.items()}
+    config = vars(args) | {"pretraining_sha256": shas}
+    if (out / "checkpoint.pt").exists():
+        train.check_same(out, config)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        data.write_json(out / "config.json", config)
+    with open(out / "log.jsonl", "a+", buffering=1) as log:
+        measured = pretrain(t5, corpora, make_batch, args, out, log)
+    t5.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    data.write_json(out / "metrics.json", measured)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    print(json.dumps(measured), "->", out / "model")
+    return None
 
 
 def main(argv=None):
-    args = parse_args(sys.argv[1:] if argv is None else list(map(str, argv)))
+    args = parse_args(sys.argv[1:] if argv is None else [str(word) for word in argv])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         run(args)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, data.InputError, FloatingPointError) as error:
         sys.exit(f"pretrain.py: {error}")
 
 

@@ -2,8 +2,8 @@
 
     python -m extras.seeds RUN RUN ...
 
-Runs whose config.json differ in nothing but the seed, and in digits of the run that they start from, are one group.
-Numbers are those of their metrics.json.
+Runs whose config.json differ in nothing but the seed, and in digits of the run that they start
+from, are one group. Numbers are those of their metrics.json.
 """
 
 import argparse
@@ -19,9 +19,11 @@ from train import INCIDENTAL
 
 
 def seed_groups(configs, results):
-    """{name: measures} of the groups with two seeds or more: means, with the sample standard deviation as their `_se`.
+    """{name: measures} of the groups with two seeds or more: means, with the sample standard
+    deviation as their `_se`.
 
-    Counts that are the same in all stay counts. Raises ValueError where runs of a group were measured with different K.
+    Counts that are the same in all stay counts. Raises ValueError where runs of a group were
+    measured with different K.
     """
     groups, summaries = defaultdict(dict), {}
     for run, config in configs.items():
@@ -34,7 +36,9 @@ def seed_groups(configs, results):
         group, mean = [results[run] for run in runs.values()], {}
         if len({measured.get("iw_samples") for measured in group}) > 1:
             ks = ", ".join(f"{run}: K = {results[run].get('iw_samples')}" for run in runs.values())
-            raise ValueError(f"seeds measured with different numbers of importance samples do not mix ({ks})")
+            raise ValueError(
+                f"seeds measured with different numbers of importance samples do not mix ({ks})"
+            )
         if len(runs) == 1:
             continue
         for key in (key for key in group[0] if not key.endswith("_se")):

@@ -311,8 +311,11 @@ def test_parts_that_do_not_fit(kind, tmp_path, pieces):
 def overflowing(config, latent_dim=5):
     """A model whose activations reach 1e5 at each wo; where it is gated, before it too."""
     torch.manual_seed(0)
-    t5_config = AutoConfig.for_model(**config).to_dict() | {"tie_word_embeddings": True}
+    t5_config = AutoConfig.for_model(**config).to_dict()
+    t5_config["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
     vae = T5VAE(t5_config, latent_dim).eval()
+    if not t5_config["tie_word_embeddings"]:
+        vae.t5.lm_head.weight.data.normal_(std=config["d_model"] ** -0.5)  # as a tied one is scaled
     vae.w_proj.weight.data.normal_()
     seen = {}
     for name, module in vae.named_modules():

@@ -60,7 +60,18 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run(home):
     """A run of phase 2 on these texts, whose z is heard."""
-    flags = [*TINY, *SHORT, "--epochs", "1", "--iw-samples", "2", "--latent-dim", "4", "--vocab-size", "60"]
+    flags = [
+        *TINY,
+        *SHORT,
+        "--epochs",
+        "1",
+        "--iw-samples",
+        "2",
+        "--latent-dim",
+        "4",
+        "--vocab-size",
+        "60",
+    ]
     train.main(["--dataset", str(home), *flags, "--out", str(home / "run")])
     model = T5VAE.from_pretrained(home / "run" / "phase2")
     with torch.no_grad():
@@ -126,7 +137,12 @@ def test_arithmetic_neighbors_traversal_and_encoding(ask, run, tmp_path):
     assert near[0] == f"0.000\t{texts[1]}"
     assert len(near) == 2
     rows = [line.split("\t") for line in ask("traverse", texts[0], "--dim", 3, 1, "--steps", 2)]
-    assert [row[:2] for row in rows] == [["3", "-3.000"], ["3", "3.000"], ["1", "-3.000"], ["1", "3.000"]]
+    assert [row[:2] for row in rows] == [
+        ["3", "-3.000"],
+        ["3", "3.000"],
+        ["1", "-3.000"],
+        ["1", "3.000"],
+    ]
     ask("encode", tmp_path / "all", "-o", tmp_path / "z.npz")
     np.testing.assert_allclose(np.load(tmp_path / "z.npz")["mu"], mu, atol=1e-5)
     assert len(ask("sample", "-n", 3)) == 3
@@ -155,7 +171,8 @@ def test_unknown_characters_are_counted_on_stderr(ask, run, capsys):
     assert "1 of 2 texts have characters outside the vocabulary" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------- probe, refine, describe
+# ---------------------------------------------------------------------------------------- probe,
+# refine, describe
 
 
 def test_linear_probe():
@@ -174,7 +191,9 @@ def test_grammar_is_read_as_it_was_written():
         text = data.grammar_sentence(factors)
         assert probe.grammar_parse(text) == factors
         assert probe.grammar_parse(text + " boat") is None
-    assert probe.grammar_parse("yesterday the king paints a boat on the roof") is None, "tense and time disagree"
+    assert probe.grammar_parse("yesterday the king paints a boat on the roof") is None, (
+        "tense and time disagree"
+    )
 
 
 def test_probe_finds_what_a_latent_holds(run, monkeypatch):
@@ -195,8 +214,14 @@ def test_probe_finds_what_a_latent_holds(run, monkeypatch):
         ids = np.array([[list(data.TENSES).index(f["tense"]), 1] for f in true[split]], np.int32)
         return data.Corpus(ids.ravel(), np.arange(0, 601, 2), np.full(300, 2), 0, 0, 99, 98, "")
 
-    rows = {row["factor"]: row for row in probe.probe_grammar(Oracle(), {s: corpus(s) for s in texts})}
-    assert (rows["tense"]["accuracy"], rows["tense"]["changed"], rows["tense"]["alone"]) == (100, 100, 100)
+    rows = {
+        row["factor"]: row for row in probe.probe_grammar(Oracle(), {s: corpus(s) for s in texts})
+    }
+    assert (rows["tense"]["accuracy"], rows["tense"]["changed"], rows["tense"]["alone"]) == (
+        100,
+        100,
+        100,
+    )
     assert rows["verb"]["accuracy"] < 25
     with pytest.raises(SystemExit, match="must be grammar"):
         probe.main([run])
@@ -207,7 +232,9 @@ def test_refinement_lowers_the_bound_and_does_not_mix_sentences(run, capsys):
     corpus = read("test")
     gaps = []
     for steps in (1, 100):
-        result = metrics.evaluate(model, corpus, 7, 20, posterior=partial(refine.refine_posterior, steps=steps))
+        result = metrics.evaluate(
+            model, corpus, 7, 20, posterior=partial(refine.refine_posterior, steps=steps)
+        )
         gaps.append(result["neg_elbo"])
     assert gaps[1] < gaps[0] - 0.1, gaps
     (batch,) = data.evaluation_batches(corpus, len(corpus))
@@ -231,7 +258,8 @@ def test_description(home, capsys, tmp_path):
         describe.main(["no/such"])
 
 
-# ---------------------------------------------------------------------------------------- tables and pictures
+# ---------------------------------------------------------------------------------------- tables
+# and pictures
 
 
 @pytest.mark.parametrize(
@@ -269,7 +297,10 @@ def test_seeds_are_summarised_and_different_k_refused(run, tmp_path, capsys):
     folders, measured = [], read_json(run, "metrics.json")
     for seed in range(3):
         folders.append(str(shutil.copytree(run, tmp_path / str(seed))))
-        config = json.loads((tmp_path / str(seed) / "config.json").read_text()) | {"seed": seed, "out": str(seed)}
+        config = json.loads((tmp_path / str(seed) / "config.json").read_text()) | {
+            "seed": seed,
+            "out": str(seed),
+        }
         (tmp_path / str(seed) / "config.json").write_text(json.dumps(config))
         changed = measured | {"rec": 10.0 + seed}
         (tmp_path / str(seed) / "metrics.json").write_text(json.dumps(changed))
@@ -282,18 +313,36 @@ def test_seeds_are_summarised_and_different_k_refused(run, tmp_path, capsys):
         seeds.main(folders)
     with pytest.raises(SystemExit, match="no two of these runs"):
         seeds.main(folders[:1])
-    seeds.main(list(map(str, (ROOT / "results" / "grammar" / "lambda0").iterdir())))  # of an earlier version
+    seeds.main(
+        list(map(str, (ROOT / "results" / "grammar" / "lambda0").iterdir()))
+    )  # of an earlier version
     assert "3 seeds" in capsys.readouterr().out
 
 
 def test_pictures_hold_every_point(run, tmp_path, capsys):
     warm_up = run.replace("phase2", "phase1")
     figure = plots.draw(plots.parse_args(["curves", "--out", "x.png", run, warm_up]))
-    records = [r for r in map(json.loads, Path(run, "log.jsonl").read_text().splitlines()) if r["split"] == "valid"]
+    records = [
+        r
+        for r in map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
+        if r["split"] == "valid"
+    ]
     lines = figure.axes[0].get_lines()
     assert len(lines) == 2
     assert lines[0].get_ydata() == pytest.approx([record["mi"] for record in records])
-    args = ["plane", "--out", str(tmp_path / "p.png"), "--points", "ours", run, warm_up, "--lm", "30", "--paper", "ptb"]
+    args = [
+        "plane",
+        "--out",
+        str(tmp_path / "p.png"),
+        "--points",
+        "ours",
+        run,
+        warm_up,
+        "--lm",
+        "30",
+        "--paper",
+        "ptb",
+    ]
     figure = plots.draw(plots.parse_args(args))
     (points,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "ours"]
     measured = [read_json(r, "metrics.json") for r in (run, warm_up)]
@@ -310,17 +359,37 @@ def test_pictures_hold_every_point(run, tmp_path, capsys):
 def test_texts_are_judged_beside_test_sentences(run, home, capsys):
     assert samples.distinct(["a a b", "b c"], 1) == pytest.approx(100 * 3 / 5)
     assert samples.distinct(["a a b", "b c"], 2) == 100, "no pair crosses from one text to the next"
-    flags = [*TINY, *SHORT, "--phase", "2", "--no-latent", "--epochs", "1", "--out", str(home / "judge")]
+    flags = [
+        *TINY,
+        *SHORT,
+        "--phase",
+        "2",
+        "--no-latent",
+        "--epochs",
+        "1",
+        "--out",
+        str(home / "judge"),
+    ]
     train.main(["--dataset", str(home), *flags])
     samples.main([run, "--lm", str(home / "judge"), "--count", "7"])
     assert "prior, sampled" in capsys.readouterr().out
-    measured, judge = read_json(run, "samples.json")["measures"], read_json(home / "judge", "metrics.json")
-    assert measured["test sentences"]["lm_nats"] == pytest.approx(judge["rec"] * 7 / judge["tokens"], rel=1e-5)
-    assert measured["test sentences"]["lm_nats"] != pytest.approx(measured["prior, sampled"]["lm_nats"], rel=1e-3)
+    measured, judge = (
+        read_json(run, "samples.json")["measures"],
+        read_json(home / "judge", "metrics.json"),
+    )
+    assert measured["test sentences"]["lm_nats"] == pytest.approx(
+        judge["rec"] * 7 / judge["tokens"], rel=1e-5
+    )
+    assert measured["test sentences"]["lm_nats"] != pytest.approx(
+        measured["prior, sampled"]["lm_nats"], rel=1e-3
+    )
     texts = data.read_texts(str(home), "test")
     perfect = copy.deepcopy(T5VAE.from_pretrained(run))
     perfect.decode_texts = lambda z, **_: texts if len(z) == len(texts) else texts[: len(z)]
-    perfect.encode_texts, corpus = lambda ts: (torch.zeros(len(ts), 4), None), metrics.load_run(run)[2]("test")
+    perfect.encode_texts, corpus = (
+        lambda ts: (torch.zeros(len(ts), 4), None),
+        metrics.load_run(run)[2]("test"),
+    )
     order = torch.Generator().manual_seed(0)
     texts = [texts[i] for i in torch.randperm(7, generator=order).tolist()]
     measured, _ = samples.judge(perfect, None, corpus, 7)
@@ -332,7 +401,8 @@ def test_texts_are_judged_beside_test_sentences(run, home, capsys):
             samples.main(wrong)
 
 
-# ---------------------------------------------------------------------------------------- pretraining
+# ----------------------------------------------------------------------------------------
+# pretraining
 
 
 def test_span_corruption_loses_nothing():
@@ -354,10 +424,13 @@ def test_span_corruption_loses_nothing():
 
 
 def test_a_share_of_the_batches_is_language_modelling(home, run):
-    """There the encoder reads </s> alone and the decoder writes the whole texts; the others are corrupted spans."""
+    """There the encoder reads </s> alone and the decoder writes the whole texts; the others are
+    corrupted spans."""
     model = T5VAE.from_pretrained(run)
     corpus, index = data.load_corpus(str(home), "train", model.tokenizer), np.arange(8)
-    make = partial(pretrain.pretraining_batch, corpus, sentinels=range(1000, 1100), eos_id=EOS, seed=0)
+    make = partial(
+        pretrain.pretraining_batch, corpus, sentinels=range(1000, 1100), eos_id=EOS, seed=0
+    )
     whole = data.make_batch(corpus, index)
     lm = make(index, 0, lm_share=1.0)
     assert lm.ids.tolist() == [[EOS]] * 8
@@ -367,11 +440,23 @@ def test_a_share_of_the_batches_is_language_modelling(home, run):
     assert (spans.labels >= 1000).any(1).all()
     kinds = [make(index, epoch, lm_share=0.5).ids.shape[1] == 1 for epoch in range(200)]
     assert 70 < sum(kinds) < 130
-    assert kinds == [make(index, epoch, lm_share=0.5).ids.shape[1] == 1 for epoch in range(200)], "not reproducible"
+    assert kinds == [make(index, epoch, lm_share=0.5).ids.shape[1] == 1 for epoch in range(200)], (
+        "not reproducible"
+    )
 
 
 def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_path):
-    flags = ["--dataset", str(home), str(home / "train.txt"), *TINY[2:], *SHORT, "--steps", "12", "--lm-share", "0.5"]
+    flags = [
+        "--dataset",
+        str(home),
+        str(home / "train.txt"),
+        *TINY[2:],
+        *SHORT,
+        "--steps",
+        "12",
+        "--lm-share",
+        "0.5",
+    ]
     flags += ["--out"]
     pretrain.main([*flags, str(tmp_path / "whole")])
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
@@ -382,32 +467,79 @@ def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_
     code += "def cut(*a):\n    global n; n += 1\n    return os._exit(9) if n == 8 else step(*a)\n"
     code += "train.gradient_step = cut; pretrain.main(sys.argv[1:])"
     command = [sys.executable, "-c", code, *flags, str(tmp_path / "cut"), "--save-every", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: with other threads, sums are rounded otherwise
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # as here: with other threads, sums are rounded otherwise
     assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 9
     pretrain.main([*flags, str(tmp_path / "cut"), "--resume"])
     for name in "log.jsonl", "model/model.safetensors":
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (
+            name
+        )
     model = ["--model", str(tmp_path / "whole" / "model")]
-    train.main(["--dataset", str(home), *model, "--phase", "1", *SHORT, "--epochs", "0", "--out", str(tmp_path / "v")])
+    train.main(
+        [
+            "--dataset",
+            str(home),
+            *model,
+            "--phase",
+            "1",
+            *SHORT,
+            "--epochs",
+            "0",
+            "--out",
+            str(tmp_path / "v"),
+        ]
+    )
     pretrain.main(
-        ["--dataset", str(home), "--tokenizer", model[1], "--steps", "0", *TINY[2:], "--out", str(tmp_path / "zero")]
+        [
+            "--dataset",
+            str(home),
+            "--tokenizer",
+            model[1],
+            "--steps",
+            "0",
+            *TINY[2:],
+            "--out",
+            str(tmp_path / "zero"),
+        ]
     )
     start = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "zero" / "model")
     assert pretrain.query_growth(start) == pytest.approx(1, abs=0.2)
     with pytest.raises(SystemExit, match="layers is 5, but"):
-        train.main(["--dataset", str(home), *model, "--phase", "1", "--layers", "5", "--out", str(tmp_path / "no")])
-    for wrong in (["--kl-target", "3"], ["--phase", "1"], ["--lm-share", "1"], ["--dropout", "0.1"]):
+        train.main(
+            [
+                "--dataset",
+                str(home),
+                *model,
+                "--phase",
+                "1",
+                "--layers",
+                "5",
+                "--out",
+                str(tmp_path / "no"),
+            ]
+        )
+    for wrong in (
+        ["--kl-target", "3"],
+        ["--phase", "1"],
+        ["--lm-share", "1"],
+        ["--dropout", "0.1"],
+    ):
         with pytest.raises(SystemExit):
             pretrain.main([*flags, str(tmp_path / "no"), *wrong])
     assert not (tmp_path / "no").exists()
 
 
-# ---------------------------------------------------------------------------------------- fast_cpu, benchmark
+# ---------------------------------------------------------------------------------------- fast_cpu,
+# benchmark
 
 
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}]
+)
 def test_quick_layers_compute_the_same(changes, frozen, amp):
     plain = tiny_vae(**changes).train()
     quick = fast_cpu.quicken(copy.deepcopy(plain))
@@ -434,7 +566,19 @@ def test_quick_layers_compute_the_same(changes, frozen, amp):
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_a_quick_language_model_trains(home, tmp_path, amp):
-    flags = ["--dataset", str(home), *TINY, *SHORT, "--phase", "2", "--no-latent", "--epochs", "1", "--amp", amp]
+    flags = [
+        "--dataset",
+        str(home),
+        *TINY,
+        *SHORT,
+        "--phase",
+        "2",
+        "--no-latent",
+        "--epochs",
+        "1",
+        "--amp",
+        amp,
+    ]
     fast_cpu.main([*flags, "--out", str(tmp_path / "lm")])
     assert read_json(tmp_path / "lm", "metrics.json")["latent_dim"] == 0
 
@@ -444,7 +588,10 @@ def test_quick_losses_weigh_tokens_of_their_own():
     hidden, weight, labels = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
     for share in torch.ones(6) / 6, torch.rand(6), torch.zeros(6):
         found = []
-        for loss in fast_cpu.TokenNats.apply, lambda h, w, y: F.cross_entropy(h @ w.T, y, reduction="none"):
+        for loss in (
+            fast_cpu.TokenNats.apply,
+            lambda h, w, y: F.cross_entropy(h @ w.T, y, reduction="none"),
+        ):
             h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
             (loss(h, w, labels) * share).sum().backward()
             found.append((h.grad, w.grad))
@@ -475,18 +622,34 @@ def test_the_quick_layer_norm_has_the_gradient_of_t5s():
     plain = T5LayerNorm(8)
     plain.weight.data.normal_()
     x, towards, found = torch.randn(3, 5, 8), torch.randn(3, 5, 8), []
-    for norm in plain, lambda x: fast_cpu.Normalize.apply(x, plain.weight, plain.variance_epsilon, torch.float32):
+    for norm in (
+        plain,
+        lambda x: fast_cpu.Normalize.apply(x, plain.weight, plain.variance_epsilon, torch.float32),
+    ):
         x_, plain.weight.grad = x.clone().requires_grad_(), None
         out = norm(x_)
         (out * towards).sum().backward()
         found.append((out, x_.grad, plain.weight.grad))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
-    assert not torch.allclose(found[0][1], towards * plain.weight, atol=0.1), "the control: the norm is not linear"
+    assert not torch.allclose(found[0][1], towards * plain.weight, atol=0.1), (
+        "the control: the norm is not linear"
+    )
 
 
 def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
-    flags = ["--dataset", str(home), *TINY, *SHORT, "--epochs", "1", "--phase", "1", "--out", str(tmp_path / "run")]
+    flags = [
+        "--dataset",
+        str(home),
+        *TINY,
+        *SHORT,
+        "--epochs",
+        "1",
+        "--phase",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     fast_cpu.main(flags)
     assert T5VAE.from_pretrained(tmp_path / "run").encode_texts(["a king"])[0].isfinite().all()
     for fp16 in ["--amp", "fp16"], ["--amp=fp16"]:
@@ -497,17 +660,30 @@ def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_activations_take_what_the_formula_says(amp, dropout):
-    sizes = {"d_model": 48, "d_ff": 160, "num_heads": 3, "d_kv": 16, "num_layers": 5, "num_decoder_layers": 5}
+    sizes = {
+        "d_model": 48,
+        "d_ff": 160,
+        "num_heads": 3,
+        "d_kv": 16,
+        "num_layers": 5,
+        "num_decoder_layers": 5,
+    }
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor lives on, so that no other has its address
+        kept[storage.data_ptr()] = (
+            storage.nbytes(),
+            tensor,
+        )  # the tensor lives on, so that no other has its address
         return tensor
 
     def total(sentences, **changes):
         model = tiny_vae(vocab_size=20, dropout_rate=dropout, **sizes | changes).train()
-        ids, mask = torch.randint(3, 20, (sentences, 40)), torch.ones(sentences, 40, dtype=torch.long)
+        ids, mask = (
+            torch.randint(3, 20, (sentences, 40)),
+            torch.ones(sentences, 40, dtype=torch.long),
+        )
         batch = data.Batch(ids, mask, ids, torch.arange(sentences), torch.zeros(sentences, 8))
         kept.clear()
         half = torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16")
@@ -520,14 +696,22 @@ def test_activations_take_what_the_formula_says(amp, dropout):
 
     config = tiny_vae(dropout_rate=dropout, **sizes).t5.config
     six_layers = of_four_sentences() - of_four_sentences(num_layers=2, num_decoder_layers=2)
-    assert six_layers == pytest.approx(benchmark.activation_bytes(config, 4, 40, amp) * 6 / 10, rel=0.03)
+    assert six_layers == pytest.approx(
+        benchmark.activation_bytes(config, 4, 40, amp) * 6 / 10, rel=0.03
+    )
 
 
 def test_the_benchmark_compares_and_writes_nothing(home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     benchmark.main(["--dataset", str(home), *TINY, *SHORT, "--repeats", "1"])
     out = capsys.readouterr().out
-    for word in ("phase 1  core", "phase 2  quicken", "times transformers", "evaluation", "generation"):
+    for word in (
+        "phase 1  core",
+        "phase 2  quicken",
+        "times transformers",
+        "evaluation",
+        "generation",
+    ):
         assert word in out
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="benchmark.py: "):

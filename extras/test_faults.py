@@ -1,4 +1,5 @@
-"""Training never loses work, nor anybody's files: kills, full disks, damage, processes, mistakes."""
+"""Training never loses work, nor anybody's files: kills, full disks, damage, processes,
+mistakes."""
 
 # ruff: noqa: F811  # pytest hands fixtures over by name
 import json
@@ -239,7 +240,8 @@ def test_relative_steps_follow_the_size_of_each_weight():
 
 
 def test_relative_steps_are_adamws_with_a_rate_per_weight():
-    """Ten steps equal those of torch's AdamW with one group per weight, whose rate is set by hand."""
+    """Ten steps equal those of torch's AdamW with one group per weight, whose rate is set by
+    hand."""
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(4, 3) * size) for size in (0.01, 1.0, 30.0)]
     theirs = [torch.nn.Parameter(w.detach().clone()) for w in ours]

@@ -3,7 +3,8 @@
     pytest extras/test_gpu.py -rs        without a GPU, each check is skipped by name
     python -m extras.test_gpu CHECK      one check, on the first GPU
 
-All tests hide the GPUs from their process. So each check runs in a process of its own that sees them again.
+All tests hide the GPUs from their process. So each check runs in a process of its own that sees
+them again.
 """
 
 import json
@@ -49,7 +50,10 @@ def stepper(model, device, amp):
     batch = data.training_batch(corpus, index, 0, denoise=0.1, latent_dim=8, seed=0).to(device)
     optimizer = torch.optim.AdamW([{"params": [p]} for p in model.parameters()], fused=True)
     scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
-    args, objective = train.argparse.Namespace(device=device, amp=amp, clip=1.0), train.ELBO(model, 0.1)
+    args, objective = (
+        train.argparse.Namespace(device=device, amp=amp, clip=1.0),
+        train.ELBO(model, 0.1),
+    )
 
     def step():
         train.set_lr(optimizer, 1e-2, relative=True)
@@ -58,13 +62,27 @@ def stepper(model, device, amp):
     return batch, step
 
 
-# ------------------------------------------------------------------------------------------------- on every machine
+# -------------------------------------------------------------------------------------------------
+# on every machine
 
 
 class Factories(TorchFunctionMode):
-    """Collects the calls that make a tensor without saying on which device: on a GPU they would make it on the CPU."""
+    """Collects the calls that make a tensor without saying on which device: on a GPU they would
+    make it on the CPU."""
 
-    NAMES = {"empty", "zeros", "ones", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"}
+    NAMES = {
+        "empty",
+        "zeros",
+        "ones",
+        "full",
+        "arange",
+        "linspace",
+        "eye",
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+    }
     NAMES |= {"tensor", "as_tensor", "from_numpy", "scalar_tensor"}
 
     def __init__(self):
@@ -95,7 +113,9 @@ def test_every_tensor_of_evaluation_and_generation_says_where_it_is(monkeypatch)
     model = small_vae().eval()
     batch, _ = stepper(model, "cpu", "off")
     posterior = model.encode(batch.ids, batch.mask)
-    monkeypatch.setattr(data, "latent_noise", lambda *_: iter([batch.eps] * 2))  # batches are made on the CPU
+    monkeypatch.setattr(
+        data, "latent_noise", lambda *_: iter([batch.eps] * 2)
+    )  # batches are made on the CPU
     with Factories() as made:
         metrics.sample_posterior(model, batch, 2)
         model.reparameterize(*posterior)
@@ -117,9 +137,21 @@ def test_a_stray_tensor_is_found():
 
 
 class Reads(TorchFunctionMode):
-    """Counts the calls that make the CPU wait for a GPU: they read a tensor, or make one whose size depends on it."""
+    """Counts the calls that make the CPU wait for a GPU: they read a tensor, or make one whose size
+    depends on it."""
 
-    NAMES = {"item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique", "__bool__", "__float__", "__int__"}
+    NAMES = {
+        "item",
+        "tolist",
+        "numpy",
+        "cpu",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "__bool__",
+        "__float__",
+        "__int__",
+    }
     NAMES |= {"__index__", "equal", "allclose", "is_nonzero", "repeat_interleave", "bincount"}
 
     def __init__(self):
@@ -164,21 +196,32 @@ def test_every_kind_of_read_is_found():
 
 def test_scaling_saves_gradients_that_fp16_cannot_hold():
     def head_after_step(amp, scale=1.0):
-        model, many = small_vae(), 10**8  # gradients of 1e-8 and less, as in a mean over so many sentences
+        model, many = (
+            small_vae(),
+            10**8,
+        )  # gradients of 1e-8 and less, as in a mean over so many sentences
         batch, _ = stepper(model, "cpu", amp)
         optimizer = torch.optim.SGD(model.parameters(), lr=float(many))
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=amp == "fp16")
-        args, head = train.argparse.Namespace(device="cpu", amp=amp, clip=0), model.t5.lm_head.weight
+        args, head = (
+            train.argparse.Namespace(device="cpu", amp=amp, clip=0),
+            model.t5.lm_head.weight,
+        )
         before = head.detach().clone()
-        train.gradient_step(train.ELBO(model, 0.0), batch, range(many), 64, 1.0, optimizer, scaler, [], args)
+        train.gradient_step(
+            train.ELBO(model, 0.0), batch, range(many), 64, 1.0, optimizer, scaler, [], args
+        )
         return head.detach() - before
 
     exact = head_after_step("off")
-    assert (head_after_step("fp16") - exact).norm() > 0.3 * exact.norm(), "the control: unscaled, they underflow"
+    assert (head_after_step("fp16") - exact).norm() > 0.3 * exact.norm(), (
+        "the control: unscaled, they underflow"
+    )
     assert (head_after_step("fp16", 2.0**18) - exact).norm() < 0.03 * exact.norm()
 
 
-# ----------------------------------------------------------------------------------------------- where there is a GPU
+# -----------------------------------------------------------------------------------------------
+# where there is a GPU
 
 
 def measures(out):
@@ -191,8 +234,14 @@ def losses(out):
 
 
 def check_a_run_in_each_precision():
-    """Both phases learn. Losses are the CPU's: float32 to 1 %, bf16 to 5 %, fp16 (it skips steps at first) to 10 %."""
-    runs = {"cpu": ("cpu", "off"), "off": ("cuda", "off"), "bf16": ("cuda", "bf16"), "fp16": ("cuda", "fp16")}
+    """Both phases learn. Losses are the CPU's: float32 to 1 %, bf16 to 5 %, fp16 (it skips steps at
+    first) to 10 %."""
+    runs = {
+        "cpu": ("cpu", "off"),
+        "off": ("cuda", "off"),
+        "bf16": ("cuda", "bf16"),
+        "fp16": ("cuda", "fp16"),
+    }
     for name, (device, amp) in runs.items():
         if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             continue
@@ -206,16 +255,21 @@ def check_a_run_in_each_precision():
 
 
 def check_evaluation_and_generation_equal_the_cpus():
-    """Measures to 0.01 nats per sentence, greedy texts to 99 % of the tokens; and what bf16 costs, printed."""
+    """Measures to 0.01 nats per sentence, greedy texts to 99 % of the tokens; and what bf16 costs,
+    printed."""
     train.main([*RUN, "--device", "cpu", "--out", "run"])
     run = Path("run", "phase2")
     settings = {"iw_samples": 5}
-    on_cpu, on_gpu = (metrics.evaluate_run(run, device=device, **settings) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (
+        metrics.evaluate_run(run, device=device, **settings) for device in ("cpu", "cuda")
+    )
     for name in "rec", "kl", "nll_iw", "mi", "rec_other", "rec_prior":
         print(f"{name}: {on_cpu[name]:.4f} on the CPU, {on_gpu[name]:.4f} on the GPU")
         assert abs(on_cpu[name] - on_gpu[name]) < 0.01
     half = metrics.evaluate_run(run, device="cuda", amp="bf16", **settings)
-    print(f"bf16: rec {half['rec'] - on_gpu['rec']:+.4f}, KL {half['kl'] - on_gpu['kl']:+.4f} nats per sentence")
+    print(
+        f"bf16: rec {half['rec'] - on_gpu['rec']:+.4f}, KL {half['kl'] - on_gpu['kl']:+.4f} nats per sentence"
+    )
     model = T5VAE.from_pretrained(run)
     z = torch.randn(64, model.latent_dim, generator=torch.Generator().manual_seed(0))
     ids = model.generate(z, max_new_tokens=12)
@@ -226,7 +280,10 @@ def check_evaluation_and_generation_equal_the_cpus():
 
 def check_a_stopped_run_resumes():
     """SIGTERM in phase 2, then --resume: the losses are those of the whole run to 1 %."""
-    command, plain_step = [*RUN, "--device", "cuda", "--amp", "off", "--log-every", "1"], train.gradient_step
+    command, plain_step = (
+        [*RUN, "--device", "cuda", "--amp", "off", "--log-every", "1"],
+        train.gradient_step,
+    )
     train.main([*command, "--out", "whole"])
     steps = []
 
@@ -248,7 +305,8 @@ def check_a_stopped_run_resumes():
 
 
 def check_one_synchronization_per_step():
-    """torch's own count of synchronizations in a step, in each precision; its control is one more read."""
+    """torch's own count of synchronizations in a step, in each precision; its control is one more
+    read."""
     for amp in "off", "bf16", "fp16":
         batch, step = stepper(small_vae("cuda"), "cuda", amp)
         step()
@@ -283,12 +341,19 @@ def check_benchmark():
         subprocess.run([sys.executable, "-m", "extras.benchmark", *flags], check=True)
 
 
-CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
+CHECKS = {
+    name.removeprefix("check_"): f
+    for name, f in list(globals().items())
+    if name.startswith("check_")
+}
 
 
 def gpu_environment():
     """The environment of these tests, with the GPUs visible again."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": os.environ["TEST_GPUS"], "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": os.environ["TEST_GPUS"],
+        "PYTHONPATH": str(ROOT),
+    }
     if environment["CUDA_VISIBLE_DEVICES"] == "all":
         del environment["CUDA_VISIBLE_DEVICES"]
     return environment
@@ -307,7 +372,9 @@ def test_on_a_gpu(check, tmp_path):
     if gpus() < (needed := 2 if check == "two_processes" else 1):
         pytest.skip(f"{check} needs {needed} GPU{'s' * (needed > 1)}; torch finds {gpus()}")
     command = [sys.executable, "-m", "extras.test_gpu", check]
-    child = subprocess.run(command, cwd=tmp_path, env=gpu_environment(), capture_output=True, text=True)
+    child = subprocess.run(
+        command, cwd=tmp_path, env=gpu_environment(), capture_output=True, text=True
+    )
     assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-3000:]
     print(child.stdout)
 

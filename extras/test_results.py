@@ -1,4 +1,5 @@
-"""RESULTS.md against the runs it reports: every number in its tables and prose is that of results/*/*/metrics.json."""
+"""RESULTS.md against the runs it reports: every number in its tables and prose is that of
+results/*/*/metrics.json."""
 
 import json
 import re
@@ -12,10 +13,16 @@ TEXT = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 
 
 def cell(row, key):
-    """What RESULTS.md must print: the mean over the seeds in results/<row>/ with its spread, or the one run's."""
-    runs = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob(f"{row}/*/metrics.json"))]
+    """What RESULTS.md must print: the mean over the seeds in results/<row>/ with its spread, or the
+    one run's."""
+    runs = [
+        json.loads(path.read_text())
+        for path in sorted((ROOT / "results").glob(f"{row}/*/metrics.json"))
+    ]
     assert runs, f"there is no results/{row}"
-    assert len({run["iw_samples"] for run in runs}) == 1, f"the runs of {row} were measured with different K"
+    assert len({run["iw_samples"] for run in runs}) == 1, (
+        f"the runs of {row} were measured with different K"
+    )
     values = [run.get(key) for run in runs]
     if None in values:
         return "-"
@@ -26,15 +33,26 @@ def cell(row, key):
 def tables(text):
     """The tables whose first column is `run`, as lists of {head: cell}."""
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
-        heads, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        heads, _, *rows = (
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()
+        )
         if heads[0] == "run":
             yield [dict(zip(heads, row, strict=True)) for row in rows]
 
 
 def wrong_cells(text):
     """The cells of these tables that are not what results/ holds: [(run, key, printed, true)]."""
-    cells = [(row["run"], key, row[key]) for table in tables(text) for row in table for key in list(row)[1:]]
-    return [(run, key, printed, true) for run, key, printed in cells if (true := cell(run, key)) != printed]
+    cells = [
+        (row["run"], key, row[key])
+        for table in tables(text)
+        for row in table
+        for key in list(row)[1:]
+    ]
+    return [
+        (run, key, printed, true)
+        for run, key, printed in cells
+        if (true := cell(run, key)) != printed
+    ]
 
 
 def test_tables_are_what_the_runs_measured():
@@ -50,7 +68,13 @@ def test_a_wrong_digit_is_found():
 
 def test_numbers_in_prose_stand_in_a_table():
     cells = {cell for table in tables(TEXT) for row in table for cell in row.values()}
-    measured = cells | {part for cell in cells for part in cell.split("±")} | {f"{data.GRAMMAR_ENTROPY:.2f}"}
+    measured = (
+        cells
+        | {part for cell in cells for part in cell.split("±")}
+        | {f"{data.GRAMMAR_ENTROPY:.2f}"}
+    )
     prose = re.sub(r"`.*?`|^\|.*", "", TEXT, flags=re.M)
-    told = set(re.findall(r"\d+\.\d\d(?:±\d+\.\d\d)?", prose))  # a number that has a spread, with it
+    told = set(
+        re.findall(r"\d+\.\d\d(?:±\d+\.\d\d)?", prose)
+    )  # a number that has a spread, with it
     assert told <= measured, told - measured

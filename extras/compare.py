@@ -1,0 +1,87 @@
+"""Is the difference of two runs more than noise? Paired differences over the same test sentences.
+
+    python -m extras.compare A B
+
+Prints B - A for rec, KL, NLL and -ELBO, in nats per sentence, with the standard error of the mean
+of the differences, and whether it is beyond two of them. Both runs are measured on the same texts,
+so most of what makes one sentence harder than another cancels: the error is far smaller than that
+of the difference of two independent means.
+
+The values per sentence are those that train.py and metrics.py write to sentences.npz.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import metrics
+
+
+def load(run):
+    """(config.json, metrics.json, {name: (n,) nats}) of a run. Raises OSError, ValueError."""
+    path = Path(run)
+    config = json.loads((path / "config.json").read_text())
+    measured = json.loads((path / "metrics.json").read_text())
+    if not (path / "sentences.npz").is_file():
+        raise ValueError(f"{run} has no sentences.npz: python metrics.py {run} writes it")
+    with np.load(path / "sentences.npz") as values:
+        columns = {name: torch.from_numpy(values[name]) for name in values.files}
+    named = {"rec": columns["rec"], "kl": columns["kl"]}
+    named["neg_elbo"] = columns["rec"] + columns["kl"]
+    if "nll_iw" in columns:
+        named["nll"] = metrics.smaller_bound(columns)
+    return config, measured, named
+
+
+def paired(a, b):
+    """{name: (mean of b - a, its standard error)} of the measures that both have."""
+    found = {}
+    for name in ("rec", "kl", "nll", "neg_elbo"):
+        if name in a and name in b:
+            difference = b[name] - a[name]
+            found[name] = difference.mean().item(), metrics.standard_error(difference)
+    return found
+
+
+def compare(run_a, run_b):
+    """`paired` of two run folders. Raises ValueError where they cannot be compared."""
+    (config_a, measured_a, a), (config_b, measured_b, b) = load(run_a), load(run_b)
+    texts_a, texts_b = (config["data_sha256"]["test"] for config in (config_a, config_b))
+    if texts_a != texts_b or len(a["rec"]) != len(b["rec"]):
+        raise ValueError(f"{run_a} and {run_b} were measured on different texts")
+    samples_a, samples_b = measured_a["iw_samples"], measured_b["iw_samples"]
+    if samples_a != samples_b:
+        raise ValueError(f"iw_samples must be the same: {run_a} {samples_a}, {run_b} {samples_b}")
+    return paired(a, b)
+
+
+def format_lines(found):
+    yield f"{'':10}{'B - A':>12}{'s.e.':>8}  beyond two s.e.?"
+    for name in ("rec", "kl", "nll", "neg_elbo"):
+        if name not in found:
+            yield f"{name:10}{'-':>12}"
+            continue
+        mean, error = found[name]
+        shown = "?" if error is None else f"{error:.3f}"
+        beyond = "yes" if error is not None and abs(mean) > 2 * error else "no"
+        yield f"{name:10}{mean:>+12.3f}{shown:>8}  {beyond}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__.splitlines()[0])
+    parser.add_argument("a", metavar="A", help="finished run folder")
+    parser.add_argument("b", metavar="B", help="another, measured on the same test texts")
+    args = parser.parse_args(argv)
+    try:
+        found = compare(args.a, args.b)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"compare.py: {error}")
+    print(f"A: {args.a}\nB: {args.b}", *format_lines(found), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

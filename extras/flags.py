@@ -1,0 +1,16 @@
+"""The type of a number on the command line of an extra: `type=at_least(1)`."""
+
+import argparse
+import math
+
+
+def at_least(low, kind=int, below=math.inf):
+    """A function for argparse: text -> a number of `kind` in [low, below), or a refusal."""
+
+    def number(text):
+        value = kind(text)
+        if low <= value < below:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+
+    return number
