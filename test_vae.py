@@ -1,4 +1,4 @@
-"""Tests: pytest test_vae.py. No network, no GPU; every invariance comes with a control that must break it."""
+"""Tests: pytest test_vae.py. No network, no GPU; invariances have a control that breaks them."""
 
 import os
 
@@ -25,14 +25,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    ByT5Tokenizer,
-    DynamicCache,
-    EncoderDecoderCache,
-    MT5Config,
-    T5Config,
-)
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from transformers import AutoModelForSeq2SeqLM, ByT5Tokenizer, MT5Config, T5Config
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 import data
@@ -65,7 +60,7 @@ def tiny_vae(seed=0, pooling="max", pool_layers="last", **changes):
 
 
 def random_texts(batch, length, seed=0, vocab=64):
-    """ids, mask: rows of lengths from 2 to `length` that end in </s>; the last row is the longest."""
+    """ids, mask: rows of 2 to `length` tokens that end in </s>; the last row is the longest."""
     rng = np.random.default_rng(seed)
     lengths = [*rng.integers(2, length, batch - 1), length]
     return data.pad([np.append(rng.integers(3, vocab, n - 1), EOS) for n in lengths], PAD)
@@ -134,9 +129,7 @@ def test_reparameterize():
     mu, logvar = torch.full((20000, 1), 3.0), torch.full((20000, 1), math.log(4.0))
     z = tiny_vae().reparameterize(mu, logvar, torch.Generator().manual_seed(0))
     assert abs(z.mean() - 3) < 0.05, z.mean()
-    assert abs(z.std() - 2) < 0.05, (
-        z.std()
-    )  # exp(logvar / 2): a standard deviation, of a log variance
+    assert abs(z.std() - 2) < 0.05, z.std()  # logvar is the logarithm of a variance
     assert torch.equal(z, tiny_vae().reparameterize(mu, logvar, torch.Generator().manual_seed(0)))
 
 
@@ -162,56 +155,19 @@ def test_loss_halves_on_one_batch():
     assert losses[-1] < losses[0] / 2, losses[::10]
 
 
-CLI_TEXTS = [
-    "the old king sells a boat",
-    "a monk",
-    "the tired queens will paint a red lamp in the garden",
-    "she hides",
-]
-
-
-CHECKPOINT_SIZE = {"d_model": 24, "d_ff": 32, "num_layers": 2, "decoder_start_token_id": 0}
-
-
-SHAPES = {  # configuration, an LM head of its own
-    "plain": (T5Config(**CHECKPOINT_SIZE, d_kv=6, num_heads=4), False),
-    "plain, own head": (T5Config(**CHECKPOINT_SIZE, d_kv=6, num_heads=4), True),
-    "gated, own head (v1.1)": (
-        T5Config(
-            **CHECKPOINT_SIZE,
-            d_kv=6,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-        ),
-        True,
-    ),
-    "gated, no scale, one head": (
-        T5Config(
-            **CHECKPOINT_SIZE,
-            d_kv=6,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-        ),
-        False,
-    ),
-    "A * S != D, 3 decoder layers": (
-        T5Config(**CHECKPOINT_SIZE, d_kv=5, num_heads=3, num_decoder_layers=3),
-        False,
-    ),
-    "bytes (ByT5)": (
-        T5Config(
-            **CHECKPOINT_SIZE,
-            vocab_size=384,
-            d_kv=6,
-            num_heads=2,
-            num_decoder_layers=1,
-            feed_forward_proj="gated-gelu",
-        ),
-        True,
-    ),
-    "mT5": (MT5Config(**CHECKPOINT_SIZE, d_kv=5, num_heads=3, num_decoder_layers=1), True),
+CLI_TEXTS = ["the old king sells a boat", "a monk"]
+CLI_TEXTS += ["the tired queens will paint a red lamp in the garden", "she hides"]
+SMALL = {"d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+GATED = {"feed_forward_proj": "gated-gelu"}
+ODD = {"d_kv": 5, "num_heads": 3}  # A * S != D
+SHAPES = {  # changes of the configuration, whether the LM head is its own
+    "plain": ({}, False),
+    "plain, own head": ({}, True),
+    "gated, own head (v1.1)": (GATED | {"tie_word_embeddings": False}, True),
+    "gated, no scale, one head": (GATED | {"tie_word_embeddings": False}, False),
+    "A * S != D, 3 decoder layers": (ODD | {"num_decoder_layers": 3}, False),
+    "bytes (ByT5)": (GATED | {"vocab_size": 384, "num_heads": 2, "num_decoder_layers": 1}, True),
+    "mT5": (ODD | {"num_decoder_layers": 1}, True),
 }
 
 
@@ -220,39 +176,37 @@ def cli_tokenizer():
     return data.train_tokenizer([text for text in CLI_TEXTS for _ in range(3)], 80)
 
 
-def save_t5(folder, config, own_head, cli_tokenizer):
+def save_t5(folder, kind, tokenizer):
+    """A random T5 of one of the shapes, and its tokenizer, in a folder."""
     torch.manual_seed(0)
-    config.vocab_size = max(len(cli_tokenizer), 384 if config.vocab_size == 384 else 0)
-    t5 = AutoModelForSeq2SeqLM.from_config(config)
+    (changes, own_head), cls = SHAPES[kind], MT5Config if kind == "mT5" else T5Config
+    settings = {"vocab_size": len(tokenizer), "decoder_start_token_id": PAD}
+    t5 = AutoModelForSeq2SeqLM.from_config(cls(**SMALL | settings | changes))
     if own_head:
         t5.lm_head.weight = torch.nn.Parameter(torch.randn_like(t5.lm_head.weight))
-    with (
-        torch.no_grad()
-    ):  # a random decoder repeats its token; one that listens less to it writes all sorts
+    # A random decoder repeats its token; one that listens less to it writes all sorts.
+    with torch.no_grad():
         t5.shared.weight *= 0.1
         for name, weight in t5.decoder.named_parameters():
             if "SelfAttention" in name or "DenseReluDense" in name:
                 weight *= 8**0.5
     t5.save_pretrained(folder)
-    cli_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="session", params=SHAPES)
 def checkpoint(request, tmp_path_factory, cli_tokenizer):
     """A folder with a random T5 of one of the shapes."""
     folder = tmp_path_factory.mktemp("t5")
-    save_t5(
-        folder,
-        *SHAPES[request.param],
-        ByT5Tokenizer() if "bytes" in request.param else cli_tokenizer,
-    )
+    save_t5(folder, request.param, ByT5Tokenizer() if "ByT5" in request.param else cli_tokenizer)
     return folder
 
 
 def from_t5(folder, latent_dim=5, **kwargs):
     """A VAE around it, in whose output z is loud."""
     torch.manual_seed(1)
-    model = T5VAE.from_t5(folder, latent_dim, **kwargs).eval()
+    model = T5VAE.from_t5(folder, latent_dim, **kwargs)
+    assert not model.training
     with torch.no_grad():
         model.w_proj.weight *= 5
     return model
@@ -274,14 +228,11 @@ def test_decode_is_t5s_own_forward_on_the_memory(batch):
     model, z, labels = batch
     start = model.t5.prepare_decoder_input_ids_from_labels(labels)
     with torch.no_grad():
-        own = model.t5(
-            encoder_outputs=BaseModelOutput(model.memory(z)), decoder_input_ids=start
-        ).logits
+        memory = BaseModelOutput(model.memory(z))
+        own = model.t5(encoder_outputs=memory, decoder_input_ids=start).logits
         torch.testing.assert_close(model.decode(z, labels), own, atol=1e-6, rtol=1e-6)
         assert not torch.allclose(model.decode(z + 1, labels), own, atol=1e-2)
-        nats = torch.nn.functional.cross_entropy(
-            own.mT, labels.masked_fill(labels == 0, -100), reduction="none"
-        )
+        nats = F.cross_entropy(own.mT, labels, ignore_index=PAD, reduction="none")
         torch.testing.assert_close(model.rec(z, labels), nats.sum(1))
 
 
@@ -305,13 +256,11 @@ def test_one_key_of_t5s_own_cross_attention_gives_the_same_logits(checkpoint, ba
 
 
 def argmax_loop(model, z, steps, eos_id):
-    """Greedy decoding without a cache: (B, steps + 1), the start token first, padded after `eos_id`."""
+    """Greedy decoding without a cache: (B, steps + 1), start token first, padded after `eos_id`."""
     ids = torch.zeros(len(z), 1, dtype=torch.long)
     over = torch.zeros(len(z), dtype=torch.bool)
     for _ in range(steps):
-        labels = torch.nn.functional.pad(
-            ids[:, 1:], (0, 1), value=3
-        )  # decode does not look at the last one
+        labels = F.pad(ids[:, 1:], (0, 1), value=3)  # decode does not look at the last one
         chosen = model.decode(z, labels)[:, -1].argmax(1).masked_fill(over, 0)
         ids, over = torch.cat([ids, chosen[:, None]], 1), over | (chosen == eos_id)
     return ids
@@ -322,59 +271,52 @@ def test_generate_is_the_argmax_loop_in_a_batch_and_row_by_row(checkpoint):
     model = from_t5(checkpoint)
     z = torch.randn(12, 5)
     free = argmax_loop(model, z, 12, eos_id=-1)[:, 1:]
-    # Random models do not write </s>: the token that ends the most rows, at different places, stands in for it.
+    # Random models do not write </s>. For it stands the token that ends the most rows, each at
+    # another place.
     ends = {t: {r.index(t) for r in free.tolist() if t in r} for t in free.unique().tolist() if t}
     eos_id = max(ends, key=lambda t: len(ends[t]))
     expected = argmax_loop(model, z, 12, eos_id)
     assert len(ends[eos_id]) >= 3  # rows of different lengths
     assert len(expected.unique(dim=0)) > 3  # which z tells apart
-    ids = model.generate(z, max_new_tokens=12, eos_token_id=eos_id)
+    generate = partial(model.generate, max_new_tokens=12, eos_token_id=eos_id)
+    ids = generate(z)
     assert torch.equal(ids, expected[:, : ids.shape[1]])
     assert not expected[:, ids.shape[1] :].any()
-    assert torch.equal(
-        ids, model.generate(z, max_new_tokens=12, eos_token_id=eos_id, use_cache=False)
-    )
-    beams = model.generate(z, max_new_tokens=12, eos_token_id=eos_id, num_beams=3)
-    alone = model.generate(z[2:3], max_new_tokens=12, eos_token_id=eos_id, num_beams=3)[0]
+    assert torch.equal(ids, generate(z, use_cache=False))
+    beams, alone = generate(z, num_beams=3), generate(z[2:3], num_beams=3)[0]
     assert torch.equal(alone, beams[2, : len(alone)])
     for row, alone in zip(expected, z[:, None], strict=True):
-        ids = model.generate(alone, max_new_tokens=12, eos_token_id=eos_id)[0]
+        ids = generate(alone)[0]
         assert torch.equal(ids, row[: len(ids)])
         assert not row[len(ids) :].any()
 
 
-def test_round_trip_keeps_every_bit(checkpoint, batch, tmp_path, cli_tokenizer):
+def test_round_trip_keeps_every_bit(batch, tmp_path, cli_tokenizer):
     model, z, labels = batch
     # As new: a tokenizer that was loaded notes that it was, and from where.
-    model.tokenizer = (
-        ByT5Tokenizer()
-        if isinstance(model.tokenizer, ByT5Tokenizer)
-        else copy.deepcopy(cli_tokenizer)
-    )
+    of_bytes = isinstance(model.tokenizer, ByT5Tokenizer)
+    model.tokenizer = ByT5Tokenizer() if of_bytes else copy.deepcopy(cli_tokenizer)
     model.save_pretrained(tmp_path / "a")
     again = T5VAE.from_pretrained(tmp_path / "a")
+    assert not again.training
     again.save_pretrained(tmp_path / "b")
-    for name in ("config.json", "model.safetensors"):
-        assert files(tmp_path / "a")[name] == files(tmp_path / "b")[name]
-    assert {"config.json", "model.safetensors", "tokenizer_config.json", "README.md"} <= files(
-        tmp_path / "a"
-    ).keys()
-    assert b"_name_or_path" not in files(tmp_path / "a")["config.json"]
-    assert str(tmp_path.parent).encode() not in b"".join(files(tmp_path / "a").values())
+    a, b = files(tmp_path / "a"), files(tmp_path / "b")
+    for name in "config.json", "model.safetensors":
+        assert a[name] == b[name]
+    assert {"tokenizer_config.json", "README.md"} < a.keys()
+    assert b"_name_or_path" not in a["config.json"]
+    assert str(tmp_path.parent).encode() not in b"".join(a.values())
     with torch.no_grad():
         assert torch.equal(model.decode(z, labels), again.decode(z, labels))
-        for a, b in zip(
-            model.encode(labels, labels != 0), again.encode(labels, labels != 0), strict=True
-        ):
-            assert torch.equal(a, b)
+        posteriors = zip(*(m.encode(labels, labels != PAD) for m in (model, again)), strict=True)
+        assert all(torch.equal(one, other) for one, other in posteriors)
         assert torch.equal(model.generate(z, 6), again.generate(z, 6))
         assert model.tokenizer(CLI_TEXTS)["input_ids"] == again.tokenizer(CLI_TEXTS)["input_ids"]
-        assert (model.t5.lm_head.weight is model.t5.shared.weight) == (
-            again.t5.lm_head.weight is again.t5.shared.weight
-        )
+        tied = [m.t5.lm_head.weight is m.t5.shared.weight for m in (model, again)]
+        assert tied[0] == tied[1]
         again.w_mu.weight[0, 0] += 1
     again.save_pretrained(tmp_path / "c")
-    assert files(tmp_path / "c")["model.safetensors"] != files(tmp_path / "a")["model.safetensors"]
+    assert files(tmp_path / "c")["model.safetensors"] != a["model.safetensors"]
 
 
 def test_every_pretrained_weight_is_kept(checkpoint):
@@ -405,7 +347,7 @@ def test_texts_of_every_tokenizer(checkpoint):
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory, cli_tokenizer):
     folder = tmp_path_factory.mktemp("t5")
-    save_t5(folder, *SHAPES["gated, own head (v1.1)"], cli_tokenizer)
+    save_t5(folder, "gated, own head (v1.1)", cli_tokenizer)
     t5 = AutoModelForSeq2SeqLM.from_pretrained(folder)
     with torch.no_grad():  # it writes words, not sentinels, which are not shown
         t5.lm_head.weight[cli_tokenizer.all_special_ids] = 0
@@ -475,14 +417,12 @@ def test_deletion_rate_and_what_survives(prob):
 
 def test_noise_depends_on_seed_epoch_and_text_alone():
     lengths = np.random.default_rng(0).integers(2, 30, 40)
-    rows = [
-        np.append(np.random.default_rng(i).integers(3, 1000, n - 1), 1)
-        for i, n in enumerate(lengths)
-    ]
+    rng = np.random.default_rng(1)
+    rows = [np.append(rng.integers(3, 1000, n - 1), EOS) for n in lengths]
 
     def noisy(index, seed=0, epoch=0, extra=0):
         ids, mask = data.pad([rows[i] for i in index], 0)
-        ids, mask = (torch.nn.functional.pad(t, (0, extra)) for t in (ids, mask))
+        ids, mask = (F.pad(t, (0, extra)) for t in (ids, mask))
         ids, mask = data.delete_tokens(ids, mask, 0.4, seed, epoch, torch.tensor(index))
         return {i: row[m.bool()].tolist() for i, row, m in zip(index, ids, mask, strict=True)}
 
@@ -510,14 +450,11 @@ def test_prefetch_keeps_the_order_works_ahead_and_passes_errors_on():
 
 
 def test_kl_is_that_of_torch_and_by_hand():
-    mu, logvar = (
-        torch.randn(5, 7, generator=torch.Generator().manual_seed(0)),
-        torch.linspace(-3, 2, 7).expand(5, 7),
-    )
-    q, p = torch.distributions.Normal(mu, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
-    torch.testing.assert_close(
-        metrics.kl_divergence(mu, logvar), torch.distributions.kl_divergence(q, p)
-    )
+    mu = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    logvar = torch.linspace(-3, 2, 7).expand(5, 7)
+    theirs = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0))
+    torch.testing.assert_close(metrics.kl_divergence(mu, logvar), theirs)
+    assert metrics.kl_divergence is vae.kl_divergence
     # (2^2 + 1 - 0 - 1) / 2 = 2
     assert metrics.kl_divergence(torch.tensor(2.0), torch.tensor(0.0)).item() == 2
 
@@ -529,16 +466,15 @@ def test_kl_weight():
     assert weights("linear", (0, 25, 100, 500)) == [0, 0.25, 1, 1]
     assert weights("constant", (0, 25)) == [1, 1]
     # Four cycles of 25 steps: up over 12.5, at 1 for 12.5, and again from 0.
-    assert weights("cyclical", (0, 5, 13, 24, 25, 30, 99, 100)) == pytest.approx(
-        [0, 0.4, 1, 1, 0, 0.4, 1, 1]
-    )
+    found = weights("cyclical", (0, 5, 13, 24, 25, 30, 99, 100))
+    assert found == pytest.approx([0, 0.4, 1, 1, 0, 0.4, 1, 1])
 
 
 FIRST = 3  # a text of the linear-Gaussian world is one token, FIRST + i, and </s>
 
 
 class LinearGaussian(torch.nn.Module):
-    """z ~ N(0, I), x ~ N(W z, noise I), with the columns of W orthogonal, so that the posterior is diagonal.
+    """z ~ N(0, I), x ~ N(W z, noise I); W has orthogonal columns, hence a diagonal posterior.
 
     Text i stands for x[i], drawn from the model. q is the exact posterior, moved by `shift` and
     widened by `widen`. A decoder that reads `heard` dimensions of z knows the distribution of the
@@ -549,16 +485,12 @@ class LinearGaussian(torch.nn.Module):
         super().__init__()
         rng = torch.Generator().manual_seed(3)
         size = latent_dim + 2
-        directions = torch.linalg.qr(
-            torch.randn(size, latent_dim, generator=rng, dtype=torch.float64)
-        ).Q
+        draw = partial(torch.randn, generator=rng, dtype=torch.float64)
+        directions = torch.linalg.qr(draw(size, latent_dim)).Q
         self.w = directions * torch.linspace(scale / 2, scale, latent_dim, dtype=torch.float64)
         self.noise, self.shift, self.widen = noise, shift, widen
         self.heard = latent_dim if heard is None else heard
-        z = torch.randn(n, latent_dim, generator=rng, dtype=torch.float64)
-        self.x = z @ self.w.T + noise**0.5 * torch.randn(
-            n, size, generator=rng, dtype=torch.float64
-        )
+        self.x = draw(n, latent_dim) @ self.w.T + noise**0.5 * draw(n, size)
         self.latent_dim, self.device = latent_dim, torch.device("cpu")
 
     @property
@@ -567,13 +499,14 @@ class LinearGaussian(torch.nn.Module):
         variance = 1 / (1 + (self.w**2).sum(0) / self.noise)
         return self.x @ self.w / self.noise * variance, variance
 
-    def log_p(self, w=None):
-        """(n,) log p(x) of all texts: N(0, W W' + noise I)."""
-        w = self.w if w is None else w
+    def normal(self, mean, w):
+        """N(mean, w w' + noise I), of x."""
         covariance = w @ w.T + self.noise * torch.eye(len(w), dtype=torch.float64)
-        return torch.distributions.MultivariateNormal(
-            torch.zeros(len(w)).double(), covariance
-        ).log_prob(self.x)
+        return MultivariateNormal(mean, covariance, validate_args=False)
+
+    def log_p(self):
+        """(n,) log p(x) of all texts."""
+        return self.normal(torch.zeros(len(self.w)).double(), self.w).log_prob(self.x)
 
     def mutual_information(self):
         return 0.5 * torch.log1p((self.w**2).sum(0) / self.noise).sum().item()
@@ -589,10 +522,7 @@ class LinearGaussian(torch.nn.Module):
     def rec(self, z, labels):
         read, unread = self.w[:, : self.heard], self.w[:, self.heard :]
         mean = z.double()[:, : self.heard] @ read.T
-        covariance = unread @ unread.T + self.noise * torch.eye(len(self.w), dtype=torch.float64)
-        x = self.x[labels[:, 0] - FIRST]
-        normal = torch.distributions.MultivariateNormal(mean, covariance, validate_args=False)
-        return -normal.log_prob(x)
+        return -self.normal(mean, unread).log_prob(self.x[labels[:, 0] - FIRST])
 
     def generate(self, z, max_new_tokens):
         return torch.full((len(z), 2), EOS)
@@ -620,13 +550,8 @@ def test_importance_weighted_nll_falls_from_the_bound_to_the_truth():
     n = 2000
     model = LinearGaussian(n, shift=0.2, widen=0.6)
     mu, variance = model.posterior
-    q = torch.distributions.Normal(mu + 0.2, (variance * math.exp(0.6)) ** 0.5)
-    gap = (
-        torch.distributions.kl_divergence(q, torch.distributions.Normal(mu, variance**0.5))
-        .sum(1)
-        .mean()
-        .item()
-    )
+    q = Normal(mu + 0.2, (variance * math.exp(0.6)) ** 0.5)
+    gap = kl_divergence(q, Normal(mu, variance**0.5)).sum(1).mean().item()
     excess = [
         (metrics.sample_posterior(model, whole(n), k)[-1] + model.log_p()).mean().item()
         for k in (1, 2, 8, 32, 128)
@@ -703,9 +628,8 @@ def test_mutual_information_is_the_truth_or_its_ceiling(n):
     near = LinearGaussian(n, latent_dim=2, scale=2.0)  # 1.2 nats: within reach of every n
     for model in far, near:
         mu, variance = model.posterior
-        z = mu + variance.sqrt() * torch.randn(
-            mu.shape, generator=torch.Generator().manual_seed(1), dtype=mu.dtype
-        )
+        generator = torch.Generator().manual_seed(1)
+        z = mu + variance.sqrt() * torch.randn(mu.shape, generator=generator, dtype=mu.dtype)
         mi = metrics.mutual_information(mu, variance.log().expand_as(mu), z).item()
         assert mi <= math.log(n) + 1e-9
         target = min(model.mutual_information(), math.log(n))
@@ -725,11 +649,8 @@ def test_mutual_information_by_chunks_is_the_same():
     for chunk in 1, 64, 10_000:
         torch.testing.assert_close(metrics.mutual_information(mu, logvar, z=z, chunk=chunk), once)
     # All densities at once, by torch's own hand.
-    log_q = (
-        torch.distributions.Normal(mu.double(), (logvar.double() / 2).exp())
-        .log_prob(z[:, None].double())
-        .sum(2)
-    )
+    q = Normal(mu.double(), (logvar.double() / 2).exp())
+    log_q = q.log_prob(z[:, None].double()).sum(2)
     direct = (log_q.diagonal() - log_q.logsumexp(1) + math.log(700)).mean()
     torch.testing.assert_close(once, direct)
 
@@ -738,19 +659,13 @@ def test_active_units_around_the_threshold_with_n_minus_1():
     # Values +a and -a: the variance is a^2 with n, 2 a^2 with n - 1.
     for a, active in (0.0708, 1), (0.0706, 0), (0.2, 1), (0.0, 0):
         assert metrics.active_units(torch.tensor([[a], [-a]])) == active, a
-    assert (
-        metrics.active_units(torch.tensor([[5.0, 1, 0], [5, 2, 0.1], [5, 3, 0]]), threshold=0.01)
-        == 1
-    )
+    three = torch.tensor([[5.0, 1, 0], [5, 2, 0.1], [5, 3, 0]])
+    assert metrics.active_units(three, threshold=0.01) == 1
     assert metrics.active_units(torch.ones(1, 4)) == 0
 
 
-RUN_TEXTS = (
-    "the old king sold a boat",
-    "a queen",
-    "the happy witch hid a red drum by the lake",
-    "monks \u4e2d lost it",
-)
+RUN_TEXTS = ("the old king sold a boat", "a queen")
+RUN_TEXTS += ("the happy witch hid a red drum by the lake", "monks \u4e2d lost it")
 
 
 @pytest.fixture(scope="module")
@@ -769,7 +684,7 @@ def small_vae(metrics_tokenizer, latent_dim=4, seed=0):
     torch.manual_seed(seed)
     shape = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     config = T5Config(vocab_size=len(metrics_tokenizer), decoder_start_token_id=0, **shape)
-    model = vae.T5VAE(config.to_dict(), latent_dim)
+    model = T5VAE(config.to_dict(), latent_dim)
     model.tokenizer = metrics_tokenizer
     for parameter in model.w_proj.parameters():
         torch.nn.init.normal_(parameter)  # z is heard
@@ -778,9 +693,8 @@ def small_vae(metrics_tokenizer, latent_dim=4, seed=0):
 
 def test_no_number_depends_on_the_batch_size(metrics_tokenizer, corpus):
     model = small_vae(metrics_tokenizer)
-    one, many = (
-        metrics.evaluate(model, corpus, size, iw_samples=3, thorough=True) for size in (1, 64)
-    )
+    one = metrics.evaluate(model, corpus, 1, iw_samples=3, thorough=True)
+    many = metrics.evaluate(model, corpus, 64, iw_samples=3, thorough=True)
     assert one.keys() == many.keys()
     for name, value in one.items():
         assert value is None or value == pytest.approx(many[name], rel=1e-4), name
@@ -808,21 +722,18 @@ def test_numbers_follow_from_counts_and_sentences(metrics_tokenizer, corpus):
     assert result["nll_iw"] == pytest.approx(nll.mean().item())
     assert result["nll_iw_se"] == pytest.approx((nll.std() / len(nll) ** 0.5).item())
     assert result["ppl_token_iw"] == pytest.approx(math.exp(nll.sum().item() / corpus.ids.size))
-    assert result["ppl_word"] == pytest.approx(
-        math.exp(result["neg_elbo"] * len(corpus) / corpus.words.sum())
-    )
+    nats = result["neg_elbo"] * len(corpus)
+    assert result["ppl_word"] == pytest.approx(math.exp(nats / corpus.words.sum()))
     assert result["nll"] == pytest.approx(min(result["nll_iw"], result["rec_prior"]))
     assert result["gain"] == pytest.approx(result["nll"] - result["rec"])
-    assert result["unk_share"] * result["tokens"] == pytest.approx(
-        (corpus.ids == metrics_tokenizer.unk_token_id).sum()
-    )
-    assert result["unk_share"] > 0
+    unknown = (corpus.ids == metrics_tokenizer.unk_token_id).sum()
+    assert result["unk_share"] * result["tokens"] == pytest.approx(unknown)
+    assert unknown > 0
 
 
 def test_a_language_model_has_no_use_of_z(metrics_tokenizer, corpus):
-    result = metrics.evaluate(
-        small_vae(metrics_tokenizer, latent_dim=0), corpus, iw_samples=5, thorough=True
-    )
+    model = small_vae(metrics_tokenizer, latent_dim=0)
+    result = metrics.evaluate(model, corpus, iw_samples=5, thorough=True)
     assert result["kl"] == result["gain"] == result["au"] == 0
     assert result["mi"] == pytest.approx(0, abs=1e-9)
     assert result["nll_iw"] == pytest.approx(result["rec"], rel=1e-9)

@@ -1,11 +1,18 @@
 """What a step costs, against a plain transformers T5 on the same batches.
 
-    python -m extras.benchmark --dataset ptb --model t5-small [--batch-size 32] [--amp bf16] [--repeats 7]
+    python -m extras.benchmark --dataset ptb --model t5-small [--batch-size 32] [--amp bf16]
+    python -m extras.benchmark --overhead
 
 The core, the core with `fast_cpu.quicken`, and transformers' own T5 take turns on the same batches
 in one process, each with fused AdamW and clipping, so that the ratios hold on a shared machine.
 Prints medians with their range: real tokens per second in phases 1 and 2, the ratio to
 transformers, the memory, and the rate of evaluating and generating.
+
+--overhead prints what the loop costs beside the model, in ms of CPU time: a GPU would wait for it.
+That is making a batch of 64 sentences of 14 tokens, and a step of adamw-rms on t5-small's 117
+weights, of one element each, beside one of fused AdamW.
+
+The other flags are those of train.py.
 """
 
 import argparse
@@ -15,6 +22,7 @@ import sys
 import time
 from functools import partial
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -23,79 +31,99 @@ import data
 import metrics
 import train
 from extras.fast_cpu import quicken
-from vae import LOSS_SLICE
+from extras.flags import at_least
 
 try:
     import resource
 except ImportError:  # Windows: there no peak of a process is shown
     resource = None
 
-
 # Bytes that a layer keeps for the backward pass, per token: times d_model, d_ff, heads * d_kv,
-# heads * length.
-KEPT = {
-    "off": (34, 12, 16, 12),
-    "bf16": (29, 6, 14, 12),
-}  # the mean of an encoder's and a decoder's
+# heads * length; the mean of an encoder's and a decoder's.
+KEPT = {"off": (34, 12, 16, 12), "bf16": (29, 6, 14, 12)}
 KEPT_WITHOUT_DROPOUT = {"off": (24, 4, 16, 4), "bf16": (24, 4, 14, 4)}
 
 
 def activation_bytes(config, sentences, length, amp="off"):
-    """What all layers keep for the backward pass, on a CPU, of `sentences` texts of `length` tokens
-    on both sides."""
+    """What all layers keep for the backward pass, on a CPU, of texts of `length` tokens."""
     kept = KEPT if config.dropout_rate else KEPT_WITHOUT_DROPOUT
-    sizes = config.d_model, config.d_ff, config.num_heads * config.d_kv, config.num_heads * length
+    attention = config.num_heads * config.d_kv, config.num_heads * length
+    sizes = config.d_model, config.d_ff, *attention
     per_token = sum(k * size for k, size in zip(kept[amp], sizes, strict=True))
     return per_token * (config.num_layers + config.num_decoder_layers) * sentences * length
 
 
 def step_bytes(model, sentences, length, amp="off"):
     """The peak of a training step with AdamW: derived in docs/speed.md."""
-    every, trained = (
-        4 * sum(p.numel() for p in model.parameters() if p.requires_grad or x)
-        for x in (True, False)
-    )
+    every = 4 * sum(p.numel() for p in model.parameters())
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = model.t5.lm_head.weight
-    logits = (
-        3 * 4 * len(head) * min(sentences * length, LOSS_SLICE)
-    )  # themselves, their log softmax, their gradient
-    first_gradient = (
-        4 * head.numel() * head.requires_grad
-    )  # that of the head, while all activations are there
+    logits = 3 * 4 * len(head) * sentences * length  # themselves, log softmax, their gradient
+    first_gradient = 4 * head.numel() * head.requires_grad  # the head's, beside all activations
     half = every / 2 if amp == "bf16" else 0  # autocast's copies
     kept = activation_bytes(model.t5.config, sentences, length, amp)
     return every + 2 * trained + half + max(kept + logits + first_gradient, trained)
 
 
 class PlainT5(nn.Module):
-    """The mean loss of transformers' T5, of the shape of `t5`, with random weights, as an objective
-    of `train`."""
+    """rec of transformers' T5 of the shape of `config`, with random weights: (B,), and no KL."""
 
     def __init__(self, config):
         super().__init__()
         self.t5 = transformers.T5ForConditionalGeneration(config)
 
-    def forward(self, batch, weight):
+    def forward(self, batch):
         labels = batch.labels.masked_fill(batch.labels == self.t5.config.pad_token_id, -100)
         loss = self.t5(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss
-        return {"loss": loss.expand(len(labels))}
+        return loss.expand(len(labels)), torch.zeros(len(labels), 1, device=labels.device)
 
 
-def stepper(objective, args):
-    """batch -> seconds of one optimizer step."""
-    parameters = [p for p in objective.train().to(args.device).parameters() if p.requires_grad]
+def stepper(model, args):
+    """batch -> seconds of one optimizer step, written as in train.train."""
+    parameters = [p for p in model.train().to(args.device).parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
 
     def step(batch):
         started = time.perf_counter()
-        size = len(batch.index)
-        train.gradient_step(
-            objective, batch, batch.index.numpy(), size, 1.0, optimizer, scaler, [], args
-        )
+        with torch.autocast(args.device, metrics.HALF[args.amp], enabled=args.amp != "off"):
+            rec, kl = model(batch)
+        loss = rec + kl.sum(1)
+        terms = torch.stack([loss, rec, kl.sum(1)]).sum(1)
+        scaler.scale(terms[0] / len(rec)).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, 100.0)
+        train.read_means(terms, norm, len(rec))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
         return time.perf_counter() - started
 
     return step
+
+
+def overhead(repeats=200):
+    """Yields lines: the CPU time per step beside the model's own, medians in ms."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 1000, 64 * 14).astype(np.int32)
+    corpus = data.Corpus(ids, np.arange(0, len(ids) + 1, 14), np.full(64, 14), 0, 0, 0, 2, "")
+    noise = {"denoise": 0.15, "latent_dim": 32, "seed": 0}
+    make = partial(data.training_batch, corpus, 0, np.arange(64), **noise)
+    times = [1e3 * clock(make) for _ in range(repeats)]
+    yield f"batch of 64 texts of 14 tokens  {spread(times)} ms"
+    steps, times = {}, {"AdamW, one group": [], "adamw-rms": []}
+    for name, cls in zip(times, (torch.optim.AdamW, train.RelativeAdamW), strict=True):
+        weights = [nn.Parameter(torch.ones(1)) for _ in range(117)]
+        for weight in weights:
+            weight.grad = torch.ones(1)
+        steps[name] = cls(weights, lr=1e-3, fused=True).step
+    for _ in range(repeats):  # in turns
+        for name, step in steps.items():
+            times[name].append(1e3 * clock(step))
+    for name, of_step in times.items():
+        yield f"step of 117 weights, {name:18} {spread(of_step)} ms"
+    plain, relative = (statistics.median(of_step) for of_step in times.values())
+    yield f"adamw-rms takes {relative / plain:.1f} times as long"
 
 
 def clock(work):
@@ -109,87 +137,79 @@ def spread(values):
     return f"{statistics.median(values):,.2f} ({min(values):,.2f}-{max(values):,.2f})"
 
 
+def compare_steps(phase, model, batches, tokens, args):
+    """Prints tokens per second of a phase, in turns: transformers, core, core with quicken."""
+    models = {"transformers": PlainT5(model.t5.config), "core": copy.deepcopy(model)}
+    models["quicken"] = quicken(copy.deepcopy(model))
+    if phase == 1:
+        models["core"].freeze_decoder()
+        models["quicken"].freeze_decoder()
+    longest = max(batch.labels.shape[1] for batch in batches)
+    amp = "off" if args.amp == "off" else "bf16"
+    needs = step_bytes(models["core"], args.batch_size, longest, amp) / 1e9
+    print(f"phase {phase}  {args.batch_size} texts of {longest} tokens need about {needs:.2f} GB")
+    steps = {name: stepper(of, args) for name, of in models.items()}
+    seconds = {name: [] for name in steps}
+    for batch in batches:
+        for name, step in steps.items():
+            seconds[name].append(step(batch))
+    plain = seconds["transformers"][1:]
+    for name, times in seconds.items():
+        rates = [n / t for n, t in zip(tokens[1:], times[1:], strict=True)]
+        ratios = [p / t for p, t in zip(plain, times[1:], strict=True)]
+        ratio = f"{spread(ratios)} times transformers"
+        print(f"phase {phase}  {name:13} {spread(rates)} tokens/s  {ratio}")
+
+
 def benchmark(model, corpora, args, repeats):
     """Prints the table. model: a T5VAE; corpora: of the splits train and valid."""
     corpus = corpora["train"]
     order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, 0)[: repeats + 1]
-    make = partial(
-        data.training_batch, denoise=args.denoise, latent_dim=model.latent_dim, seed=args.seed
-    )
-    batches = [make(corpus, index, 0).to(args.device) for index in order]
+    noise = {"denoise": args.denoise, "latent_dim": model.latent_dim, "seed": args.seed}
+    batches = [data.training_batch(corpus, 0, index, **noise).to(args.device) for index in order]
     tokens = [int((batch.labels != corpus.pad_id).sum()) for batch in batches]
     for phase in (1, 2):
-        ours, fast = copy.deepcopy(model), quicken(copy.deepcopy(model))
-        objectives = {"transformers": PlainT5(model.t5.config), "core": train.ELBO(ours, 0.0)}
-        objectives["quicken"] = train.ELBO(fast, 0.0)
-        if phase == 1:
-            ours.freeze_decoder(), fast.freeze_decoder()
-        longest = max(batch.labels.shape[1] for batch in batches)
-        needs = step_bytes(ours, args.batch_size, longest, "off" if args.amp == "off" else "bf16")
-        print(
-            f"phase {phase}  a step of {args.batch_size} texts of {longest} tokens needs about {needs / 1e9:.2f} GB"
-        )
-        steps = {name: stepper(objective, args) for name, objective in objectives.items()}
-        seconds = {name: [] for name in steps}
-        for batch in batches:  # in turns
-            for name, step in steps.items():
-                seconds[name].append(step(batch))
-        for name, times in seconds.items():
-            rates = [n / t for n, t in zip(tokens[1:], times[1:], strict=True)]
-            ratios = [
-                plain / t for plain, t in zip(seconds["transformers"][1:], times[1:], strict=True)
-            ]
-            print(
-                f"phase {phase}  {name:13} {spread(rates)} tokens/s  {spread(ratios)} times transformers"
-            )
+        compare_steps(phase, model, batches, tokens, args)
     part = corpora["valid"]
     rate = part.ids.size / clock(lambda: metrics.evaluate(model, part, amp=args.amp))
     print(f"evaluation {rate:,.0f} tokens/s (one pass of the encoder and of the decoder)")
     length = round(corpus.lengths.mean())
     z = torch.randn(64, model.latent_dim, device=args.device)
-    rate = (
-        64 * length / clock(lambda: model.eval().generate(z, length, min_new_tokens=length).cpu())
-    )
-    print(f"generation {rate:,.0f} tokens/s (64 texts of {length} tokens, greedy)")
+    seconds = clock(lambda: model.eval().generate(z, length, min_new_tokens=length).cpu())
+    print(f"generation {64 * length / seconds:,.0f} tokens/s (64 texts of {length}, greedy)")
     if args.device == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
     elif resource:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        print(
-            f"peak memory {peak / 1e9:.2f} GB, with all three models; {torch.get_num_threads()} threads"
-        )
+        threads = torch.get_num_threads()
+        print(f"peak memory {peak / 1e9:.2f} GB, with all three models; {threads} threads")
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    own = argparse.ArgumentParser("benchmark.py", add_help=False)
-    own.add_argument(
-        "--repeats",
-        type=train.at_least(1),
-        default=7,
-        metavar="N",
-        help="Steps after a warm-up (7).",
-    )
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    own = argparse.ArgumentParser("benchmark.py", description=__doc__.splitlines()[0])
+    flag = own.add_argument
+    flag("--repeats", type=at_least(1), default=7, metavar="N", help="steps after a warm-up (7)")
+    flag("--overhead", action="store_true", help="only what the loop costs beside the model")
     mine, rest = own.parse_known_args(argv)
-    args = train.parse_args(train.make_parser(), rest, "--phase 1 --limit 5000")
-    args = argparse.Namespace(**vars(args) | {"phase": 1, "epochs": 1, "lr": 0.0})
+    if mine.overhead:
+        return print(*overhead(), sep="\n")
+    (args,) = train.parse_args([*rest, "--phase", "1"])
     transformers.utils.logging.set_verbosity_error()
     try:
         torch.manual_seed(args.seed)
-        model, _ = train.load_model(args)
-        rest = args.data_dir, args.max_length
-        corpora = {
-            split: data.load_corpus(args.dataset, split, model.tokenizer, *rest, limit)
-            for split, limit in (("train", args.limit), ("valid", 256))
-        }
+        model = train.load_start(args)
+        corpora, place = {}, (args.data_dir, args.max_length)
+        for split, limit in ("train", args.limit or 5000), ("valid", 256):
+            rest = args.dataset, split, model.tokenizer, *place, limit
+            corpora[split] = data.load_corpus(*rest)
         if (count := len(corpora["train"])) <= args.batch_size:
-            raise ValueError(
-                f"{count} training texts; there must be more than --batch-size {args.batch_size}"
-            )
-    except (OSError, ValueError) as error:
+            size = f"--batch-size {args.batch_size}"
+            raise data.InputError(f"{count} training texts; there must be more than {size}")
+    except (OSError, data.InputError) as error:
         sys.exit(f"benchmark.py: {error}")
-    benchmark(model.to(args.device), corpora, args, mine.repeats)
+    return benchmark(model.to(args.device), corpora, args, mine.repeats)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ import torch
 
 import data
 import metrics
-from extras.latent import interpolate
 from extras.flags import at_least
+from extras.latent import interpolate
 
 STEPS = 5  # of an interpolation, both ends included
 

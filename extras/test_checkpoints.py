@@ -391,13 +391,16 @@ def run_all(world, argv):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=one_of, args=(i, world, port, argv)) for i in range(world)]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=one_of, args=(i, world, port, argv)) for i in range(world)]
     for child in children:
         child.start()
     for child in children:
         child.join(30)
-    return [child.exitcode for child in children]
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    return codes
 
 
 def training_flags(tmp_path, vae, *more):
@@ -455,3 +458,267 @@ def test_overflow_in_every_step_stops_with_advice_that_works(world, tmp_path, ca
     else:
         assert run_all(world, [*flags, "--resume"]) == [0, 0]
     assert len(log_of(tmp_path / "out" / "phase1")) == 40
+
+
+# ------------------------------------------------------------------------------------ Python API
+
+
+class Series:
+    """What pandas has: no sequence of str, but an iterable of them."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __iter__(self):
+        return iter(self.values)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype=object)
+
+
+def test_texts_in_and_out(checkpoint):
+    vae = from_t5(checkpoint("t5-small")[0])
+    mu, logvar = vae.encode_texts(TEXTS)
+    assert torch.equal(vae.encode_texts(TEXTS)[0], mu)
+    assert not mu.requires_grad
+    generator, keys = (text for text in TEXTS), dict.fromkeys(TEXTS).keys()
+    for texts in generator, tuple(TEXTS), keys, Series(TEXTS), np.array(TEXTS):
+        assert torch.equal(vae.encode_texts(texts)[0], mu)
+    with pytest.raises(InputError, match=r"encode_texts\(\['a king'\]\)"):
+        vae.encode_texts("a king")
+    for texts in [None], ["a", 1], [b"a"], [["a"]], [float("nan")]:
+        with pytest.raises(InputError, match="must be a str"):
+            vae.encode_texts(texts)
+    assert vae.encode_texts([])[0].shape == (0, 5)
+    assert vae.encode_texts([""])[0].isfinite().all()
+    written = vae.decode_texts(mu, max_new_tokens=5)
+    assert all(isinstance(text, str) for text in written)
+    assert vae.decode_texts(mu.numpy(), max_new_tokens=5) == written
+    assert vae.decode_texts(mu.double().numpy(), max_new_tokens=5) == written
+    assert vae.decode_texts(mu.tolist(), max_new_tokens=5) == written
+    assert vae.decode_texts(mu[:0]) == []
+    for z in mu[0], mu[:, :3], mu[None]:
+        with pytest.raises(InputError, match=r"it must be \(N, 5\)"):
+            vae.decode_texts(z)
+    flags = {"num_return_sequences": 2, "do_sample": True, "max_new_tokens": 5}
+    assert len(vae.decode_texts(mu, batch_size=3, **flags)) == 8
+
+
+@pytest.mark.parametrize("kind", ["t5-small", "flan", "mt5", "umt5"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(kind, dtype, checkpoint):
+    vae = from_t5(checkpoint(kind)[0])
+    mu, logvar = vae.encode_texts(TEXTS)
+    vae = vae.half() if dtype == torch.float16 else vae.bfloat16()
+    found = vae.encode_texts(TEXTS)
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found[0], mu, atol=0.15, rtol=0.1)
+    assert len(vae.decode_texts(found[0], max_new_tokens=5)) == len(TEXTS)
+    ids, mask = labels_of(vae)
+    assert vae.rec(found[0], ids).isfinite().all()
+
+
+def test_generate_takes_what_transformers_documents(checkpoint):
+    vae = from_t5(checkpoint("t5-small")[0])
+    z = torch.randn(3, 5)
+    assert vae.generate(z).shape[1] <= 257
+    assert vae.generate(z, max_length=5, eos_token_id=255).shape == (3, 5)
+    assert vae.generate(z, 4, eos_token_id=255).shape == (3, 5)
+    config = GenerationConfig(max_new_tokens=4, decoder_start_token_id=0, pad_token_id=0)
+    assert vae.generate(z, generation_config=config).shape == (3, 5)
+    assert vae.generate(z, generation_config=GenerationConfig(max_new_tokens=4)).shape == (3, 5)
+    assert vae.generate(z, generation_config=GenerationConfig()).shape[1] <= 257
+    several = {"num_return_sequences": 2, "max_new_tokens": 4, "eos_token_id": 255}
+    sampled = vae.generate(z, do_sample=True, **several)
+    beams = vae.generate(z, num_beams=3, **several)
+    assert sampled.shape == beams.shape == (6, 5)
+    assert not torch.equal(beams[0], beams[1])
+    alone = [vae.generate(row[None], num_beams=3, **several) for row in z]
+    assert torch.equal(beams, torch.cat(alone)), "each sentence depends on its own z alone"
+    greedy = vae.generate(z, max_new_tokens=4)
+    assert torch.equal(vae.generate(z, max_new_tokens=4, do_sample=True, top_k=1), greedy)
+    assert torch.equal(vae.generate(z, max_new_tokens=4, do_sample=True, top_p=1e-6), greedy)
+    assert torch.equal(vae.generate(z, max_new_tokens=4, use_cache=False), greedy)
+    with pytest.raises(ValueError, match="max_tokens"):
+        vae.generate(z, max_tokens=4)
+    for name in "inputs", "input_ids", "encoder_outputs", "decoder_input_ids":
+        with pytest.raises(InputError, match=name):
+            vae.generate(z, **{name: torch.zeros(3, 1, dtype=torch.long)})
+    for name in "inputs_embeds", "decoder_inputs_embeds":
+        with pytest.raises(ValueError, match=name):
+            vae.generate(z, **{name: torch.zeros(3, 1, 32)})
+
+
+@pytest.mark.parametrize("how", ["flag", "config", "both"])
+def test_sampling_draws_from_the_whole_distribution(how, checkpoint):
+    vae = from_t5(checkpoint("t5-small")[0])
+    vae.t5.lm_head.weight = nn.Parameter(1e-4 * torch.randn(256, 32))  # nearly flat
+    z, flags = torch.zeros(3000, 5), {"max_new_tokens": 1}
+    config = GenerationConfig(do_sample=True, max_new_tokens=1)
+    if how == "config":
+        ids = vae.generate(z, generation_config=config)
+    elif how == "both":
+        config = GenerationConfig(max_new_tokens=1)
+        ids = vae.generate(z, do_sample=True, generation_config=config)
+    else:
+        ids = vae.generate(z, do_sample=True, **flags)
+    assert len(ids[:, 1].unique()) > 250
+    assert len(vae.generate(z, do_sample=True, top_k=50, **flags)[:, 1].unique()) <= 50
+    few = GenerationConfig(do_sample=True, top_k=7, max_new_tokens=1)
+    assert len(vae.generate(z, generation_config=few)[:, 1].unique()) <= 7
+
+
+@pytest.mark.parametrize("kind", ["t5-small", "mt5", "umt5"])
+@torch.no_grad()
+def test_every_attention_masks_padding(kind, checkpoint):
+    vae = from_t5(checkpoint(kind)[0])
+    ids, mask = labels_of(vae, TEXTS[:1])
+    padded = F.pad(ids, (0, 5)), F.pad(mask, (0, 5))
+    both = [torch.cat([part, part.flip(1)]) for part in padded]
+    both[1][1] = 1
+    found = []
+    for name in "eager", "sdpa":
+        vae.t5.set_attn_implementation(name)
+        alone, _ = vae.encode(ids, mask)
+        torch.testing.assert_close(vae.encode(*padded)[0], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(vae.encode(*both)[0][:1], alone, atol=1e-5, rtol=1e-5)
+        unmasked, _ = vae.encode(padded[0], torch.ones_like(padded[1]))
+        assert (unmasked - alone).abs().max() > 1e-3, "the control"
+        found.append(alone)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ text
+
+
+@pytest.mark.parametrize("kind", ["shared", "tiny", "files", "spiece", "mt5", "umt5", "byt5"])
+def test_text_is_text(kind, checkpoint, tmp_path):
+    if kind == "shared":
+        if not REAL_TOKENIZER.is_dir():
+            pytest.skip(f"no {REAL_TOKENIZER}")
+        tokenizer = T5Tokenizer.from_pretrained(REAL_TOKENIZER)
+        assert tokenizer("a </s> b").input_ids.count(1) == 2, "the control"
+    elif kind == "tiny":
+        tokenizer = data.train_tokenizer([*TEXTS, "</s> <pad> <extra_id_10>"] * 3, 90)
+    elif kind == "byt5":
+        tokenizer = ByT5Tokenizer()
+    else:
+        names = {"files": "t5-small", "spiece": "t5-v1_1", "mt5": "mt5", "umt5": "umt5"}
+        tokenizer = from_t5(checkpoint(names[kind])[0]).tokenizer
+    rows = data.tokenize(MARKED, tokenizer)
+    special = {tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.all_special_ids}
+    characters = tokenizer.unk_token_id in sum(rows, [])  # some that its vocabulary lacks
+    assert special.isdisjoint(set(sum(rows, [])) - {tokenizer.unk_token_id})
+    print(kind, characters, [tokenizer.convert_ids_to_tokens(r) for r in rows])
+    assert characters is False, "the vocabulary has them all"
+    unk = kind != "byt5" or True
+    assert data.detokenize(rows, tokenizer) == MARKED
+    assert data.tokenize(["x <unk> y"], tokenizer)[0].count(tokenizer.unk_token_id) == unk
+    assert data.detokenize(data.tokenize(["a <unk> b"], tokenizer), tokenizer) == ["a <unk> b"]
+    (tmp_path / "train.txt").write_text("\n".join(MARKED))
+    corpus = data.load_corpus(str(tmp_path), "train", tokenizer)
+    for i, row in enumerate(rows):
+        assert corpus.row(i).tolist() == [*row, tokenizer.eos_token_id]
+    cut = data.load_corpus(str(tmp_path), "train", tokenizer, max_length=4)
+    assert set(cut.lengths.tolist()) <= {2, 3, 4}
+    assert cut.ids.tolist().count(tokenizer.eos_token_id) == len(MARKED)
+
+
+def test_marked_texts_through_the_model(checkpoint):
+    vae = from_t5(checkpoint("t5-small")[0])
+    mu, _ = vae.encode_texts(["a king </s> b", "a king", "a king <pad>", "a king <extra_id_0>"])
+    assert torch.pdist(mu).min() > 1e-3, "no mark is dropped"
+
+
+# ------------------------------------------------------------------------------------------- hub
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """A server of one repository: `folder`. It can be slow, and break off within the weights."""
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Repository)
+        self.folder, self.mode, self.asked = folder, "well", []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Repository(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, content, headers=()):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **dict(headers)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        for start in range(0, len(content), 20_000):
+            if self.server.mode == "slow":
+                time.sleep(0.1)
+            if self.server.mode == "broken" and "model" in self.path and start >= 40_000:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            self.wfile.write(content[start : start + 20_000])
+
+    def do_GET(self):
+        self.server.asked.append((self.command, self.path))
+        commit, path = "c" * 40, self.path.split("?")[0]
+        names = sorted(p.name for p in self.server.folder.iterdir())
+        if path.startswith("/api/models/me/my-t5"):
+            info = {"id": "me/my-t5", "modelId": "me/my-t5", "sha": commit, "tags": []}
+            info |= {"siblings": [{"rfilename": name} for name in names]}
+            if "/tree/" in path:
+                info = [{"type": "file", "path": n, "size": 1, "oid": n} for n in names]
+            return self.answer(200, json.dumps(info).encode(), [("Content-Type", "application/json")])
+        name = path.rsplit("/", 1)[-1]
+        if not path.startswith("/me/my-t5/resolve/") or name not in names:
+            missing = "EntryNotFound" if path.startswith("/me/my-t5/") else "RepoNotFound"
+            return self.answer(404, b"", [("X-Error-Code", missing), ("X-Repo-Commit", commit)])
+        content = (self.server.folder / name).read_bytes()
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{name}-1"', "Accept-Ranges": "bytes"}
+        status, first = 200, self.headers.get("Range", "").removeprefix("bytes=").split("-")[0]
+        if first:
+            status, total = 206, len(content)
+            content = content[int(first) :]
+            headers["Content-Range"] = f"bytes {first}-{total - 1}/{total}"
+        self.answer(status, content, headers.items())
+
+    do_HEAD = do_GET
+
+
+def test_a_hub_that_is_slow_or_breaks_off(checkpoint, tmp_path):
+    hub = Hub(checkpoint("flan")[0])
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {i}" for i in range(20) for text in TEXTS))
+    command = [sys.executable, ROOT / "train.py", "--dataset", tmp_path / "texts.txt"]
+    command += ["--model", "me/my-t5", "--phase", 1, "--limit", 4, "--epochs", 1]
+
+    def run(mode, cache, out):
+        hub.mode, hub.asked = mode, []
+        environment = os.environ | {"HF_HOME": str(tmp_path / cache), "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        words = [str(word) for word in [*command, "--out", tmp_path / out]]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=90)
+
+    broken = run("broken", "a", "a")
+    assert broken.returncode == 1
+    assert "Traceback" not in broken.stderr
+    told = [line for line in broken.stderr.splitlines() if line.startswith("train.py: ")]
+    assert len(told) == 1, broken.stderr
+    assert "me/my-t5" in told[0]
+    assert not list((tmp_path / "a").rglob("*.json*")) or not (tmp_path / "a" / "phase1").exists()
+    paths = [path for command, path in hub.asked if command == "GET"]
+    weights = [i for i, path in enumerate(paths) if path.endswith(".safetensors")]
+    tokenizer = [i for i, path in enumerate(paths) if path.endswith("tokenizer.json")]
+    print(told, hub.asked)
+    assert tokenizer[0] < weights[0], "the tokenizer comes before the weights"
+    mended = run("well", "a", "a")
+    assert mended.returncode == 0, mended.stderr
+    slow = run("slow", "b", "b")
+    assert slow.returncode == 0, slow.stderr
+    files = [tmp_path / out / "phase1" / "model" / "model.safetensors" for out in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    hub.shutdown()

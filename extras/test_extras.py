@@ -24,6 +24,7 @@ import metrics
 import train
 from extras import (
     benchmark,
+    compare,
     describe,
     fast_cpu,
     latent,
@@ -230,22 +231,53 @@ def test_probe_finds_what_a_latent_holds(run, monkeypatch):
 def test_refinement_lowers_the_bound_and_does_not_mix_sentences(run, capsys):
     _, model, read = metrics.load_run(run)
     corpus = read("test")
-    gaps = []
+    bounds = []
     for steps in (1, 100):
-        result = metrics.evaluate(
-            model, corpus, 7, 20, posterior=partial(refine.refine_posterior, steps=steps)
-        )
-        gaps.append(result["neg_elbo"])
-    assert gaps[1] < gaps[0] - 0.1, gaps
-    (batch,) = data.evaluation_batches(corpus, len(corpus))
-    whole = refine.refine_posterior(model, batch, 5)
-    alone = refine.refine_posterior(model, data.make_batch(corpus, batch.index[3:4].numpy()), 5)
-    for a, b in zip(whole, alone, strict=True):
+        refined = refine.refine(copy.deepcopy(model), steps)
+        bounds.append(metrics.evaluate(refined, corpus, 7, 20)["neg_elbo"])
+    assert bounds[1] < bounds[0] - 0.1, bounds
+    batch = data.make_batch(corpus, np.arange(len(corpus)))
+    alone = data.make_batch(corpus, np.array([3]))
+    refined = refine.refine(model, 5)
+    whole, one = (refined.encode(b.ids, b.mask) for b in (batch, alone))
+    for a, b in zip(whole, one, strict=True):
         torch.testing.assert_close(a[3:4], b, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(a[4:5], b, rtol=1e-3, atol=1e-4)
     refine.main([run, "--steps", "2", "--iw-samples", "2"])
     assert read_json(run, "metrics-refined.json")["refine"] == 2
     assert "refined" in capsys.readouterr().out
+
+
+def test_differences_of_two_runs_are_paired(run, tmp_path, capsys):
+    one, other = (shutil.copytree(run, tmp_path / name) for name in ("one", "other"))
+
+    def shifted(shift, noise):
+        values = dict(np.load(one / "sentences.npz"))
+        values["rec"] = values["rec"] + shift + noise * np.random.default_rng(0).normal(size=7)
+        np.savez(other / "sentences.npz", **values)
+        return compare.compare(one, other)
+
+    assert shifted(0, 0)["rec"] == (0, 0)
+    mean, error = shifted(0.1, 0.001)["rec"]
+    assert mean == pytest.approx(0.1, abs=0.002)
+    assert mean > 2 * error, "far smaller than the spread between sentences, but found"
+    compare.main([str(one), str(other)])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[3:]}
+    assert (rows["rec"][-1], rows["kl"][-1]) == ("yes", "no")
+    mean, error = shifted(0, 1.0)["rec"]
+    assert abs(mean) < 3 * error
+    for name, key, value in (
+        ("metrics", "iw_samples", 7),
+        ("config", "data_sha256", {"test": "of others"}),
+    ):
+        before = read_json(other, f"{name}.json")
+        (other / f"{name}.json").write_text(json.dumps(before | {key: value}))
+        with pytest.raises(SystemExit, match="compare.py: .*(must be the same|different texts)"):
+            compare.main([str(one), str(other)])
+        (other / f"{name}.json").write_text(json.dumps(before))
+    (other / "sentences.npz").unlink()
+    with pytest.raises(SystemExit, match="python metrics.py"):
+        compare.main([str(one), str(other)])
 
 
 def test_description(home, capsys, tmp_path):
@@ -359,23 +391,13 @@ def test_pictures_hold_every_point(run, tmp_path, capsys):
 def test_texts_are_judged_beside_test_sentences(run, home, capsys):
     assert samples.distinct(["a a b", "b c"], 1) == pytest.approx(100 * 3 / 5)
     assert samples.distinct(["a a b", "b c"], 2) == 100, "no pair crosses from one text to the next"
-    flags = [
-        *TINY,
-        *SHORT,
-        "--phase",
-        "2",
-        "--no-latent",
-        "--epochs",
-        "1",
-        "--out",
-        str(home / "judge"),
-    ]
+    flags = [*TINY, *SHORT, "--no-latent", "--epochs", "1", "--out", str(home / "judge")]
     train.main(["--dataset", str(home), *flags])
-    samples.main([run, "--lm", str(home / "judge"), "--count", "7"])
+    samples.main([run, "--lm", str(home / "judge" / "lm"), "--count", "7"])
     assert "prior, sampled" in capsys.readouterr().out
     measured, judge = (
         read_json(run, "samples.json")["measures"],
-        read_json(home / "judge", "metrics.json"),
+        read_json(home / "judge" / "lm", "metrics.json"),
     )
     assert measured["test sentences"]["lm_nats"] == pytest.approx(
         judge["rec"] * 7 / judge["tokens"], rel=1e-5
@@ -396,7 +418,7 @@ def test_texts_are_judged_beside_test_sentences(run, home, capsys):
     assert measured["reconstructions"]["bleu"] == pytest.approx(100)
     texts = texts[1:] + texts[:1]
     assert samples.judge(perfect, None, corpus, 7)[0]["reconstructions"]["bleu"] < 60, "the control"
-    for wrong in ([str(home / "judge")], [run, "--lm", run]):
+    for wrong in ([str(home / "judge" / "lm")], [run, "--lm", run]):
         with pytest.raises(SystemExit, match="samples.py: cannot use"):
             samples.main(wrong)
 
@@ -432,102 +454,55 @@ def test_a_share_of_the_batches_is_language_modelling(home, run):
         pretrain.pretraining_batch, corpus, sentinels=range(1000, 1100), eos_id=EOS, seed=0
     )
     whole = data.make_batch(corpus, index)
-    lm = make(index, 0, lm_share=1.0)
+    lm = make(0, index, lm_share=1.0)
     assert lm.ids.tolist() == [[EOS]] * 8
     assert torch.equal(lm.labels, whole.labels)
-    spans = make(index, 0, lm_share=0.0)
+    spans = make(0, index, lm_share=0.0)
     assert spans.ids.shape[1] > 1
     assert (spans.labels >= 1000).any(1).all()
-    kinds = [make(index, epoch, lm_share=0.5).ids.shape[1] == 1 for epoch in range(200)]
+    kinds = [make(epoch, index, lm_share=0.5).ids.shape[1] == 1 for epoch in range(200)]
     assert 70 < sum(kinds) < 130
-    assert kinds == [make(index, epoch, lm_share=0.5).ids.shape[1] == 1 for epoch in range(200)], (
+    assert kinds == [make(epoch, index, lm_share=0.5).ids.shape[1] == 1 for epoch in range(200)], (
         "not reproducible"
     )
 
 
 def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_path):
-    flags = [
-        "--dataset",
-        str(home),
-        str(home / "train.txt"),
-        *TINY[2:],
-        *SHORT,
-        "--steps",
-        "12",
-        "--lm-share",
-        "0.5",
-    ]
-    flags += ["--out"]
+    shape = ["--d-model", "16", "--layers", "1", "--heads", "2", "--vocab-size", "40"]
+    flags = ["--dataset", str(home), str(home / "train.txt"), *shape, "--lm-share", "0.5"]
+    flags += ["--batch-size", "5", "--log-every", "3", "--steps", "12", "--out"]
     pretrain.main([*flags, str(tmp_path / "whole")])
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 12
     assert log[-1]["nats_per_target"] < log[0]["nats_per_target"]
     assert log[0]["query_growth"] == pytest.approx(1, abs=0.2)
-    code = "import sys; from extras import pretrain; import train, os\nstep, n = train.gradient_step, 0\n"
-    code += "def cut(*a):\n    global n; n += 1\n    return os._exit(9) if n == 8 else step(*a)\n"
-    code += "train.gradient_step = cut; pretrain.main(sys.argv[1:])"
+    code = "import sys, os, train; from extras import pretrain\nseed, n = train.seed_dropout, 0\n"
+    code += "def cut(*a):\n    global n; n += 1\n    return os._exit(9) if n == 8 else seed(*a)\n"
+    code += "train.seed_dropout = cut; pretrain.main(sys.argv[1:])"
     command = [sys.executable, "-c", code, *flags, str(tmp_path / "cut"), "--save-every", "0"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1"
-    }  # as here: with other threads, sums are rounded otherwise
-    assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 9
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # other threads round sums otherwise
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert ended.returncode == 9
+    with pytest.raises(SystemExit, match="holds a run: --resume it"):
+        pretrain.main([*flags, str(tmp_path / "cut")])
     pretrain.main([*flags, str(tmp_path / "cut"), "--resume"])
     for name in "log.jsonl", "model/model.safetensors":
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (
-            name
-        )
-    model = ["--model", str(tmp_path / "whole" / "model")]
-    train.main(
-        [
-            "--dataset",
-            str(home),
-            *model,
-            "--phase",
-            "1",
-            *SHORT,
-            "--epochs",
-            "0",
-            "--out",
-            str(tmp_path / "v"),
-        ]
-    )
-    pretrain.main(
-        [
-            "--dataset",
-            str(home),
-            "--tokenizer",
-            model[1],
-            "--steps",
-            "0",
-            *TINY[2:],
-            "--out",
-            str(tmp_path / "zero"),
-        ]
-    )
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    model = ["--dataset", str(home), "--model", str(tmp_path / "whole" / "model"), "--phase", "1"]
+    train.main([*model, *SHORT, "--epochs", "0", "--out", str(tmp_path / "vae")])
+    with pytest.raises(SystemExit, match="--layers is 5, but"):
+        train.main([*model, "--layers", "5", "--out", str(tmp_path / "no")])
+    zero = ["--tokenizer", model[3], "--steps", "0", "--out", str(tmp_path / "zero")]
+    pretrain.main(["--dataset", str(home), *shape, *zero])
     start = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "zero" / "model")
     assert pretrain.query_growth(start) == pytest.approx(1, abs=0.2)
-    with pytest.raises(SystemExit, match="layers is 5, but"):
-        train.main(
-            [
-                "--dataset",
-                str(home),
-                *model,
-                "--phase",
-                "1",
-                "--layers",
-                "5",
-                "--out",
-                str(tmp_path / "no"),
-            ]
-        )
-    for wrong in (
-        ["--kl-target", "3"],
-        ["--phase", "1"],
-        ["--lm-share", "1"],
-        ["--dropout", "0.1"],
-    ):
+    for wrong in ["--kl-target", "3"], ["--lm-share", "1"], ["--dropout", "0.1"]:
         with pytest.raises(SystemExit):
             pretrain.main([*flags, str(tmp_path / "no"), *wrong])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("mine")
+    with pytest.raises(SystemExit, match="holds notes, which no run wrote"):
+        pretrain.main([*flags, str(tmp_path / "mine"), "--overwrite"])
     assert not (tmp_path / "no").exists()
 
 
@@ -571,8 +546,6 @@ def test_a_quick_language_model_trains(home, tmp_path, amp):
         str(home),
         *TINY,
         *SHORT,
-        "--phase",
-        "2",
         "--no-latent",
         "--epochs",
         "1",
@@ -580,7 +553,7 @@ def test_a_quick_language_model_trains(home, tmp_path, amp):
         amp,
     ]
     fast_cpu.main([*flags, "--out", str(tmp_path / "lm")])
-    assert read_json(tmp_path / "lm", "metrics.json")["latent_dim"] == 0
+    assert read_json(tmp_path / "lm" / "lm", "metrics.json")["latent_dim"] == 0
 
 
 def test_quick_losses_weigh_tokens_of_their_own():
@@ -651,7 +624,12 @@ def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
         str(tmp_path / "run"),
     ]
     fast_cpu.main(flags)
-    assert T5VAE.from_pretrained(tmp_path / "run").encode_texts(["a king"])[0].isfinite().all()
+    assert (
+        T5VAE.from_pretrained(tmp_path / "run" / "phase1")
+        .encode_texts(["a king"])[0]
+        .isfinite()
+        .all()
+    )
     for fp16 in ["--amp", "fp16"], ["--amp=fp16"]:
         with pytest.raises(SystemExit, match="must be bf16 or off"):
             fast_cpu.main([*flags, *fp16])
@@ -688,7 +666,7 @@ def test_activations_take_what_the_formula_says(amp, dropout):
         kept.clear()
         half = torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16")
         with half, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            train.ELBO(model, 0.0)(batch, 1.0)
+            model(batch)
         return sum(size for size, _ in kept.values())
 
     def of_four_sentences(**changes):  # without the weights, which more sentences do not multiply
