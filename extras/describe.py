@@ -18,11 +18,12 @@ import transformers
 import data
 from extras.flags import at_least
 
+RESEARCH = "for research, not to be passed on"
 TERMS = {
-    "ptb": "Penn Treebank, as Mikolov prepared it: LDC user agreement; for research, not to be passed on",
+    "ptb": f"Penn Treebank, as Mikolov prepared it: LDC user agreement; {RESEARCH}",
     "snli": "SNLI (Bowman et al. 2015), the sample of 100,000 sentences: CC BY-SA 4.0",
-    "yahoo": "Yahoo Answers, the sample of Yang et al. 2017: no licence is known; for research, not to be passed on",
-    "yelp": "Yelp reviews, the sample of Yang et al. 2017: Yelp dataset terms; for research, not to be passed on",
+    "yahoo": f"Yahoo Answers, the sample of Yang et al. 2017: no licence is known; {RESEARCH}",
+    "yelp": f"Yelp reviews, the sample of Yang et al. 2017: Yelp dataset terms; {RESEARCH}",
 }
 
 
@@ -59,7 +60,7 @@ def describe(dataset, tokenizer, data_dir="data", max_length=256):
             f"{len(texts[split] & texts[o]):,} in {o}" for o in data.SPLITS if o != split
         )
         yield f"{split:8}" + "".join(f"{cell:>12}" for cell in cells) + f"  {others}"
-    yield "tokens: with </s>; cut: share of texts; unknown: share of tokens; twice: texts that occurred before"
+    yield "tokens: with </s>; cut: share of texts; unknown: share of tokens; twice: occurred before"
     batch = data.make_batch(corpora["train"], np.arange(min(3, len(corpora["train"]))))
     for prob in (0, 0.15, 0.40):
         ids, _ = data.delete_tokens(

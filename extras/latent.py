@@ -1,11 +1,12 @@
 """Use the latent space of a trained T5-VAE from the shell.
 
-    python -m extras.latent reconstruct RUN "a text" "another"      from the posterior mean; --samples 5: samples
+    python -m extras.latent reconstruct RUN "a text" "another"      from the posterior mean
+    python -m extras.latent reconstruct RUN "a text" --samples 5    from samples of the posterior
     python -m extras.latent reconstruct RUN < texts.txt             a line in, a line out
     python -m extras.latent sample RUN -n 64                        from the prior
     python -m extras.latent interpolate RUN "from here" "to there" [--steps 7] [--spherical]
-    python -m extras.latent arithmetic RUN --from past.txt --to future.txt "a text in the past" [--k 1.5]
-    python -m extras.latent neighbors RUN texts.txt "a text" -n 10  nearest posterior means, with their distance
+    python -m extras.latent arithmetic RUN --from past.txt --to future.txt "a text" [--k 1.5]
+    python -m extras.latent neighbors RUN texts.txt "a text" -n 10  nearest posterior means
     python -m extras.latent traverse RUN "a text" [--dim 3 7]       one dimension from -3 to 3
     python -m extras.latent encode RUN texts.txt -o latents.npz     arrays mu and logvar
 
@@ -185,7 +186,7 @@ def run_encode(model, args):
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="latent.py",
-        description="Use the latent space of a trained T5-VAE. RUN is a run folder, a model folder or a hub name.",
+        description="Use the latents of a T5-VAE. RUN: a run folder, a model folder or a hub name.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -43,15 +43,17 @@ PAPER = {  # data set: number of the table, words per sentence, rows
     "snli": (4, 10.758, """16.67 16.35 38.50 8.89 32 | 20.24 - - - - | 21.23 5.86 33.87 5.25 32
         | 12.79 0.11 34.61 0.06 0 | 15.16 2.41 32.32 0.194 7 | 85.88 26.12 8.62 0.88 13
         | 2358.31 74.95 43.77 5.27 17"""),
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 PAPER_NOTE = """\
-N: tokens (words, for Li et al.) per sentence, as PPL = exp(-ELBO / N) implies them. A data set has one N. Taken at its
-word, the column "-ELBO" gives each row of the paper another; read as rec - KL, it gives all rows the same, the true N
-(with </s>; ptb without). So the true -ELBO is "-ELBO" + 2 KL. SNLI's Deep row has lost a minus: no other sign gives
-its N. The baselines print a true -ELBO, but their PPL is of an importance-weighted NLL: their N is a little high.
-rec of the 6-layer rows does not move while KL goes from 0 to 182 nats: z costs them much and gives nothing.
-PPLs of different units do not compare. Nats per sentence do, and so does PPL/word = exp(true -ELBO / words).
-The paper cuts texts at 256 tokens. Its MI is a mean over batches of 256 at most: it cannot exceed ln 256 = 5.55."""
+N: tokens (words, for Li et al.) per sentence, as PPL = exp(-ELBO / N) implies them. A data set has
+one N. Taken at its word, the column "-ELBO" gives each row of the paper another; read as rec - KL,
+it gives all rows the same, the true N (with </s>; ptb without). So the true -ELBO is "-ELBO" + 2
+KL. SNLI's Deep row has lost a minus: no other sign gives its N. The baselines print a true -ELBO,
+but their PPL is of an importance-weighted NLL: their N is a little high. rec of the 6-layer rows
+does not move while KL goes from 0 to 182 nats: z costs them much and gives nothing. PPLs of
+different units do not compare. Nats per sentence do, and so does PPL/word = exp(true -ELBO /
+words). The paper cuts texts at 256 tokens. Its MI is a mean over batches of 256 at most: it cannot
+exceed ln 256 = 5.55."""
 
 
 def number(value, digits=2):

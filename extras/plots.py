@@ -1,10 +1,12 @@
 """Pictures of runs. Needs `pip install -r extras/requirements.txt`.
 
-python -m extras.plots curves --out curves.png RUN ...      MI, AU, KL and PPL per word on the validation split
-python -m extras.plots plane --out plane.png --points "KL target" RUN RUN ... --points "threshold" RUN ...
-    [--lm NLL] [--entropy NATS] [--paper ptb]               the rate-distortion plane: KL across,
-    rec up
-python -m extras.plots map --out map.png RUN                the latents of `grammar`, by tense and by place
+    python -m extras.plots curves --out curves.png RUN ...
+    python -m extras.plots plane --out plane.png --points "KL target" RUN ... --points "x" RUN ...
+        [--lm NLL] [--entropy NATS] [--paper ptb]
+    python -m extras.plots map --out map.png RUN
+
+curves: MI, AU, KL and PPL per word on the validation split. plane: the rate-distortion plane, KL
+across, rec up. map: the latents of `grammar`, by tense and by place.
 """
 
 import argparse

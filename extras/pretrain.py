@@ -85,7 +85,7 @@ def pretraining_batch(corpus, epoch, index, *, sentinels, eos_id, seed, lm_share
 
 
 def target_nats(t5, batch):
-    """-log p(targets | inputs) of a T5: (B,) nats, summed over a text's targets; and their number."""
+    """-log p(targets | inputs) of a T5, summed over targets: (B,) nats; and the targets' number."""
     labels, pad_id = batch.labels, t5.config.pad_token_id
     shifted = t5.prepare_decoder_input_ids_from_labels(labels)
     out = t5(input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=shifted)

@@ -162,7 +162,7 @@ def main(argv=None):
         config, model, read = metrics.load_run(args.run)
         if config["dataset"] != "grammar":
             raise ValueError(
-                f"its data set is {config['dataset']}, whose factors are not known; it must be grammar"
+                f"its data set is {config['dataset']}; it must be grammar, whose factors are known"
             )
         corpora = {split: read(split, limit=10_000) for split in ("train", "test")}
     except (OSError, ValueError, KeyError) as error:

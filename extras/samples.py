@@ -100,7 +100,8 @@ def format_lines(measured, texts):
             f"{metrics.cell(row, head):>12}" for head in heads
         )
     for i in range(3):
-        yield f"text            {texts['test sentences'][i]}\nreconstructed   {texts['reconstructions'][i]}"
+        yield f"text            {texts['test sentences'][i]}"
+        yield f"reconstructed   {texts['reconstructions'][i]}"
     for kind in "prior, greedy", "prior, sampled":
         yield from (f"{kind:16}{text}" for text in texts[kind][:3])
     for kind in (kind for kind in texts if kind.startswith("interpolation")):

@@ -1,7 +1,7 @@
-"""Checkpoints as the hub has them, at test size: what loads, what is refused, and how it computes.
+"""Checkpoints as the hub has them, at test size: what loads, what is refused, how it computes.
 
-Configurations, names of weights and files are those of the named checkpoints. No network: a local
-server speaks the hub's protocol.
+Configurations, names of weights and files are those of the named checkpoints. There is no network:
+a local server speaks the hub's protocol.
 """
 
 import http.server
@@ -21,16 +21,9 @@ import safetensors.torch
 import sentencepiece
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    ByT5Tokenizer,
-    DynamicCache,
-    EncoderDecoderCache,
-    GenerationConfig,
-    T5Tokenizer,
-)
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 import data
@@ -39,37 +32,36 @@ from data import InputError
 from vae import T5VAE, Float32Activation, Float32Output
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL_TOKENIZER = ROOT.parent / "shared" / "t5-tokenizer"
+REAL = ROOT.parent / "shared" / "t5-tokenizer"
 TEXTS = ["the old king sells a boat", "two monks paint <a> clock near the lake: 3 / 4 = 0.75!"]
-TEXTS += ["a quick brown fox jumps over the lazy dog_s ear", "UNKNOWN Extra PAD <extra_id_0> </s>"]
+TEXTS += ["a quick brown fox jumps over the lazy dog_s ear", "UNKNOWN Extra PAD <extra_id_10> </s>"]
 MARKED = ["a </s> b", "a<pad>b </s>", "the <extra_id_0> king <extra_id_1>", "</s>", "<pad> <pad>"]
+SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
+FFN = "encoder.block.1.layer.1.DenseReluDense.wi.weight"
+STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
-SIZE = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 256}
-BASE = SIZE | {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
-BASE |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "n_positions": 512}
-BASE |= {"is_encoder_decoder": True, "relative_attention_num_buckets": 8, "dropout_rate": 0.1}
-BASE |= {"initializer_factor": 1.0, "layer_norm_epsilon": 1e-06, "output_past": True}
+BASE = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 256}
+BASE |= {"model_type": "t5", "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+BASE |= {"relative_attention_num_buckets": 8, "n_positions": 512, "is_encoder_decoder": True}
 SMALL = BASE | {"task_specific_params": {"summarization": {"num_beams": 4, "max_length": 200}}}
 GATED = BASE | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-MT5 = GATED | {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}
-MT5 |= {"tokenizer_class": "T5Tokenizer", "vocab_size": 512, "num_decoder_layers": 2}
-BYT5 = GATED | {"vocab_size": 384, "num_layers": 3, "num_decoder_layers": 1, "d_ff": 56}
-BYT5 |= {"tokenizer_class": "ByT5Tokenizer", "gradient_checkpointing": False}
+MT5 = GATED | {"model_type": "mt5", "tokenizer_class": "T5Tokenizer", "vocab_size": 512}
+BYT5 = GATED | {"vocab_size": 384, "num_layers": 3, "num_decoder_layers": 1}
 EFFICIENT = BASE | {"num_layers": 1, "num_decoder_layers": 3, "d_kv": 12, "num_heads": 3}
-UMT5 = MT5 | {"model_type": "umt5", "architectures": ["UMT5ForConditionalGeneration"]}
-UMT5 |= {"scalable_attention": True, "dense_act_fn": "gelu_new", "is_gated_act": True}
-KINDS = {  # config.json, the weights' file, the tokenizer's files
-    "t5-small": (SMALL, "stray", "tokenizer.json spiece.model tokenizer_config.json"),
-    "t5-small-old": (SMALL, "bin", "tokenizer.json spiece.model"),
-    "t5-base": (SMALL | {"num_layers": 3}, "stray", "tokenizer.json spiece.model"),
-    "t5-v1_1": (GATED, "bin", "spiece.model"),
-    "flan": (GATED, "shards", "tokenizer.json spiece.model tokenizer_config.json"),
-    "mt5": (MT5, "bin", "spiece.model tokenizer_config.json"),
-    "mt5-alone": (MT5, "bin", "alone"),
-    "byt5": (BYT5, "bin", "byt5"),
-    "t5-efficient": (EFFICIENT, "bin", "spiece.model tokenizer.json tokenizer_config.json"),
-    "umt5": (UMT5, "bin", "spiece.model tokenizer.json tokenizer_config.json"),
-    "community": (BASE | {"tie_word_embeddings": False}, "safetensors", "spiece.model"),
+UMT5 = MT5 | {"model_type": "umt5", "scalable_attention": True, "is_gated_act": True}
+ALL = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
+KINDS = {  # config.json, the file of the weights, the vocabulary, its files
+    "t5-small": (SMALL, "stray", "t5", ALL),
+    "t5-small-old": (SMALL, "bin", "t5", ALL[:2]),
+    "t5-base": (SMALL | {"num_layers": 3}, "stray", "t5", ALL[:2]),
+    "t5-v1_1": (GATED, "bin", "t5", ALL[:1]),
+    "flan": (GATED, "shards", "t5", ALL),
+    "mt5": (MT5, "bin", "mt5", (ALL[0], ALL[2])),
+    "mt5-alone": (MT5, "bin", "mt5-alone", ALL[:1]),
+    "byt5": (BYT5, "bin", "byt5", ALL[2:]),
+    "t5-efficient": (EFFICIENT, "bin", "t5", ALL),
+    "umt5": (UMT5, "bin", "umt5", ALL),
+    "community": (BASE | {"tie_word_embeddings": False}, "safetensors", "t5", ALL[:1]),
 }
 
 
@@ -79,122 +71,109 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def pieces(tmp_path_factory):
-    """{model_type: a folder with all files of its tokenizer}."""
-    folders = {}
-    for kind in "t5", "mt5", "mt5-alone", "umt5":
-        folders[kind] = folder = tmp_path_factory.mktemp(kind)
-        settings = {"vocab_size": 90, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-        if kind != "t5":
-            settings |= {"byte_fallback": True, "vocab_size": 330}
-        if kind == "mt5":
-            settings["user_defined_symbols"] = [f"▁<extra_id_{i}>" for i in range(3)]
-        if kind == "umt5":
-            settings |= {"bos_id": 2, "unk_id": 3}
-        with open(folder / "spiece.model", "wb") as file:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(TEXTS * 5),
-                model_writer=file,
-                hard_vocab_limit=False,
-                minloglevel=2,
-                **settings,
-            )
-        special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-        special |= {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
-        special["additional_special_tokens"] = None
+def vocabularies(tmp_path_factory):
+    """A folder that holds the files of each vocabulary, <kind>/<file>."""
+    root = tmp_path_factory.mktemp("vocabularies")
+    common = {"hard_vocab_limit": False, "minloglevel": 2, "pad_id": 0, "eos_id": 1}
+    large = common | {"vocab_size": 330, "byte_fallback": True, "bos_id": -1, "unk_id": 2}
+    kinds = {"t5": large | {"vocab_size": 90, "byte_fallback": False}, "mt5-alone": large}
+    kinds["mt5"] = large | {"user_defined_symbols": [f"▁<extra_id_{i}>" for i in range(3)]}
+    kinds["umt5"] = large | {"bos_id": 2, "unk_id": 3}
+    for kind, settings in {**kinds, "byt5": None}.items():
+        folder, listed = root / kind, {"extra_ids": 0, "additional_special_tokens": None}
+        folder.mkdir()
         if kind in ("t5", "umt5"):
-            sentinels = [f"<extra_id_{i}>" for i in range(100)]
-            special |= {"extra_ids": 100, "additional_special_tokens": sentinels}
-        (folder / "tokenizer_config.json").write_text(json.dumps(special))
-        if kind == "mt5-alone":
+            listed = {"extra_ids": 100, "additional_special_tokens": SENTINELS}
+        listed |= {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+        if kind == "byt5":
+            listed = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
+        (folder / ALL[2]).write_text(json.dumps({"tokenizer_class": "T5Tokenizer"} | listed))
+        if kind == "byt5":
             continue
-        tokenizer = T5Tokenizer.from_pretrained(folder)
-        content = json.loads(tokenizer._tokenizer.to_str())
-        content["model"] |= {"unk_id": settings["unk_id"]}
-        (folder / "tokenizer.json").write_text(json.dumps(content))
-    return folders
+        with open(folder / ALL[0], "wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(TEXTS * 5), model_writer=file, **settings
+            )
+        if kind != "mt5-alone":
+            tokenizer = transformers.T5Tokenizer.from_pretrained(folder)
+            content = json.loads(tokenizer.backend_tokenizer.to_str())
+            content["model"]["unk_id"] = settings["unk_id"]
+            (folder / ALL[1]).write_text(json.dumps(content))
+    return root
 
 
-def make_t5(config, seed=0):
-    """A T5 with weights of T5's sizes, its own head included."""
-    torch.manual_seed(seed)
+def make_t5(config):
+    """A T5 with random weights, its own head included."""
+    torch.manual_seed(0)
     t5 = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**config)).eval()
     for name, weight in t5.named_parameters():
         if "relative" in name or "layer_norm" in name:
             nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
     if config.get("tie_word_embeddings") is False:
         t5.lm_head.weight = nn.Parameter(torch.randn_like(t5.lm_head.weight) / 4)
-        t5.config.tie_word_embeddings = False  # what it means: no scale before the head
+        t5.config.tie_word_embeddings = False  # it means: no scale before the head
     return t5
 
 
-def make_folder(folder, config, weights, files, pieces, t5=None):
+def write(folder, vocabularies, config, weights, vocabulary, files, t5=None):
     """The folder of a checkpoint. Returns the T5 in it."""
     folder.mkdir(parents=True, exist_ok=True)
     t5 = t5 or make_t5(config)
     (folder / "config.json").write_text(json.dumps(config))
     state = {name: weight.detach().clone() for name, weight in t5.state_dict().items()}
     if weights in ("stray", "safetensors"):
-        names = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
-        names |= {"lm_head.weight"} if weights == "stray" else set()
-        state = {name: weight for name, weight in state.items() if name not in names}
-    if weights == "stray" or weights == "bin" and config["model_type"] == "t5":
-        stray = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-        state[stray] = torch.randn(config["relative_attention_num_buckets"], config["num_heads"])
+        dropped = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+        dropped |= {"lm_head.weight"} if weights == "stray" else set()
+        state = {name: weight for name, weight in state.items() if name not in dropped}
+    if weights == "stray":
+        state[STRAY] = torch.randn(config["relative_attention_num_buckets"], config["num_heads"])
     if weights == "bin":
         torch.save(state, folder / "pytorch_model.bin")
     elif weights == "shards":
         places = {}
         for i in range(2):
-            name = f"model-0000{i + 1}-of-00002.safetensors"
-            part = {k: state[k] for k in list(state)[i::2]}
+            name, part = f"model-0000{i + 1}-of-00002.safetensors", dict(list(state.items())[i::2])
             safetensors.torch.save_file(part, folder / name, {"format": "pt"})
             places |= dict.fromkeys(part, name)
         index = {"metadata": {"total_size": 1}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
         safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
-    if files == "byt5":
-        settings = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125, "eos_token": "</s>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    source = pieces["mt5-alone" if files == "alone" else config["model_type"].removeprefix("long")]
-    for name in "spiece.model", "tokenizer.json", "tokenizer_config.json":
-        if name in files or files == "alone" and name == "spiece.model":
-            (folder / name).write_bytes((source / name).read_bytes())
+    for name in files:
+        (folder / name).write_bytes((vocabularies / vocabulary / name).read_bytes())
     return t5
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, pieces):
-    """checkpoint(kind): its folder and its T5, made once."""
-    made = {}
+def hub(tmp_path_factory, vocabularies):
+    """hub(kind): the folder of a checkpoint and its T5, made once."""
+    made, root = {}, tmp_path_factory.mktemp("hub")
 
     def make(kind):
         if kind not in made:
-            folder = tmp_path_factory.mktemp("hub") / kind
-            made[kind] = folder, make_folder(folder, *KINDS[kind], pieces)
+            made[kind] = root / kind, write(root / kind, vocabularies, *KINDS[kind])
         return made[kind]
 
     return make
 
 
-def from_t5(folder, latent_dim=5, **arguments):
+def load(folder):
     torch.manual_seed(1)
-    return T5VAE.from_t5(folder, latent_dim, **arguments)
+    vae = T5VAE.from_t5(folder, latent_dim=5)
+    nn.init.normal_(vae.w_proj.weight)
+    return vae
 
 
-def labels_of(model, texts=TEXTS):
-    rows = [[*r, model.tokenizer.eos_token_id] for r in data.tokenize(texts, model.tokenizer)]
-    return data.pad(rows, model.t5.config.pad_token_id)
+def labels_of(vae, texts=TEXTS):
+    return data.pad([[*row, 1] for row in data.tokenize(texts, vae.tokenizer)], 0)
 
 
 # ------------------------------------------------------------------------------------- what loads
 
 
-@torch.no_grad()
 def literal(t5, memory, labels):
     """Logits with T5's own cross-attention: a cache that holds the one key, which is the value."""
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    cache = transformers.EncoderDecoderCache(DynamicCache(), DynamicCache())
     for layer in range(t5.config.num_decoder_layers):
         one_key = memory[:, layer].view(len(labels), t5.config.num_heads, 1, t5.config.d_kv)
         cache.cross_attention_cache.update(one_key, one_key, layer)
@@ -204,103 +183,79 @@ def literal(t5, memory, labels):
     return t5(encoder_outputs=unread, decoder_input_ids=start, past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS)  # umt5 core bug: logits of an own head scaled by D^-1/2
 @torch.no_grad()
-def test_kinds_of_the_hub(kind, checkpoint, tmp_path):
-    folder, t5 = checkpoint(kind)
-    vae = from_t5(folder)
-    assert not vae.training
-    ours, theirs = vae.t5.state_dict(), t5.state_dict()
-    for name, weight in ours.items():
+def test_kinds_of_the_hub(kind, hub, tmp_path):
+    folder, t5 = hub(kind)
+    vae = load(folder)
+    theirs, (ids, mask), z = t5.state_dict(), labels_of(vae), torch.randn(len(TEXTS), 5)
+    for name, weight in vae.t5.state_dict().items():
         name = name.replace("layer.1.o.", "layer.1.EncDecAttention.o.")
         assert torch.equal(weight, theirs.pop(name)), name
     assert all("layer.1" in name and "decoder" in name for name in theirs), "and no other is lost"
-    ids, mask = labels_of(vae)
-    vae.w_proj.weight.normal_()
-    z = torch.randn(len(ids), 5)
     logits = vae.decode(z, ids)
     torch.testing.assert_close(logits, literal(t5, vae.memory(z), ids), atol=1e-4, rtol=1e-4)
     assert (logits - literal(t5, vae.memory(z.flip(0)), ids)).abs().max() > 1e-2, "the control"
     hidden = t5.encoder(ids, mask).last_hidden_state.masked_fill(mask[:, :, None] == 0, -torch.inf)
-    mu, _ = vae.encode(ids, mask)
+    mu = vae.encode(ids, mask)[0]
     torch.testing.assert_close(mu, vae.w_mu(hidden.amax(1)), atol=1e-4, rtol=1e-4)
-    assert len(vae.generate(z, max_new_tokens=4)) == len(TEXTS)
-    vae.save_pretrained(tmp_path / "vae")
-    again = T5VAE.from_pretrained(tmp_path / "vae")
+    vae.save_pretrained(tmp_path)
+    again = T5VAE.from_pretrained(tmp_path)
     assert torch.equal(again.decode(z, ids), logits)
     assert torch.equal(again.encode_texts(TEXTS)[0], vae.encode_texts(TEXTS)[0])
-    flags = {"max_new_tokens": 6}
-    assert again.decode_texts(mu, **flags) == vae.decode_texts(mu, **flags)
+    assert again.decode_texts(mu, max_new_tokens=6) == vae.decode_texts(mu, max_new_tokens=6)
 
 
-def damaged(folder, kind, pieces):
-    """A folder whose parts do not fit each other, and words that say so."""
-    config, weights, files = KINDS["flan" if kind == "no shard" else "t5-small"]
-    config = dict(config)
-    t5, words, model = make_t5(config), "", folder / "model.safetensors"
-    changes = {
-        "large tokenizer": ({"vocab_size": 130}, "159 130"),
-        "pad id": ({"pad_token_id": 3}, "pad_token_id 3"),
-        "eos id": ({"eos_token_id": 2}, "eos_token_id 2"),
-        "no pad id": ({"pad_token_id": None}, "pad_token_id"),
-        "no start": ({"decoder_start_token_id": None}, "decoder_start_token_id"),
-        "other vocabulary": ({"vocab_size": 300}, "shared.weight"),
-        "another T5": ({"model_type": "longt5"}, "longt5 t5, mt5, umt5"),
-        "odd width": ({"d_model": "32"}, "d_model"),
-        "odd activation": ({"feed_forward_proj": "gated-gated-gelu"}, "feed_forward_proj"),
-    }
-    if kind in changes:
-        change, words = changes[kind]
-        config = config | change
-        t5 = make_t5(config) if kind == "large tokenizer" else t5
-    make_folder(folder, config, weights, files, pieces, t5)
-    if kind == "nameless":
-        del config["model_type"]
-        (folder / "config.json").write_text(json.dumps(config))
-    if kind == "incomplete":
-        state = safetensors.torch.load_file(model)
-        del state["encoder.block.1.layer.1.DenseReluDense.wi.weight"]
-        safetensors.torch.save_file(state, model, {"format": "pt"})
-        words = "encoder.block.1.layer.1.DenseReluDense.wi.weight"
-    elif kind == "half a file":
-        model.write_bytes(model.read_bytes()[:20_000])
-    elif kind == "half a bin":
-        model.unlink()
-        torch.save(t5.state_dict(), folder / "pytorch_model.bin")
-        half = (folder / "pytorch_model.bin").read_bytes()[:20_000]
-        (folder / "pytorch_model.bin").write_bytes(half)
-    elif kind == "no shard":
-        (folder / "model-00002-of-00002.safetensors").unlink()
-    elif kind == "no tokenizer":
-        for path in [*folder.glob("tok*"), *folder.glob("spiece*")]:
-            path.unlink()
-        words = "tokenizer"
-    elif kind == "foreign tokenizer":
-        (folder / "tokenizer.json").write_text("{}")
-    elif kind == "no JSON":
-        (folder / "config.json").write_text("{")
-    return words.split() if words else []
+CHANGES = {  # of config.json, and what the message must say
+    "large tokenizer": ({"vocab_size": 130}, "159 130"),
+    "pad id": ({"pad_token_id": 3}, "pad_token_id 3"),
+    "eos id": ({"eos_token_id": 2}, "eos_token_id 2"),
+    "no pad id": ({"pad_token_id": None}, "pad_token_id"),
+    "no start": ({"decoder_start_token_id": None}, "decoder_start_token_id"),
+    "other vocabulary": ({"vocab_size": 300}, "shared.weight"),  # core bug: RuntimeError
+    "another T5": ({"model_type": "longt5"}, "longt5 umt5"),
+    "nameless": ({"model_type": None}, "model_type"),
+    "odd width": ({"d_model": "32"}, "d_model"),
+    "odd activation": ({"feed_forward_proj": "a-b-c"}, "feed_forward_proj"),  # core bug: not named
+}
+DAMAGES = {  # what of a folder is missing or cut off, and what the message must say
+    "half a file": ("model.safetensors", 20_000, ""),  # core bug: SafetensorError
+    "half a bin": ("pytorch_model.bin", 20_000, ""),  # core bug: [Errno 22] Invalid argument
+    "no shard": ("model-00002-of-00002.safetensors", None, "model-00002-of-00002.safetensors"),
+    "no JSON": ("config.json", 9, "config.json"),
+    "odd tokenizer": ("tokenizer.json", 9, "tokenizer"),
+    "no tokenizer": ("", None, "tokenizer"),  # core bug: loads, with 104 tokens
+    "incomplete": ("", None, FFN),
+}
 
 
-DAMAGES = "large tokenizer;pad id;eos id;no pad id;no start;other vocabulary;another T5;nameless"
-DAMAGES += ";odd width;odd activation;incomplete;half a file;half a bin;no shard;no tokenizer"
-DAMAGES += ";foreign tokenizer;no JSON"
-
-
-@pytest.mark.parametrize("kind", DAMAGES.split(";"))
-def test_parts_that_do_not_fit(kind, tmp_path, pieces):
-    words = damaged(tmp_path / "damaged", kind, pieces)
-    files = {"no shard", "no JSON"}  # OSError, as where there is no file
-    with pytest.raises((InputError, OSError) if kind in files else InputError) as refused:
-        from_t5(tmp_path / "damaged")
-    said = str(refused.value)
-    for word in [str(tmp_path / "damaged"), *words]:
-        assert word in said
-    assert "\n" not in said or kind in files, said
+@pytest.mark.parametrize("fault", [*CHANGES, *DAMAGES])
+def test_parts_that_do_not_fit(fault, tmp_path, vocabularies):
+    folder, kinds = tmp_path / "t5", {"no shard": "flan", "half a bin": "t5-small-old"}
+    config, *rest = KINDS[kinds.get(fault, "t5-small")]
+    change, words = CHANGES.get(fault, ({}, ""))
+    t5 = make_t5(config | change if fault == "large tokenizer" else config)
+    config = {k: v for k, v in (config | change).items() if k != "model_type" or v}
+    write(folder, vocabularies, config, *rest, t5)
+    if fault == "incomplete":
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        del state[FFN]
+        safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    if fault in DAMAGES:
+        name, size, words = DAMAGES[fault]
+        names = ALL if fault == "no tokenizer" else [name] * bool(name)
+        for path in [folder / name for name in names]:
+            content = path.read_bytes()[:size]
+            path.unlink() if size is None else path.write_bytes(content)
+    missing = fault in ("no shard", "no JSON")
+    with pytest.raises(OSError if missing else InputError) as refused:
+        load(folder)
+    assert all(word in str(refused.value) for word in [str(folder), *words.split()])
+    assert missing or "\n" not in str(refused.value)
     (tmp_path / "texts.txt").write_text("a king\n" * 3)
     flags = ["--dataset", tmp_path / "texts.txt", "--phase", 1, "--out", tmp_path / "out"]
     with pytest.raises(SystemExit) as stop:
-        train.main([*flags, "--model", tmp_path / "damaged"])
+        train.main([*flags, "--model", folder])
     assert "\n" not in str(stop.value)
     assert not (tmp_path / "out").exists()
 
@@ -308,49 +263,31 @@ def test_parts_that_do_not_fit(kind, tmp_path, pieces):
 # ------------------------------------------------------------------------------------------ fp16
 
 
-def overflowing(config, latent_dim=5):
-    """A model whose activations reach 1e5 at each wo; where it is gated, before it too."""
+def overflowing(config):
+    """A model whose activations reach 1e5 at each wo and, where it is gated, before it."""
     torch.manual_seed(0)
-    t5_config = AutoConfig.for_model(**config).to_dict()
-    t5_config["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
-    vae = T5VAE(t5_config, latent_dim).eval()
-    if not t5_config["tie_word_embeddings"]:
-        vae.t5.lm_head.weight.data.normal_(std=config["d_model"] ** -0.5)  # as a tied one is scaled
-    vae.w_proj.weight.data.normal_()
-    seen = {}
-    for name, module in vae.named_modules():
-        if isinstance(module, Float32Output):
-            module.register_forward_hook(
-                lambda _, x, y, name=name: seen.update({name: (x[0].abs().max(), y.abs().max())})
-            )
-    gated = "gated" in config.get("feed_forward_proj", "")
+    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}
+    vae = T5VAE(AutoConfig.for_model(**config).to_dict() | tied, 5).eval()
+    nn.init.normal_(vae.w_proj.weight)
+    if not tied["tie_word_embeddings"]:
+        nn.init.normal_(vae.t5.lm_head.weight, std=config["d_model"] ** -0.5)
+    layers, seen = [m for m in vae.modules() if hasattr(m, "wo")], {}
+    for layer in layers:
+        layer.wo.register_forward_hook(
+            lambda wo, x, y: seen.update({wo: (x[0].abs().max(), y.abs().max())})
+        )
     ids, mask = data.pad([np.arange(3, 30), np.arange(40, 60)], 0)
     for _ in range(4):  # each wo changes what the next ones see
         with torch.no_grad():
             vae.rec(vae.encode(ids, mask)[0], ids)
-        for name, module in vae.named_modules():
-            if name in seen and gated:
-                layer = vae.get_submodule(name.removesuffix(".wo"))
-                for wi in layer.wi_0, layer.wi_1:
-                    wi.weight.data *= (1e5 / seen[name][0]) ** 0.5
-                module.weight.data *= seen[name][0] / seen[name][1]
-            elif name in seen:
-                module.weight.data *= 1e5 / seen[name][1]
-    with torch.no_grad():
-        vae.rec(vae.encode(ids, mask)[0], ids)
-    largest = max(float(max(both)) for both in seen.values())
-    assert 6.6e4 < largest < 1e6
+        for layer in layers:
+            before, after = seen[layer.wo]
+            if hasattr(layer, "wi_0"):
+                layer.wi_0.weight.data *= (1e5 / before) ** 0.5
+                layer.wi_1.weight.data *= (1e5 / before) ** 0.5
+            layer.wo.weight.data *= (before if hasattr(layer, "wi_0") else 1e5) / after
+    assert 6.6e4 < max(map(max, seen.values())) < 1e6
     return vae, ids, mask
-
-
-def plain(vae):
-    """The same model as transformers makes it, without float32 in wo."""
-    for module in vae.modules():
-        if isinstance(module, Float32Output):
-            module.__class__ = nn.Linear
-        if isinstance(getattr(module, "act", None), Float32Activation):
-            module.act = module.act.activation
-    return vae
 
 
 @pytest.mark.parametrize("config", [SMALL, GATED], ids=["plain", "gated"])
@@ -364,361 +301,303 @@ def test_fp16_reaches_as_far_as_a_pretrained_t5(config):
         with torch.autocast("cpu", dtype):
             return vae.rec(z, ids), *vae.encode(ids, mask)
 
-    fp16, mu, logvar = half(torch.float16)
-    assert (fp16 - rec).abs().max() < 0.01
-    assert mu.isfinite().all()
-    assert logvar.isfinite().all()
-    bf16 = half(torch.bfloat16)
-    plain(vae)
+    fp16, bf16 = half(torch.float16), half(torch.bfloat16)
+    assert (fp16[0] - rec).abs().max() < 0.01
+    assert torch.stack(fp16[1:]).isfinite().all()
+    for module in vae.modules():  # as transformers makes it
+        if isinstance(module, Float32Output):
+            module.__class__ = nn.Linear
+        if isinstance(getattr(module, "act", None), Float32Activation):
+            module.act = module.act.activation
     assert list(vae.state_dict()) == names
     assert all(torch.equal(a, b) for a, b in zip(half(torch.bfloat16), bf16, strict=True))
     assert not half(torch.float16)[0].isfinite().all(), "the control"
-    expected = make_t5(config).state_dict()
-    own = {n.removeprefix("t5.") for n in names if n.startswith("t5.") and "layer.1.o" not in n}
-    assert own <= set(expected), "the names are T5's"
 
 
 def one_of(rank, world, port, argv):
     """What torchrun does for a process."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     train.main(argv)
 
 
 def run_all(world, argv):
-    """The exit codes of the processes of a group."""
+    """The exit codes of a group of processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=one_of, args=(i, world, port, argv)) for i in range(world)]
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=one_of, args=(i, world, port, argv)) for i in range(world)]
     for child in children:
         child.start()
     for child in children:
-        child.join(30)
+        child.join(20)
     codes = [child.exitcode for child in children]
     for child in children:
         child.kill()
     return codes
 
 
-def training_flags(tmp_path, vae, *more):
-    """A command that trains `vae` on eight texts."""
+def training(tmp_path, vae, *more):
+    """A command that trains `vae` on eight texts with fp16, and a function that reads its log."""
     vae.tokenizer = data.train_tokenizer(TEXTS, 60)
     vae.save_pretrained(tmp_path / "vae")
-    (tmp_path / "data").mkdir(exist_ok=True)
     for split in data.SPLITS:
-        (tmp_path / "data" / f"{split}.txt").write_text("\n".join(TEXTS * 2))
-    flags = ["--dataset", tmp_path / "data", "--init", tmp_path / "vae", "--phase", 1]
-    flags += ["--no-freeze-decoder", "--batch-size", 4, "--log-every", 1, "--amp", "fp16"]
-    return [str(flag) for flag in [*flags, "--out", tmp_path / "out", *more]]
+        (tmp_path / f"{split}.txt").write_text("\n".join(TEXTS * 2))
+    flags = ["--dataset", tmp_path, "--init", tmp_path / "vae", "--phase", 1, "--batch-size", 4]
+    flags += ["--no-freeze-decoder", "--log-every", 1, "--amp", "fp16", "--out", tmp_path / "out"]
+
+    def steps():
+        lines = (tmp_path / "out" / "phase1" / "log.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["split"] == "train"]
+
+    return [str(flag) for flag in [*flags, *more]], steps
 
 
-def log_of(out):
-    lines = (out / "log.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["split"] == "train"]
+# core bug: gelu_new of 316 has no gradient in float16 on a CPU, so a gated T5 skips every step
+@pytest.mark.parametrize(
+    ("config", "world", "epochs"), [(GATED, 2, 10), (SMALL, 1, 50), (GATED, 1, 50)]
+)
+def test_training_in_fp16(config, world, epochs, tmp_path):
+    flags, steps = training(tmp_path, overflowing(config)[0], "--epochs", epochs)
+    assert run_all(world, flags) == [0] * world
+    recs = [step["rec"] for step in steps()]
+    assert len(recs) == 2 * epochs
+    assert np.mean(recs[-4:]) < np.mean(recs[:4])
+    assert all("scale" in step for step in steps())
 
 
-@pytest.mark.parametrize(("config", "world"), [(SMALL, 1), (GATED, 1), (GATED, 2)])
-def test_a_hundred_steps_of_fp16(config, world, tmp_path):
-    vae, _, _ = overflowing(config)
-    flags = training_flags(tmp_path, vae, "--epochs", 50 if world == 1 else 10)
-    if world == 1:
-        train.main(flags)
-    else:
-        assert run_all(world, flags) == [0] * world
-    records = log_of(tmp_path / "out" / "phase1")
-    assert len(records) == (100 if world == 1 else 20)
-    assert np.mean([r["rec"] for r in records[-4:]]) < np.mean([r["rec"] for r in records[:4]])
-    assert all("scale" in r for r in records)
+@pytest.mark.parametrize("world", [2, 1])
+@torch.no_grad()
+def test_overflow_in_every_step_stops_with_advice_that_works(world, tmp_path, capfd):
+    vae = T5VAE(AutoConfig.for_model(**SMALL).to_dict() | {"tie_word_embeddings": False}, 5)
+    for name, weight in vae.named_parameters():
+        weight *= 3e3 if "lm_head" in name else 1 if "norm" in name else 1e-2
+    with torch.enable_grad():
+        flags, steps = training(tmp_path, vae, "--epochs", 20, "--save-every", 0)
+        assert run_all(world, flags) == [1] * world
+        said = capfd.readouterr().err.splitlines()
+        assert [line[:9] for line in said if "--amp off" in line] == ["train.py:"] * world
+        assert "Traceback" not in "".join(said)
+        scales = [step["scale"] for step in steps()]
+        assert len(scales) <= 20
+        assert scales[0] > scales[-1]
+        flags[flags.index("fp16")] = "off"
+        assert run_all(world, [*flags, "--resume"]) == [0] * world
+        assert len(steps()) == 40
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_overflow_in_every_step_stops_with_advice_that_works(world, tmp_path, capsys):
-    config = AutoConfig.for_model(**SMALL).to_dict() | {"tie_word_embeddings": False}
-    vae = T5VAE(config, 5)
-    with torch.no_grad():
-        for name, weight in vae.named_parameters():
-            weight *= 3e3 if "lm_head" in name else 1e-2 if "norm" not in name else 1
-    flags = training_flags(tmp_path, vae, "--epochs", 20, "--save-every", 0)
-    if world == 1:
-        with pytest.raises(SystemExit) as stop:
-            train.main(flags)
-        assert "--amp off" in str(stop.value)
-        assert "\n" not in str(stop.value)
-    else:
-        assert run_all(world, flags) == [1, 1]
-    scales = [record["scale"] for record in log_of(tmp_path / "out" / "phase1")]
-    assert len(scales) <= 20
-    assert scales[0] > scales[-1]
-    flags[flags.index("fp16")] = "off"
-    if world == 1:
-        train.main([*flags, "--resume"])
-    else:
-        assert run_all(world, [*flags, "--resume"]) == [0, 0]
-    assert len(log_of(tmp_path / "out" / "phase1")) == 40
+# ------------------------------------------------------------------------------- the Python API
 
 
-# ------------------------------------------------------------------------------------ Python API
-
-
-class Series:
-    """What pandas has: no sequence of str, but an iterable of them."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def __iter__(self):
-        return iter(self.values)
-
-    def __array__(self, dtype=None, copy=None):
-        return np.array(self.values, dtype=object)
-
-
-def test_texts_in_and_out(checkpoint):
-    vae = from_t5(checkpoint("t5-small")[0])
-    mu, logvar = vae.encode_texts(TEXTS)
-    assert torch.equal(vae.encode_texts(TEXTS)[0], mu)
-    assert not mu.requires_grad
-    generator, keys = (text for text in TEXTS), dict.fromkeys(TEXTS).keys()
-    for texts in generator, tuple(TEXTS), keys, Series(TEXTS), np.array(TEXTS):
+def test_texts_in_and_out(hub):
+    vae = load(hub("t5-small")[0])
+    mu = vae.encode_texts(TEXTS)[0]
+    values = type("Series", (), {"__iter__": lambda _: iter(TEXTS)})()  # as pandas has: no sequence
+    for texts in (
+        TEXTS,
+        iter(TEXTS),
+        tuple(TEXTS),
+        dict.fromkeys(TEXTS).keys(),
+        np.array(TEXTS),
+        values,
+    ):
         assert torch.equal(vae.encode_texts(texts)[0], mu)
     with pytest.raises(InputError, match=r"encode_texts\(\['a king'\]\)"):
         vae.encode_texts("a king")
     for texts in [None], ["a", 1], [b"a"], [["a"]], [float("nan")]:
         with pytest.raises(InputError, match="must be a str"):
             vae.encode_texts(texts)
-    assert vae.encode_texts([])[0].shape == (0, 5)
-    assert vae.encode_texts([""])[0].isfinite().all()
+    assert (
+        torch.pdist(vae.encode_texts(["a", "a </s>", "a <pad>", "a <extra_id_0>"])[0]).min() > 1e-3
+    )
     written = vae.decode_texts(mu, max_new_tokens=5)
-    assert all(isinstance(text, str) for text in written)
-    assert vae.decode_texts(mu.numpy(), max_new_tokens=5) == written
-    assert vae.decode_texts(mu.double().numpy(), max_new_tokens=5) == written
-    assert vae.decode_texts(mu.tolist(), max_new_tokens=5) == written
-    assert vae.decode_texts(mu[:0]) == []
+    for z in mu.numpy(), mu.double().numpy(), mu.tolist():
+        assert vae.decode_texts(z, max_new_tokens=5) == written
     for z in mu[0], mu[:, :3], mu[None]:
         with pytest.raises(InputError, match=r"it must be \(N, 5\)"):
             vae.decode_texts(z)
-    flags = {"num_return_sequences": 2, "do_sample": True, "max_new_tokens": 5}
-    assert len(vae.decode_texts(mu, batch_size=3, **flags)) == 8
+    assert len(vae.decode_texts(mu, 3, num_return_sequences=2, do_sample=True, max_length=5)) == 8
 
 
-@pytest.mark.parametrize("kind", ["t5-small", "flan", "mt5", "umt5"])
+@pytest.mark.parametrize("kind", ["t5-small", "flan", "umt5"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(kind, dtype, checkpoint):
-    vae = from_t5(checkpoint(kind)[0])
-    mu, logvar = vae.encode_texts(TEXTS)
+def test_half_precision(kind, dtype, hub):
+    vae = load(hub(kind)[0])
+    mu = vae.encode_texts(TEXTS)[0]
     vae = vae.half() if dtype == torch.float16 else vae.bfloat16()
-    found = vae.encode_texts(TEXTS)
-    assert found[0].dtype == torch.float32
-    torch.testing.assert_close(found[0], mu, atol=0.15, rtol=0.1)
-    assert len(vae.decode_texts(found[0], max_new_tokens=5)) == len(TEXTS)
-    ids, mask = labels_of(vae)
-    assert vae.rec(found[0], ids).isfinite().all()
+    torch.testing.assert_close(vae.encode_texts(TEXTS)[0], mu, atol=0.15, rtol=0.1)
+    assert len(vae.decode_texts(mu, max_new_tokens=5)) == len(TEXTS)
+    assert vae.rec(mu, labels_of(vae)[0]).isfinite().all()
 
 
-def test_generate_takes_what_transformers_documents(checkpoint):
-    vae = from_t5(checkpoint("t5-small")[0])
-    z = torch.randn(3, 5)
-    assert vae.generate(z).shape[1] <= 257
-    assert vae.generate(z, max_length=5, eos_token_id=255).shape == (3, 5)
-    assert vae.generate(z, 4, eos_token_id=255).shape == (3, 5)
-    config = GenerationConfig(max_new_tokens=4, decoder_start_token_id=0, pad_token_id=0)
-    assert vae.generate(z, generation_config=config).shape == (3, 5)
-    assert vae.generate(z, generation_config=GenerationConfig(max_new_tokens=4)).shape == (3, 5)
-    assert vae.generate(z, generation_config=GenerationConfig()).shape[1] <= 257
-    several = {"num_return_sequences": 2, "max_new_tokens": 4, "eos_token_id": 255}
-    sampled = vae.generate(z, do_sample=True, **several)
-    beams = vae.generate(z, num_beams=3, **several)
-    assert sampled.shape == beams.shape == (6, 5)
-    assert not torch.equal(beams[0], beams[1])
-    alone = [vae.generate(row[None], num_beams=3, **several) for row in z]
+def test_generate_takes_what_transformers_documents(hub):
+    vae, z = load(hub("t5-small")[0]), torch.randn(3, 5)
+    for flags in {"max_length": 5}, {"max_new_tokens": 4}:
+        assert vae.generate(z, **flags, eos_token_id=255).shape == (3, 5)
+        assert vae.generate(z, generation_config=GenerationConfig(**flags)).shape == (3, 5)
+    four = {"max_new_tokens": 4, "eos_token_id": 255}
+    assert vae.generate(z, do_sample=True, num_return_sequences=2, **four).shape == (6, 5)
+    beams = vae.generate(z, num_beams=3, num_return_sequences=2, **four)
+    alone = [vae.generate(row[None], num_beams=3, num_return_sequences=2, **four) for row in z]
     assert torch.equal(beams, torch.cat(alone)), "each sentence depends on its own z alone"
-    greedy = vae.generate(z, max_new_tokens=4)
-    assert torch.equal(vae.generate(z, max_new_tokens=4, do_sample=True, top_k=1), greedy)
-    assert torch.equal(vae.generate(z, max_new_tokens=4, do_sample=True, top_p=1e-6), greedy)
-    assert torch.equal(vae.generate(z, max_new_tokens=4, use_cache=False), greedy)
+    greedy = vae.generate(z, **four)
+    for flags in (
+        {"top_k": 1, "do_sample": True},
+        {"top_p": 1e-6, "do_sample": True},
+        {"use_cache": False},
+    ):
+        assert torch.equal(vae.generate(z, **four, **flags), greedy)
     with pytest.raises(ValueError, match="max_tokens"):
         vae.generate(z, max_tokens=4)
-    for name in "inputs", "input_ids", "encoder_outputs", "decoder_input_ids":
-        with pytest.raises(InputError, match=name):
-            vae.generate(z, **{name: torch.zeros(3, 1, dtype=torch.long)})
-    for name in "inputs_embeds", "decoder_inputs_embeds":
-        with pytest.raises(ValueError, match=name):
-            vae.generate(z, **{name: torch.zeros(3, 1, 32)})
 
 
-@pytest.mark.parametrize("how", ["flag", "config", "both"])
-def test_sampling_draws_from_the_whole_distribution(how, checkpoint):
-    vae = from_t5(checkpoint("t5-small")[0])
+# core bug: the last three are ignored, or refused with other words
+REPLACING = ["inputs", "input_ids", "encoder_outputs", "decoder_input_ids"]
+REPLACING += ["inputs_embeds", "decoder_inputs_embeds", "past_key_values"]
+
+
+@pytest.mark.parametrize("name", REPLACING)
+def test_what_would_replace_z_is_refused(name, hub):
+    with pytest.raises(InputError, match=f"generate takes no {name}"):
+        load(hub("t5-small")[0]).generate(torch.randn(3, 5), **{name: torch.zeros(3, 1, 32)})
+
+
+def test_sampling_draws_from_the_whole_distribution(hub):
+    vae = load(hub("t5-small")[0])
     vae.t5.lm_head.weight = nn.Parameter(1e-4 * torch.randn(256, 32))  # nearly flat
-    z, flags = torch.zeros(3000, 5), {"max_new_tokens": 1}
-    config = GenerationConfig(do_sample=True, max_new_tokens=1)
-    if how == "config":
-        ids = vae.generate(z, generation_config=config)
-    elif how == "both":
-        config = GenerationConfig(max_new_tokens=1)
-        ids = vae.generate(z, do_sample=True, generation_config=config)
-    else:
-        ids = vae.generate(z, do_sample=True, **flags)
-    assert len(ids[:, 1].unique()) > 250
-    assert len(vae.generate(z, do_sample=True, top_k=50, **flags)[:, 1].unique()) <= 50
-    few = GenerationConfig(do_sample=True, top_k=7, max_new_tokens=1)
-    assert len(vae.generate(z, generation_config=few)[:, 1].unique()) <= 7
+    one, configured = {"max_new_tokens": 1}, GenerationConfig(do_sample=True, max_new_tokens=1)
+    for flags, most in [
+        ({"do_sample": True} | one, 256),
+        ({"do_sample": True, "generation_config": GenerationConfig(**one)}, 256),
+        ({"generation_config": configured}, 256),
+        ({"do_sample": True, "top_k": 50} | one, 50),
+        ({"generation_config": GenerationConfig(do_sample=True, top_k=50, **one)}, 50),
+    ]:
+        assert most - 6 < len(vae.generate(torch.zeros(3000, 5), **flags)[:, 1].unique()) <= most
 
 
 @pytest.mark.parametrize("kind", ["t5-small", "mt5", "umt5"])
 @torch.no_grad()
-def test_every_attention_masks_padding(kind, checkpoint):
-    vae = from_t5(checkpoint(kind)[0])
+def test_every_attention_masks_padding(kind, hub):
+    vae = load(hub(kind)[0])
     ids, mask = labels_of(vae, TEXTS[:1])
-    padded = F.pad(ids, (0, 5)), F.pad(mask, (0, 5))
-    both = [torch.cat([part, part.flip(1)]) for part in padded]
-    both[1][1] = 1
-    found = []
+    alone = vae.encode(ids, mask)[0]
     for name in "eager", "sdpa":
         vae.t5.set_attn_implementation(name)
-        alone, _ = vae.encode(ids, mask)
-        torch.testing.assert_close(vae.encode(*padded)[0], alone, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(vae.encode(*both)[0][:1], alone, atol=1e-5, rtol=1e-5)
-        unmasked, _ = vae.encode(padded[0], torch.ones_like(padded[1]))
+        for padding in 0, 5:
+            padded = F.pad(ids, (0, padding)), F.pad(mask, (0, padding))
+            torch.testing.assert_close(vae.encode(*padded)[0], alone, atol=1e-5, rtol=1e-5)
+        unmasked = vae.encode(padded[0], torch.ones_like(padded[1]))[0]
         assert (unmasked - alone).abs().max() > 1e-3, "the control"
-        found.append(alone)
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ text
 
 
-@pytest.mark.parametrize("kind", ["shared", "tiny", "files", "spiece", "mt5", "umt5", "byt5"])
-def test_text_is_text(kind, checkpoint, tmp_path):
-    if kind == "shared":
-        if not REAL_TOKENIZER.is_dir():
-            pytest.skip(f"no {REAL_TOKENIZER}")
-        tokenizer = T5Tokenizer.from_pretrained(REAL_TOKENIZER)
-        assert tokenizer("a </s> b").input_ids.count(1) == 2, "the control"
-    elif kind == "tiny":
+@pytest.mark.parametrize("kind", ["shared", "tiny", "t5-small", "t5-v1_1", "mt5", "umt5", "byt5"])
+def test_text_is_text(kind, hub, tmp_path):
+    if kind == "shared" and not REAL.is_dir():
+        pytest.skip(f"no {REAL}")
+    if kind == "tiny":
         tokenizer = data.train_tokenizer([*TEXTS, "</s> <pad> <extra_id_10>"] * 3, 90)
-    elif kind == "byt5":
-        tokenizer = ByT5Tokenizer()
     else:
-        names = {"files": "t5-small", "spiece": "t5-v1_1", "mt5": "mt5", "umt5": "umt5"}
-        tokenizer = from_t5(checkpoint(names[kind])[0]).tokenizer
-    rows = data.tokenize(MARKED, tokenizer)
-    special = {tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.all_special_ids}
-    characters = tokenizer.unk_token_id in sum(rows, [])  # some that its vocabulary lacks
-    assert special.isdisjoint(set(sum(rows, [])) - {tokenizer.unk_token_id})
-    print(kind, characters, [tokenizer.convert_ids_to_tokens(r) for r in rows])
-    assert characters is False, "the vocabulary has them all"
-    unk = kind != "byt5" or True
-    assert data.detokenize(rows, tokenizer) == MARKED
-    assert data.tokenize(["x <unk> y"], tokenizer)[0].count(tokenizer.unk_token_id) == unk
-    assert data.detokenize(data.tokenize(["a <unk> b"], tokenizer), tokenizer) == ["a <unk> b"]
+        folder = REAL if kind == "shared" else hub(kind)[0]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rows, unk = data.tokenize(MARKED, tokenizer), tokenizer.unk_token_id
+    for row in rows:
+        assert (set(tokenizer.all_special_ids) - {unk}).isdisjoint(row)
+    if kind != "shared":  # whose vocabulary has no "<"
+        assert data.detokenize(rows, tokenizer) == MARKED
+    ptb = data.tokenize(["king <unk> a"], tokenizer)
+    assert ptb[0].count(unk) == 1
+    assert data.detokenize(ptb, tokenizer) == ["king <unk> a"]  # byt5 core bug: "king <unk>a"
     (tmp_path / "train.txt").write_text("\n".join(MARKED))
     corpus = data.load_corpus(str(tmp_path), "train", tokenizer)
-    for i, row in enumerate(rows):
-        assert corpus.row(i).tolist() == [*row, tokenizer.eos_token_id]
-    cut = data.load_corpus(str(tmp_path), "train", tokenizer, max_length=4)
-    assert set(cut.lengths.tolist()) <= {2, 3, 4}
-    assert cut.ids.tolist().count(tokenizer.eos_token_id) == len(MARKED)
+    assert [corpus.row(i).tolist() for i in range(len(rows))] == [[*row, 1] for row in rows]
 
 
-def test_marked_texts_through_the_model(checkpoint):
-    vae = from_t5(checkpoint("t5-small")[0])
-    mu, _ = vae.encode_texts(["a king </s> b", "a king", "a king <pad>", "a king <extra_id_0>"])
-    assert torch.pdist(mu).min() > 1e-3, "no mark is dropped"
+# core bug: in a regular expression <|unk|> means "<", "unk" or ">"
+def test_the_unknown_token_is_no_regular_expression():
+    tokenizer = transformers.ByT5Tokenizer(unk_token="<|unk|>")
+    assert data.detokenize(data.tokenize(["a < b"], tokenizer), tokenizer) == ["a < b"]
 
 
 # ------------------------------------------------------------------------------------------- hub
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """A server of one repository: `folder`. It can be slow, and break off within the weights."""
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Repository)
-        self.folder, self.mode, self.asked = folder, "well", []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
 class Repository(http.server.BaseHTTPRequestHandler):
+    """me/my-t5, the files of `server.folder`. It can be slow, and break off within the weights."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
         pass
 
-    def answer(self, status, content, headers=()):
+    def answer(self, status, content, headers):
         self.send_response(status)
-        for name, value in {"Content-Length": len(content), **dict(headers)}.items():
+        for name, value in ({"Content-Length": len(content)} | headers).items():
             self.send_header(name, str(value))
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        for start in range(0, len(content), 20_000):
-            if self.server.mode == "slow":
-                time.sleep(0.1)
-            if self.server.mode == "broken" and "model" in self.path and start >= 40_000:
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return
+        for start in range(0, len(content) if self.command == "GET" else 0, 20_000):
+            time.sleep(0.1 if self.server.mode == "slow" else 0)
+            if self.server.mode == "broken" and "safetensors" in self.path and start >= 20_000:
+                return self.connection.shutdown(socket.SHUT_RDWR)
             self.wfile.write(content[start : start + 20_000])
 
     def do_GET(self):
-        self.server.asked.append((self.command, self.path))
-        commit, path = "c" * 40, self.path.split("?")[0]
-        names = sorted(p.name for p in self.server.folder.iterdir())
+        path, commit = self.path.split("?")[0], "c" * 40
+        file = self.server.folder / path.rsplit("/", 1)[-1]
+        names = [path.name for path in self.server.folder.iterdir()]
+        self.server.asked += [file.name] * (self.command == "GET")
         if path.startswith("/api/models/me/my-t5"):
-            info = {"id": "me/my-t5", "modelId": "me/my-t5", "sha": commit, "tags": []}
-            info |= {"siblings": [{"rfilename": name} for name in names]}
+            info = {"id": "me/my-t5", "sha": commit, "siblings": [{"rfilename": n} for n in names]}
             if "/tree/" in path:
-                info = [{"type": "file", "path": n, "size": 1, "oid": n} for n in names]
-            return self.answer(200, json.dumps(info).encode(), [("Content-Type", "application/json")])
-        name = path.rsplit("/", 1)[-1]
-        if not path.startswith("/me/my-t5/resolve/") or name not in names:
-            missing = "EntryNotFound" if path.startswith("/me/my-t5/") else "RepoNotFound"
-            return self.answer(404, b"", [("X-Error-Code", missing), ("X-Repo-Commit", commit)])
-        content = (self.server.folder / name).read_bytes()
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{name}-1"', "Accept-Ranges": "bytes"}
-        status, first = 200, self.headers.get("Range", "").removeprefix("bytes=").split("-")[0]
-        if first:
-            status, total = 206, len(content)
-            content = content[int(first) :]
-            headers["Content-Range"] = f"bytes {first}-{total - 1}/{total}"
-        self.answer(status, content, headers.items())
+                info = [{"type": "file", "path": name, "size": 1, "oid": name} for name in names]
+            return self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        if not path.startswith("/me/my-t5/resolve/") or file.name not in names:
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        content, first = file.read_bytes(), self.headers.get("Range", "bytes=0-")[6:].split("-")[0]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{file.name}"', "Accept-Ranges": "bytes"}
+        if "Range" in self.headers:
+            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        self.answer(206 if "Range" in self.headers else 200, content[int(first) :], headers)
 
     do_HEAD = do_GET
 
 
-def test_a_hub_that_is_slow_or_breaks_off(checkpoint, tmp_path):
-    hub = Hub(checkpoint("flan")[0])
-    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {i}" for i in range(20) for text in TEXTS))
-    command = [sys.executable, ROOT / "train.py", "--dataset", tmp_path / "texts.txt"]
-    command += ["--model", "me/my-t5", "--phase", 1, "--limit", 4, "--epochs", 1]
-
-    def run(mode, cache, out):
-        hub.mode, hub.asked = mode, []
-        environment = os.environ | {"HF_HOME": str(tmp_path / cache), "OMP_NUM_THREADS": "1"}
-        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
-        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-        words = [str(word) for word in [*command, "--out", tmp_path / out]]
-        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=90)
-
-    broken = run("broken", "a", "a")
-    assert broken.returncode == 1
-    assert "Traceback" not in broken.stderr
-    told = [line for line in broken.stderr.splitlines() if line.startswith("train.py: ")]
-    assert len(told) == 1, broken.stderr
-    assert "me/my-t5" in told[0]
-    assert not list((tmp_path / "a").rglob("*.json*")) or not (tmp_path / "a" / "phase1").exists()
-    paths = [path for command, path in hub.asked if command == "GET"]
-    weights = [i for i, path in enumerate(paths) if path.endswith(".safetensors")]
-    tokenizer = [i for i, path in enumerate(paths) if path.endswith("tokenizer.json")]
-    print(told, hub.asked)
-    assert tokenizer[0] < weights[0], "the tokenizer comes before the weights"
-    mended = run("well", "a", "a")
-    assert mended.returncode == 0, mended.stderr
-    slow = run("slow", "b", "b")
-    assert slow.returncode == 0, slow.stderr
-    files = [tmp_path / out / "phase1" / "model" / "model.safetensors" for out in "ab"]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    hub.shutdown()
+def test_a_hub_that_is_slow_or_breaks_off(hub, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Repository)
+    server.folder = hub("flan")[0]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    texts = [f"{text} {i}" for i in range(20) for text in TEXTS]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--dataset",
+        tmp_path / "texts.txt",
+        "--phase",
+        "1",
+    ]
+    command += ["--model", "me/my-t5", "--limit", "4", "--epochs", "1", "--out", tmp_path / "out"]
+    address = f"http://127.0.0.1:{server.server_port}"
+    variables = os.environ | {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
+    for mode, cache, flags in (
+        ("broken", "a", []),
+        ("well", "a", []),
+        ("slow", "b", ["--overwrite"]),
+    ):
+        server.mode, server.asked = mode, []
+        variables |= {"HF_HOME": str(tmp_path / cache), "HF_HUB_OFFLINE": "0"}
+        run = subprocess.run([*command, *flags], env=variables, capture_output=True, text=True)
+        assert "Traceback" not in run.stderr
+        assert run.returncode == (mode == "broken"), run.stderr
+        if mode == "broken":
+            told = [line for line in run.stderr.splitlines() if line.startswith("train.py: ")]
+            assert len(told) == 1, run.stderr
+            assert "me/my-t5" in told[0]
+            assert not (tmp_path / "out").exists()
+            weights = [i for i, name in enumerate(server.asked) if name.endswith(".safetensors")]
+            assert server.asked.index("spiece.model") < weights[0]
+    server.shutdown()
