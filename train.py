@@ -182,7 +182,7 @@ def train(model, corpora, args, out, log):
                 weight = controller.update(means["kl"])
             elif args.phase == 2:
                 weight = kl_weight(step, args.kl_schedule, anneal_steps)
-            if step % args.log_every == 0 or step == total_steps:
+            if step % args.log_every == 0 or step == total_steps or "scale" in means:
                 record(log, step, "train", means, clock.left(step))
             if step % steps_per_epoch == 0 or time.monotonic() > saved_at + 60 * args.save_every:
                 save_checkpoint(out, log, parts, step, weight)
@@ -217,10 +217,11 @@ def check_finite(means, step, index, scaler):
     finite, overflow = math.isfinite(means["loss"]), not math.isfinite(means["grad_norm"])
     advice = "try a smaller --lr"
     if scaler.is_enabled():
-        means["scale"] = scaler.get_scale()
         advice = "--resume with --amp off (or bf16): float16 overflows"
-        if overflow and means["scale"] >= 1:
-            overflow, means["grad_norm"] = False, 0.0
+        if finite and overflow:
+            means["scale"] = scaler.get_scale()  # with it the step is recorded
+            if means["scale"] >= 1:
+                overflow, means["grad_norm"] = False, 0.0
     if not finite or overflow:
         raise FloatingPointError(
             f"step {step}: the loss is {means['loss']}, the norm of its gradient "

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import data
+import metrics
 import train
 from test_vae import (  # noqa: F401
     SHORT,
@@ -169,7 +170,54 @@ def test_full_disk(tmp_path, command, whole_run):
     assert same_run(tmp_path / "phase2", whole_run)
 
 
+def test_both_phases_resume_and_starting_over_voids_what_follows(tmp_path, home):
+    flags = ["--dataset", home, *TINY, *SHORT, "--save-every", 0]
+    assert train_run(main, *flags, "--out", tmp_path / "whole") == 0
+    out = [*flags, "--out", tmp_path / "run"]
+    for calls in 4, 9:  # in phase 1, in phase 2
+        assert train_run(cut, calls, "seed_dropout", KILL, *out, "--resume") == -signal.SIGKILL
+    assert (tmp_path / "run" / "phase1" / "metrics.json").exists()
+    assert train_run(main, *out, "--resume") == 0
+    for phase in "phase1", "phase2":
+        assert same_run(tmp_path / "run" / phase, tmp_path / "whole" / phase)
+        assert same_log(tmp_path / "run" / phase, tmp_path / "whole" / phase)
+    assert train_run(main, *out) == 1, "a run is not replaced unasked"
+    assert train_run(cut, 3, "seed_dropout", KILL, *out, "--overwrite") == -signal.SIGKILL
+    assert not (tmp_path / "run" / "phase2" / "metrics.json").exists()
+
+
+def test_changed_texts_are_refused(whole_run, home, tmp_path, capsys):
+    run, texts = shutil.copytree(whole_run, tmp_path / "run"), tmp_path / "texts"
+    texts.mkdir()
+    for split in data.SPLITS:
+        shutil.copy(home / f"{split}.txt", texts)
+    config = json.loads((run / "config.json").read_text())
+    data.write_json(run / "config.json", config | {"dataset": str(texts)})
+    metrics.main([str(run), "--iw-samples", "1"])
+    before = (run / "metrics.json").read_bytes()
+    (texts / "test.txt").write_text("another text\n")
+    with pytest.raises(SystemExit, match="the test texts of .* have changed"):
+        metrics.main([str(run)])
+    metrics.main([str(run), "--any-texts", "--iw-samples", "1"])
+    assert (run / "metrics.json").read_bytes() == before
+
+
 # ---------------------------------------------------------------------------- a step and its pieces
+
+
+def test_loss_halves_on_one_batch():
+    vae = tiny_vae().train()
+    ids, mask = random_texts(8, 9)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        mu, logvar = vae.encode(ids, mask)
+        loss = (vae.rec(mu, ids) + 0.01 * kl_divergence(mu, logvar).sum(1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2, losses[::10]
 
 
 def poisoned(calls, *args, report):
@@ -372,6 +420,11 @@ def test_no_dropout_comes_right_before_pooling():
     assert not torch.equal(once, again), "the control: dropout elsewhere"
     vae.t5.encoder.block.eval()
     assert torch.equal(vae.encode(ids, mask)[0], vae.encode(ids, mask)[0])
+
+
+def test_bf16_stays_close(tmp_path, quiet, plain):
+    assert train_run(main, *quiet, "--amp", "bf16", "--out", tmp_path) == 0
+    assert 0 < distance(plain, tmp_path / "phase2") < 0.05
 
 
 # ------------------------------------------------------------------------------- several processes

@@ -365,3 +365,14 @@ def test_evaluation_has_every_text_once(data_tokenizer):
     assert sorted(np.concatenate(order).tolist()) == list(range(5))
     lengths = corpus.lengths[np.concatenate(order)]
     assert (np.diff(lengths) >= 0).all(), "shortest first"
+
+
+def test_prefetch_keeps_the_order_works_ahead_and_passes_errors_on():
+    ahead = threading.Event()
+    results = data.prefetch(lambda i: (i == 2 and ahead.set()) or 10 // i, [5, 2, 1, 0])
+    assert next(results) == 2
+    assert ahead.wait(60), "the second item, while nobody asks for it"
+    assert [next(results), next(results)] == [5, 10]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert list(data.prefetch(str, [])) == []
