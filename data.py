@@ -155,7 +155,7 @@ def detokenize(rows, tokenizer):
     rows = [[token for token in row if token not in dropped] for row in rows]
     # As the text was: "it 's" stays, and <unk>, whose token swallows a space, gets it back.
     texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
-    return [re.sub(f" ?{unk}", f" {unk}", text).strip() for text in texts]
+    return [re.sub(f" ?{re.escape(unk)}", f" {unk}", text).strip() for text in texts]
 
 
 @dataclass(frozen=True)

@@ -100,14 +100,14 @@ class Float32Output(nn.Linear):
 
 
 class Float32Activation(nn.Module):
-    """The activation before `wo`, for the same reason: a gated layer multiplies what it returns."""
+    """The activation before `wo`, for the same reason: gelu cubes its input, and a gate multiplies."""
 
     def __init__(self, activation):
         super().__init__()
         self.activation = activation
 
     def forward(self, x):
-        return self.activation(x).float() if in_float16(x) else self.activation(x)
+        return self.activation(x.float() if in_float16(x) else x)
 
 
 def kl_divergence(mu, logvar):
@@ -157,6 +157,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
             feed_forward.act = Float32Activation(feed_forward.act)
         if not t5_config.get("tie_word_embeddings", True):  # a head of its own
             self.t5.lm_head.weight = nn.Parameter(self.t5.lm_head.weight.detach().clone())
+            self.t5.config.tie_word_embeddings = False  # umT5 would scale its input
         memory_dim = config.num_decoder_layers * config.num_heads * config.d_kv  # L*A*S
         with warnings.catch_warnings():  # a language model's have no elements: torch warns
             warnings.filterwarnings("ignore", "Initializing zero-element")
@@ -172,13 +173,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         `LatentCrossAttention`); W_mu, W_logvar and W_proj are new. Raises OSError where there is no
         such checkpoint, and InputError where it is none of FAMILY, incomplete or contradictory.
         """
-        config, tokenizer = read_checkpoint(name_or_path)  # before the weights, which are large
-        t5, info = AutoModelForSeq2SeqLM.from_pretrained(
-            name_or_path, dtype=torch.float32, output_loading_info=True
-        )
-        if missing := sorted(info["missing_keys"]):  # transformers would leave them random
-            few = f"{len(missing)} weights are missing, e.g. {missing[0]}"
-            raise InputError(f"{name_or_path} is incomplete: {few}")
+        config, tokenizer, t5 = read_checkpoint(name_or_path)
         t5_config = config.to_dict()
         t5_config["tie_word_embeddings"] = t5.lm_head.weight is t5.shared.weight
         t5_config.pop("_name_or_path", None)  # a path on this machine says nothing elsewhere
@@ -279,8 +274,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         With do_sample=True top_k is off unless it is given: samples are of p(x|z) itself. Each
         sentence depends on its own z alone. Raises InputError for arguments in the place of z.
         """
-        for name in ("inputs", "input_ids", "encoder_outputs", "decoder_input_ids"):
-            if name in kwargs:
+        for name in kwargs:
+            if name.endswith(("inputs", "input_ids", "inputs_embeds", "encoder_outputs", "values")):
                 raise InputError(f"generate takes no {name}: it decodes z")
         config = kwargs.get("generation_config")
         if max_new_tokens is not None:
@@ -384,22 +379,38 @@ def first_line(error):
 
 
 def read_checkpoint(name_or_path):
-    """(T5Config, tokenizer) of a T5 checkpoint. Raises InputError where they do not fit."""
+    """(T5Config, tokenizer, T5) of a checkpoint. Raises InputError where they do not fit."""
+    settings = {"dtype": torch.float32, "output_loading_info": True}
     try:
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type not in FAMILY:
             raise ValueError(f"it is a {config.model_type}; it must be one of {', '.join(FAMILY)}")
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(f"{len(tokenizer)} tokens, but an embedding of {config.vocab_size}")
-        for name in "pad_token_id", "eos_token_id":
-            ours, theirs = getattr(config, name), getattr(tokenizer, name)
-            if ours is None or ours != theirs:
-                raise ValueError(f"{name} is {ours} in config.json, {theirs} in the tokenizer")
-        if config.decoder_start_token_id is None:
-            raise ValueError("decoder_start_token_id is missing in config.json")
-    except OSError:
-        raise
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path
+        )  # before the weights: they are large
+        check_vocabulary(config, tokenizer)
+        t5, info = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, **settings)
+        if missing := sorted(info["missing_keys"]):  # transformers would leave them random
+            raise ValueError(f"{len(missing)} weights are missing, e.g. {missing[0]}")
     except Exception as error:  # whatever foreign or damaged files lead to
-        raise InputError(f"{name_or_path} is no T5 to start from: {first_line(error)}") from error
-    return config, tokenizer
+        if isinstance(error, OSError) and error.errno is None:  # there is no such checkpoint
+            raise
+        message = " ".join(str(error).split())[:300]
+        raise InputError(f"{name_or_path} is no T5 to start from: {message}") from error
+    return config, tokenizer, t5
+
+
+def check_vocabulary(config, tokenizer):
+    """ValueError where a tokenizer is empty, or is not that of a T5Config."""
+    if len(tokenizer) < len(tokenizer.all_special_ids) + 10:
+        raise ValueError("its tokenizer is missing, or has no vocabulary")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"its tokenizer has {len(tokenizer)} tokens, vocab_size {config.vocab_size}"
+        )
+    for name in "pad_token_id", "eos_token_id":
+        ours, theirs = getattr(config, name), getattr(tokenizer, name)
+        if ours is None or ours != theirs:
+            raise ValueError(f"{name} is {ours} in config.json, {theirs} in the tokenizer")
+    if config.decoder_start_token_id is None:
+        raise ValueError("decoder_start_token_id is missing in config.json")

@@ -1,9 +1,7 @@
-"""Tests run on the CPU, on every machine; test_gpu.py gives the GPUs back to processes of its
-own."""
+"""Tests run on the CPU. test_gpu.py gives the GPUs back to processes of its own."""
 
 import os
 
-os.environ.setdefault(
-    "TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-)  # before torch is imported
+# Before torch is imported.
+os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -29,12 +29,8 @@ def multiply(a, b):
     calls by default, MKL, does so on Intel's alone: on AMD's it takes twice the time. The operator
     is private to torch, whose version requirements.txt pins.
     """
-    if (
-        a.is_cpu
-        and a.numel()
-        and a.dtype == b.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-    ):
+    float32 = a.dtype == b.dtype == torch.float32
+    if a.is_cpu and a.numel() and float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.T
 
@@ -52,9 +48,9 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad):
         (x, weight), (needs_x, needs_weight) = ctx.saved_tensors, ctx.needs_input_grad
         grad = grad.contiguous()
-        return multiply(grad, weight.T) if needs_x else None, multiply(
-            grad.T, x.T
-        ) if needs_weight else None
+        d_x = multiply(grad, weight.T) if needs_x else None
+        d_weight = multiply(grad.T, x.T) if needs_weight else None
+        return d_x, d_weight
 
 
 class Linear(nn.Linear):
@@ -97,11 +93,8 @@ class DropOfReLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return (
-            torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0).mul_(ctx.scale),
-            None,
-            None,
-        )
+        passed = torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0)
+        return passed.mul_(ctx.scale), None, None
 
 
 class Dropout(nn.Dropout):
@@ -116,11 +109,8 @@ class Dropout(nn.Dropout):
         drop = round(self.p * 2**16)  # of 2^16
         if not (self.training and x.is_cpu and 0 < drop < 2**16):
             return None
-        bits = (
-            torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
-            .random_(-(2**63), None)
-            .view(torch.int16)
-        )
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        bits = bits.view(torch.int16)
         # Compared into numbers of x's type at once: converting truth values takes twice the time of
         # the comparison.
         kept = torch.ge(bits[: x.numel()].view(x.shape), drop - 2**15, out=torch.empty_like(x))
@@ -156,9 +146,8 @@ class Normalize(torch.autograd.Function):
         grad = grad.float()
         along = grad * unit
         d_weight = along.flatten(0, -2).sum(0)
-        along = (along @ weight[:, None]).div_(
-            -unit.shape[-1]
-        )  # what would only change the length of x
+        # What would only change the length of x is taken out.
+        along = (along @ weight[:, None]).div_(-unit.shape[-1])
         return (grad * weight).addcmul_(unit, along).mul_(scale), d_weight, None, None
 
 
@@ -207,9 +196,8 @@ class TokenNats(torch.autograd.Function):
             if needs_hidden:
                 d_hidden.append(multiply(d_logits, weight.T).float())
             if needs_weight:
-                d_weight.addmm_(
-                    d_logits.T, h
-                )  # in place: here another (V, D) would cost more than MKL does
+                # In place: here another (V, D) would cost more than MKL does.
+                d_weight.addmm_(d_logits.T, h)
         return torch.cat(nats), torch.cat(d_hidden) if needs_hidden else None, d_weight
 
     @staticmethod
@@ -229,10 +217,9 @@ class TokenNats(torch.autograd.Function):
             d_weight.mul_(grad[0])
         elif ctx.needs_input_grad[1]:
             groups = ((g, grad == g) for g in grad.unique())
-            d_weight = sum(
-                g * TokenNats.run(hidden[at], weight, labels[at], False, True)[2]
-                for g, at in groups
-            )
+            d_weight = torch.zeros_like(weight)
+            for g, at in groups:
+                d_weight += g * TokenNats.run(hidden[at], weight, labels[at], False, True)[2]
         return d_hidden * grad[:, None] if ctx.needs_input_grad[0] else None, d_weight, None
 
 
@@ -264,9 +251,8 @@ def quicken(module):
     for part in module.modules():
         if faster := FASTER.get(type(part)):
             part.__class__ = faster  # the same weights under the same names
-        if isinstance(
-            getattr(part, "layer_norm", None), T5LayerNorm
-        ):  # of attention or a feed-forward layer
+        # Of attention or a feed-forward layer.
+        if isinstance(getattr(part, "layer_norm", None), T5LayerNorm):
             part.layer_norm.__class__ = LayerNorm
         if isinstance(getattr(part, "act", None), Float32Activation):  # of a T5VAE: for float16
             part.act = part.act.activation

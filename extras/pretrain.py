@@ -16,7 +16,6 @@ attention, and the model cannot be finetuned, at an unsuspicious loss. Below 3 i
 """
 
 import argparse
-import json
 import math
 import shlex
 import sys
@@ -121,7 +120,8 @@ def pretrain(t5, corpora, make_batch, args, out, log):
     steps_per_epoch = math.ceil(len(corpus) / args.batch_size)
     total_steps = args.epochs * steps_per_epoch if args.steps is None else args.steps
     optimizer = train.RelativeAdamW(t5.parameters(), lr=args.lr, eps=1e-8, fused=True)
-    step, _ = train.load_checkpoint(out, log, {"model": t5, "optimizer": optimizer}, 0.0)
+    parts = {"model": t5, "optimizer": optimizer}
+    step, _ = train.load_checkpoint(out, log, parts, 0.0)
     clock, saved_at = train.Clock(step, total_steps), time.monotonic()
     while step < total_steps:
         epoch, begun = divmod(step, steps_per_epoch)
@@ -136,19 +136,18 @@ def pretrain(t5, corpora, make_batch, args, out, log):
                 nats, targets = target_nats(t5, batch.to(args.device))
             loss = nats.mean()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(t5.parameters(), args.clip).item()
+            norm = nn.utils.clip_grad_norm_(t5.parameters(), args.clip or math.inf).item()
             if not math.isfinite(loss.item() + norm):
                 raise FloatingPointError(f"step {step}: the loss is {loss.item()}, its norm {norm}")
             optimizer.step()
             optimizer.zero_grad()
             step += 1
             if step % args.log_every == 0 or step == total_steps:
-                values = {"loss": loss.item(), "nats_per_target": (nats.sum() / targets).item()}
-                values["grad_norm"] = norm
+                values = {"loss": loss.item(), "grad_norm": norm}
+                values["nats_per_target"] = (nats.sum() / targets).item()
                 train.record(log, step, "train", values, clock.left(step))
             late = time.monotonic() > saved_at + 60 * args.save_every
             if late or step % steps_per_epoch == 0 or step == total_steps:
-                parts = {"model": t5, "optimizer": optimizer}
                 train.save_checkpoint(out, log, parts, step, 0.0)
                 saved_at = time.monotonic()
     measured = validate(t5, corpora["valid"], make_batch, args)
@@ -175,16 +174,20 @@ def parse_args(argv):
     flag("--limit", type=at_least(1), help="train on the first N texts of each only")
     flag("--max-length", type=at_least(2), default=256, help="tokens of a text (256)")
     flag("--tokenizer", help="folder with a vocabulary; else one is made of the training texts")
-    flag("--d-model", type=at_least(1), default=train.TINY["d_model"], help="width (128)")
-    flag("--layers", type=at_least(1), default=train.TINY["layers"], help="of each half (2)")
-    flag("--heads", type=at_least(1), default=train.TINY["heads"], help="attention heads (4)")
-    flag("--vocab-size", type=at_least(1), default=train.TINY["vocab_size"], help="(4000)")
+    for name, default in train.TINY.items():  # --d-model, --layers, --heads, --vocab-size
+        name = "--" + name.replace("_", "-")
+        flag(name, type=at_least(1), default=default, help=f"as in train.py ({default})")
     flag("--lm-share", type=share, default=0.0, help="share of batches of language modelling (0)")
     flag("--epochs", type=at_least(0), default=10, help="(10)")
     flag("--steps", type=at_least(0), help="optimizer steps, instead of --epochs")
     flag("--batch-size", type=at_least(1), default=64, help="texts per step (64)")
     flag("--lr", type=at_least(0, float), default=2e-2, help="of each weight's RMS (2e-2)")
-    flag("--clip", type=at_least(0, float), default=100.0, help="largest norm of the gradient")
+    flag(
+        "--clip",
+        type=at_least(0, float),
+        default=100.0,
+        help="largest norm of the gradient; 0: any",
+    )
     flag("--amp", choices=("off", "bf16"), default="off", help="precision (off: float32)")
     flag("--out", required=True, help="folder to write")
     flag("--overwrite", action="store_true", help="replace what the folder holds")
@@ -192,8 +195,8 @@ def parse_args(argv):
     flag("--save-every", type=at_least(0, float), default=10.0, help="minutes (10)")
     flag("--log-every", type=at_least(1), default=50, help="steps per training record (50)")
     flag("--seed", type=at_least(0), default=0, help="of everything random (0)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    flag("--device", choices=("cpu", "cuda"), default=device, help="where to compute")
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    flag("--device", choices=devices, default=devices[0], help="where to compute")
     args = parser.parse_args(argv)
     if args.d_model % args.heads:
         parser.error(f"--d-model is {args.d_model}; it must be a multiple of --heads, {args.heads}")
@@ -236,7 +239,8 @@ def run(args):
     claim_folder(args)
     out = Path(args.out)
     if (out / "metrics.json").exists():
-        return print(f"{out} is finished")
+        print(f"{out} is finished")
+        return
     t5, tokenizer = make_t5(args)
     t5.train().to(args.device)
     if args.device == "cpu":
@@ -246,13 +250,10 @@ def run(args):
         rest = split, tokenizer, args.data_dir, args.max_length, limit
         corpora[split] = join([data.load_corpus(name, *rest) for name in args.dataset])
         print(f"{split}: {len(corpora[split]):,} texts, {corpora[split].ids.size:,} tokens")
-    make_batch = partial(
-        pretraining_batch,
-        sentinels=tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)]),
-        eos_id=tokenizer.eos_token_id,
-        seed=args.seed,
-        lm_share=args.lm_share,
-    )
+    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
+    task = {"sentinels": sentinels, "eos_id": tokenizer.eos_token_id}
+    task |= {"seed": args.seed, "lm_share": args.lm_share}
+    make_batch = partial(pretraining_batch, **task)
     shas = {split: corpus.sha256 for split, corpus in corpora.items()}
     config = vars(args) | {"pretraining_sha256": shas}
     if (out / "checkpoint.pt").exists():
@@ -266,8 +267,7 @@ def run(args):
     tokenizer.save_pretrained(out / "model")
     data.write_json(out / "metrics.json", measured)
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(json.dumps(measured), "->", out / "model")
-    return None
+    print(f"wrote {out / 'model'}")
 
 
 def main(argv=None):

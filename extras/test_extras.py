@@ -86,7 +86,7 @@ def read_json(run, name):
     return json.loads(Path(run, name).read_text())
 
 
-# ---------------------------------------------------------------------------------------- latent
+# ---------------------------------------- latent
 
 
 @pytest.fixture
@@ -172,8 +172,7 @@ def test_unknown_characters_are_counted_on_stderr(ask, run, capsys):
     assert "1 of 2 texts have characters outside the vocabulary" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------- probe,
-# refine, describe
+# ---------------------------------------- probe, refine, describe
 
 
 def test_linear_probe():
@@ -266,6 +265,9 @@ def test_differences_of_two_runs_are_paired(run, tmp_path, capsys):
     assert (rows["rec"][-1], rows["kl"][-1]) == ("yes", "no")
     mean, error = shifted(0, 1.0)["rec"]
     assert abs(mean) < 3 * error
+    assert set(compare.compare(run, run.replace("phase2", "phase1"))) == {"rec", "kl", "neg_elbo"}
+    compare.main([run, run.replace("phase2", "phase1")])
+    assert capsys.readouterr().out.splitlines()[5].split() == ["nll", "-"]
     for name, key, value in (
         ("metrics", "iw_samples", 7),
         ("config", "data_sha256", {"test": "of others"}),
@@ -290,8 +292,7 @@ def test_description(home, capsys, tmp_path):
         describe.main(["no/such"])
 
 
-# ---------------------------------------------------------------------------------------- tables
-# and pictures
+# ---------------------------------------- tables and pictures
 
 
 @pytest.mark.parametrize(
@@ -423,8 +424,7 @@ def test_texts_are_judged_beside_test_sentences(run, home, capsys):
             samples.main(wrong)
 
 
-# ----------------------------------------------------------------------------------------
-# pretraining
+# ---------------------------------------- pretraining
 
 
 def test_span_corruption_loses_nothing():
@@ -506,8 +506,7 @@ def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_
     assert not (tmp_path / "no").exists()
 
 
-# ---------------------------------------------------------------------------------------- fast_cpu,
-# benchmark
+# ---------------------------------------- fast_cpu, benchmark
 
 
 @pytest.mark.parametrize("amp", [False, True])

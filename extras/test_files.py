@@ -22,8 +22,10 @@ from transformers import (
 
 import data
 from test_vae import (
+    CLI_TEXTS,
     EOS,
     PAD,
+    checkpoint,
     cli_tokenizer,
     data_tokenizer,
     files,
@@ -31,6 +33,7 @@ from test_vae import (
     saved,
     t5_folder,
     texts_of,
+    tiny_vae,
     write,
 )  # noqa: F401
 from vae import T5VAE
@@ -96,7 +99,7 @@ def test_a_t5_that_lacks_weights_is_refused(t5_folder, tmp_path):
     safetensors.torch.save_file(half, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         ValueError,
-        match=f"is incomplete: {len(weights) - len(half)} weights are missing, e.g. decoder",
+        match=f"is no T5 to start from: {len(weights) - len(half)} weights are missing, e.g. decoder",
     ):
         from_t5(tmp_path)
 
@@ -318,6 +321,87 @@ def test_words_become_pieces():
     assert tokenizer.eos_token_id == EOS
 
 
+def test_texts_of_every_tokenizer(checkpoint):
+    model = from_t5(checkpoint)
+    mu, logvar = model.encode_texts(CLI_TEXTS, batch_size=3)
+    for i, text in enumerate(CLI_TEXTS):  # the order stays, and a text does not feel its neighbors
+        torch.testing.assert_close(mu[i], model.encode_texts([text])[0][0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(mu[0], mu[1], atol=1e-3)
+    assert logvar.shape == mu.shape == (4, 5)
+    outputs = model.decode_texts(mu, batch_size=3, max_new_tokens=6)
+    assert [type(output) for output in outputs] == [str] * 4
+    assert outputs[3:] == model.decode_texts(mu[3:], max_new_tokens=6)
+    assert [x.shape for x in model.encode_texts([])] == [(0, 5)] * 2
+    with pytest.warns(UserWarning, match="4 of 4 texts are cut at 2 tokens"):
+        cut, _ = model.encode_texts(CLI_TEXTS, max_length=2)
+    assert not torch.allclose(cut[0], mu[0], atol=1e-3)
+
+
+def test_what_encode_texts_and_decode_texts_take(t5_folder):
+    model = from_t5(t5_folder)
+    mu, _ = model.encode_texts(iter(CLI_TEXTS))
+    assert torch.equal(mu, model.encode_texts(tuple(CLI_TEXTS))[0])
+    assert torch.equal(mu, model.encode_texts(CLI_TEXTS)[0]), "nothing is drawn"
+    with pytest.raises(data.InputError, match=r"texts is one str; .*\['a king'\]"):
+        model.encode_texts("a king")
+    with pytest.raises(data.InputError, match=r"texts\[1\] is 7; it must be a str"):
+        model.encode_texts(["a king", 7])
+    with pytest.raises(data.InputError, match=r"z has shape \(4,\); it must be \(N, 5\)"):
+        model.decode_texts(torch.zeros(4))
+    model.tokenizer = None
+    with pytest.raises(data.InputError, match="no tokenizer"):
+        model.encode_texts(["a king"])
+
+
+def test_generate_takes_the_arguments_of_t5s_own(t5_folder):
+    model, z = from_t5(t5_folder), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    greedy, never = model.generate(z, 9), {"eos_token_id": 5_000}
+    assert model.generate(z, max_length=5, **never).shape == (3, 5)
+    assert model.generate(z, 9, **never).shape == (3, 10)
+    settings = GenerationConfig(max_length=7, decoder_start_token_id=PAD, pad_token_id=PAD)
+    assert torch.equal(model.generate(z, generation_config=settings), greedy[:, :7])
+    assert model.generate(z, 9, num_return_sequences=2, num_beams=2).shape[0] == 6
+    for name in "inputs", "input_ids", "encoder_outputs", "decoder_input_ids":
+        with pytest.raises(data.InputError, match=f"takes no {name}"):
+            model.generate(z, **{name: z})
+
+
+@torch.no_grad()
+def test_samples_are_of_the_whole_distribution(t5_folder):
+    """The first token, drawn 4,000 times; with transformers' top_k=50 the rest would be missing."""
+    model, z = from_t5(t5_folder), torch.zeros(1, 5)
+    torch.manual_seed(0)
+    model.t5.lm_head.weight.normal_(std=0.1)  # so that no token is rare, and no two are alike
+    p = model.decode(z, torch.tensor([[EOS]]))[0, 0].softmax(0)
+    config = GenerationConfig(decoder_start_token_id=PAD)
+    for settings in {"do_sample": True}, {"do_sample": True, "generation_config": config}:
+        drawn = model.generate(z.expand(4000, 5), 1, **settings)[:, 1]
+        share = drawn.bincount(minlength=len(p)) / 4000
+        error = (p * (1 - p) / 4000).sqrt()
+        assert ((share - p).abs() < 5 * error).all()
+    top = model.generate(z.expand(4000, 5), 1, do_sample=True, top_k=50)[:, 1]
+    assert len(top.unique()) <= 50 < len(drawn.unique()), "the control: what is asked for is done"
+
+
+SPECIAL = ["a </s> king", "<pad>", "<extra_id_0> a king", "a</s></s>", "</s> <unk> <pad> king"]
+
+
+@pytest.mark.parametrize("text", SPECIAL)
+def test_text_is_text(text, tmp_path):
+    """Special tokens in a line are characters, but <unk>, which PTB writes."""
+    lines = ["< / > _ 0 pad extra id s unk", "a king queen"] * 20
+    tokenizer = data.train_tokenizer(lines, 60)
+    (row,) = data.tokenize([text], tokenizer)
+    assert {i for i in row if i in tokenizer.all_special_ids} <= {tokenizer.unk_token_id}
+    assert row.count(tokenizer.unk_token_id) == text.count("<unk>")
+    assert data.detokenize([row], tokenizer) == [text]
+    own = write(tmp_path, content=f"{text}\n".encode())
+    corpus = data.load_corpus(own, "train", tokenizer)
+    assert corpus.ids.tolist() == [*row, EOS]
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert set(plain) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), "the control"
+
+
 def test_unknown_tokens_are_written_as_they_were_read(t5_folder):
     model = from_t5(t5_folder)
     text = "the <unk> sells <unk>"
@@ -376,3 +460,60 @@ def test_prefetch_keeps_the_order_works_ahead_and_passes_errors_on():
     with pytest.raises(ZeroDivisionError):
         next(results)
     assert list(data.prefetch(str, [])) == []
+
+
+def test_latent_noise_is_normal_and_depends_on_seed_epoch_and_text_alone():
+    index = np.arange(5000)
+    eps = data.latent_noise(8, 0, 0, index)
+    assert (eps.dtype, eps.shape) == (torch.float32, (5000, 8))
+    for moment, expected in (1, 0), (2, 1), (3, 0), (4, 3):
+        assert (eps**moment).mean().item() == pytest.approx(expected, abs=0.15), moment
+    others = [data.latent_noise(8, 1, 0, index), data.latent_noise(8, 0, 1, index)]
+    others += [data.latent_noise(8, 0, 0, index, draw=1), data.latent_noise(8, 0, 0, index + 5000)]
+    others += [data.latent_noise(8, 0, 0, index, data.POSTERIOR), eps.roll(1, 0), eps.roll(1, 1)]
+    for other in others:
+        assert abs((eps * other).mean().item()) < 5 / 40_000**0.5, "no two uses share numbers"
+    some = torch.tensor([7, 4999, 0])
+    assert torch.equal(data.latent_noise(8, 0, 0, some), eps[some])
+    assert not torch.equal(data.latent_noise(8, 0, 0, some.flip(0)), eps[some])
+
+
+def test_a_training_batch_holds_the_noise_of_its_texts(data_tokenizer):
+    corpus = data.load_corpus("grammar", "train", data_tokenizer, limit=9)
+    settings = {"denoise": 0.4, "latent_dim": 3, "seed": 5}
+    batch = data.training_batch(corpus, 2, np.array([8, 0, 4]), **settings)
+    assert torch.equal(batch.eps, data.latent_noise(3, 5, 2, [8, 0, 4]))
+    for i, labels, ids in zip([8, 0, 4], batch.labels, batch.ids, strict=True):
+        assert labels[labels != PAD].tolist() == corpus.row(i).tolist(), "the target stays whole"
+        assert len(ids[ids != PAD]) < len(corpus.row(i))
+    with pytest.raises(ValueError, match=r"prob is 1.0; .* must be in \[0, 1\)"):
+        data.training_batch(corpus, 2, np.arange(2), **settings | {"denoise": 1.0})
+    one = data.make_batch(corpus, np.array([8, 0, 4]))
+    assert torch.equal(one.ids, one.labels)
+    assert torch.equal(one.labels, batch.labels)
+
+
+# A model that the first edition saved has these names: it still loads.
+SAVED = """t5.decoder.block.0.layer.0.SelfAttention.k t5.decoder.block.0.layer.0.SelfAttention.o
+t5.decoder.block.0.layer.0.SelfAttention.q t5.decoder.block.0.layer.0.SelfAttention.v
+t5.decoder.block.0.layer.0.SelfAttention.relative_attention_bias
+t5.decoder.block.0.layer.0.layer_norm t5.decoder.block.0.layer.1.o
+t5.decoder.block.0.layer.2.DenseReluDense.wi t5.decoder.block.0.layer.2.DenseReluDense.wo
+t5.decoder.block.0.layer.2.layer_norm t5.decoder.final_layer_norm
+t5.encoder.block.0.layer.0.SelfAttention.k t5.encoder.block.0.layer.0.SelfAttention.o
+t5.encoder.block.0.layer.0.SelfAttention.q t5.encoder.block.0.layer.0.SelfAttention.v
+t5.encoder.block.0.layer.0.SelfAttention.relative_attention_bias
+t5.encoder.block.0.layer.0.layer_norm t5.encoder.block.0.layer.1.DenseReluDense.wi
+t5.encoder.block.0.layer.1.DenseReluDense.wo t5.encoder.block.0.layer.1.layer_norm
+t5.encoder.final_layer_norm t5.shared w_logvar w_mu w_proj"""
+
+
+def test_the_names_in_a_saved_model_stay(tmp_path):
+    tiny_vae(num_layers=1).save_pretrained(tmp_path)
+    saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert set(saved) == {f"{name}.weight" for name in SAVED.split()}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert set(config) == {"latent_dim", "pool_layers", "pooling", "t5_config"}
+    promised = {"d_ff", "d_kv", "d_model", "decoder_start_token_id", "feed_forward_proj"}
+    promised |= {"model_type", "num_heads", "num_layers", "tie_word_embeddings", "vocab_size"}
+    assert promised < set(config["t5_config"])
