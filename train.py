@@ -183,7 +183,7 @@ def train(model, corpora, args, out, log):
             elif args.phase == 2:
                 weight = kl_weight(step, args.kl_schedule, anneal_steps)
             if step % args.log_every == 0 or step == total_steps or "scale" in means:
-                record(log, step, "train", means | loss_scale(scaler), clock.left(step))
+                record(log, step, "train", means, clock.left(step))
             if step % steps_per_epoch == 0 or time.monotonic() > saved_at + 60 * args.save_every:
                 save_checkpoint(out, log, parts, step, weight)
                 saved_at = time.monotonic()
@@ -227,10 +227,6 @@ def check_finite(means, step, index, scaler):
             f"step {step}: the loss is {means['loss']}, the norm of its gradient "
             f"{means['grad_norm']}, in the batch of texts {sorted(index.tolist())}; {advice}"
         )
-
-
-def loss_scale(scaler):
-    return {"scale": scaler.get_scale()} if scaler.is_enabled() else {}
 
 
 def validate(model, corpora, controller, noise):

@@ -100,7 +100,7 @@ class Float32Output(nn.Linear):
 
 
 class Float32Activation(nn.Module):
-    """The activation before `wo`, for the same reason: gelu cubes its input, and a gate multiplies."""
+    """The activation before `wo`, for the same reason: gelu cubes its input, a gate multiplies."""
 
     def __init__(self, activation):
         super().__init__()
