@@ -150,12 +150,13 @@ def tokenize(texts, tokenizer):
 
 def detokenize(rows, tokenizer):
     """Rows of ids -> texts, a list of str. Special tokens are dropped, but not `<unk>`."""
-    unk = tokenizer.unk_token
+    unk = re.escape(tokenizer.unk_token)
     dropped = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     rows = [[token for token in row if token not in dropped] for row in rows]
-    # As the text was: "it 's" stays, and <unk>, whose token swallows a space, gets it back.
+    # As the text was: "it 's" stays, and <unk>, whose token swallows spaces, gets them back.
     texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
-    return [re.sub(f" ?{re.escape(unk)}", f" {unk}", text).strip() for text in texts]
+    texts = [re.sub(f" ?({unk})", r" \1", text) for text in texts]
+    return [re.sub(f"({unk})(?=[^ ])", r"\1 ", text).strip() for text in texts]
 
 
 @dataclass(frozen=True)

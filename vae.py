@@ -25,7 +25,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -349,7 +348,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         if not folder.is_dir():
             try:
                 folder = Path(snapshot_download(str(name_or_path), **download))
-            except (OSError, HFValidationError) as error:
+            except Exception as error:  # whatever a name or a network leads to
                 where = f"neither a folder here nor available from the hub ({first_line(error)})"
                 raise FileNotFoundError(f"{name_or_path} is {where}") from error
         folder = folder / "model" if (folder / "model").is_dir() else folder
@@ -381,6 +380,7 @@ def first_line(error):
 def read_checkpoint(name_or_path):
     """(T5Config, tokenizer, T5) of a checkpoint. Raises InputError where they do not fit."""
     settings = {"dtype": torch.float32, "output_loading_info": True}
+    settings |= {"ignore_mismatched_sizes": True}  # refused below, by name
     try:
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type not in FAMILY:
@@ -390,8 +390,10 @@ def read_checkpoint(name_or_path):
         )  # before the weights: they are large
         check_vocabulary(config, tokenizer)
         t5, info = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, **settings)
-        if missing := sorted(info["missing_keys"]):  # transformers would leave them random
-            raise ValueError(f"{len(missing)} weights are missing, e.g. {missing[0]}")
+        wrong = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        if wrong:  # transformers would leave them random
+            few = f"{len(wrong)} weights are missing or of another shape, e.g. {min(wrong)}"
+            raise ValueError(few)
     except Exception as error:  # whatever foreign or damaged files lead to
         if isinstance(error, OSError) and error.errno is None:  # there is no such checkpoint
             raise

@@ -33,54 +33,10 @@ import data
 import train
 from extras.fast_cpu import quicken
 from extras.flags import at_least
+from extras.spans import pretraining_batch
 from metrics import HALF
 
-SPANS, LM = 11, 12  # what its random numbers are for, beside the uses in data.py
 RUN_FILES = {"config.json", "log.jsonl", "checkpoint.pt", "metrics.json", "model"}
-
-
-def corrupt_spans(tokens, sentinels, eos_id, rng, density=0.15, mean_span=3):
-    """Replace spans of tokens by sentinels.
-
-    Args:
-        tokens: (T,) of one text, without </s>.
-        sentinels: ids of <extra_id_0>, <extra_id_1>, ...
-        rng: a numpy Generator.
-    Returns: inputs, targets: 1-d arrays. Inputs have a sentinel for each span; targets have each
-        sentinel and its span, then one more sentinel; both end in </s>.
-    """
-    lost = max(1, round(len(tokens) * density))
-    spans = max(1, min(round(lost / mean_span), len(tokens) - lost, len(sentinels) - 1))
-    # `lost` tokens are cut into `spans` pieces of at least one, the others into spans + 1 gaps.
-    cuts = np.sort(rng.choice(lost - 1, spans - 1, replace=False)) + 1
-    sizes = np.diff([0, *cuts, lost])
-    stays = len(tokens) - lost
-    bars = np.sort(rng.choice(stays + 1, spans, replace=False)) if stays > 0 else np.zeros(1, int)
-    gaps = np.diff([0, *bars, stays])
-    inputs, targets, at = [], [], 0
-    for gap, size, sentinel in zip(gaps, sizes, sentinels, strict=False):
-        inputs += [*tokens[at : at + gap], sentinel]
-        targets += [sentinel, *tokens[at + gap : at + gap + size]]
-        at += gap + size
-    return np.array([*inputs, *tokens[at:], eos_id]), np.array([*targets, sentinels[spans], eos_id])
-
-
-def pretraining_batch(corpus, epoch, index, *, sentinels, eos_id, seed, lm_share):
-    """The texts `index`, corrupted with the noise of this epoch, a function of (seed, epoch, text).
-
-    With probability `lm_share`, drawn for its first text, it is a batch of language modelling
-    instead: the encoder reads </s> alone, and the decoder writes the whole texts.
-    """
-    if data.uniform(1, seed, epoch, index[:1], LM)[0, 0] < lm_share:
-        pairs = [(np.array([eos_id]), corpus.row(i)) for i in index]
-    else:
-        pairs = []
-        for i in index.tolist():
-            rng = np.random.default_rng([seed, epoch, SPANS, i])
-            pairs.append(corrupt_spans(corpus.row(i)[:-1], sentinels, eos_id, rng))
-    ids, mask = data.pad([inputs for inputs, _ in pairs], corpus.pad_id)
-    labels, _ = data.pad([targets for _, targets in pairs], corpus.pad_id)
-    return data.Batch(ids, mask, labels, torch.as_tensor(index), torch.zeros(len(index), 0))
 
 
 def target_nats(t5, batch):
@@ -182,12 +138,7 @@ def parse_args(argv):
     flag("--steps", type=at_least(0), help="optimizer steps, instead of --epochs")
     flag("--batch-size", type=at_least(1), default=64, help="texts per step (64)")
     flag("--lr", type=at_least(0, float), default=2e-2, help="of each weight's RMS (2e-2)")
-    flag(
-        "--clip",
-        type=at_least(0, float),
-        default=100.0,
-        help="largest norm of the gradient; 0: any",
-    )
+    flag("--clip", type=at_least(0, float), default=100.0, help="of gradients; 0: none (100)")
     flag("--amp", choices=("off", "bf16"), default="off", help="precision (off: float32)")
     flag("--out", required=True, help="folder to write")
     flag("--overwrite", action="store_true", help="replace what the folder holds")

@@ -66,6 +66,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         _, model, read = metrics.load_run(args.run)
+        if model.latent_dim == 0:
+            raise data.InputError("a language model has no posterior to refine")
         refine(model, args.steps)
         measured = metrics.evaluate(model, read("test"), 64, args.iw_samples, thorough=True)
     except (OSError, ValueError, FloatingPointError) as error:

@@ -354,7 +354,6 @@ def training(tmp_path, vae, *more):
     return [str(flag) for flag in [*flags, *more]], steps
 
 
-# core bug: gelu_new of 316 has no gradient in float16 on a CPU, so a gated T5 skips every step
 @pytest.mark.parametrize(
     ("config", "world", "epochs"), [(GATED, 2, 5), (SMALL, 1, 5), (GATED, 1, 5)]
 )
@@ -364,7 +363,7 @@ def test_training_in_fp16(config, world, epochs, tmp_path):
     recs = [step["rec"] for step in steps()]
     assert len(recs) == 20 * epochs
     assert np.mean(recs[-4:]) < np.mean(recs[:4])
-    assert sum("scale" in step for step in steps()) < 20, "steps that overflowed were skipped"
+    assert sum(step["grad_norm"] == 0 for step in steps()) < 20, "few steps overflow"
 
 
 @pytest.mark.parametrize("world", [2, 1])
@@ -452,7 +451,6 @@ def test_generate_takes_what_transformers_documents(hub):
         vae.generate(z, max_tokens=4)
 
 
-# core bug: the last three are ignored, or refused with other words
 REPLACING = ["inputs", "input_ids", "encoder_outputs", "decoder_input_ids"]
 REPLACING += ["inputs_embeds", "decoder_inputs_embeds", "past_key_values"]
 
@@ -517,7 +515,6 @@ def test_text_is_text(kind, hub, tmp_path):
     assert [corpus.row(i).tolist() for i in range(len(rows))] == [[*row, 1] for row in rows]
 
 
-# core bug: in a regular expression <|unk|> means "<", "unk" or ">"
 def test_the_unknown_token_is_no_regular_expression():
     tokenizer = transformers.ByT5Tokenizer(unk_token="<|unk|>")
     assert data.detokenize(data.tokenize(["a < b"], tokenizer), tokenizer) == ["a < b"]

@@ -97,10 +97,8 @@ def test_a_t5_that_lacks_weights_is_refused(t5_folder, tmp_path):
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     half = {name: w for name, w in weights.items() if not name.startswith("decoder")}
     safetensors.torch.save_file(half, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ValueError,
-        match=f"is no T5 to start from: {len(weights) - len(half)} weights are missing, e.g. decoder",
-    ):
+    lacks = f"{len(weights) - len(half)} weights are missing or of another shape, e.g. decoder"
+    with pytest.raises(ValueError, match="is no T5 to start from: " + lacks):
         from_t5(tmp_path)
 
 
