@@ -366,6 +366,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.iw_samples is not None and args.iw_samples < 1:
         parser.error(f"--iw-samples is {args.iw_samples}; it must be at least 1")
+    if args.device == "cuda" and device == "cpu":
+        parser.error("--device is cuda, but torch finds no GPU")
     results, said = {}, []
     for run in args.runs:
         settings = args.iw_samples, args.device, args.amp, args.any_texts

@@ -123,6 +123,8 @@ class RelativeAdamW(torch.optim.AdamW):
         # torch's kernel takes one rate for all weights that it is given: a call per weight.
         for w, g, m, s, t, lr in zip(weights, grads, means, squares, steps, rates, strict=True):
             torch._fused_adamw_([w], [g], [m], [s], [], [t], lr=lr, **settings)
+        if settings["found_inf"] is not None:  # 1 where the step was skipped, else 0
+            torch._foreach_sub_(steps, [settings["found_inf"]] * len(steps))
 
 
 def train(model, corpora, args, out, log):
@@ -153,7 +155,7 @@ def train(model, corpora, args, out, log):
     # 5 loop
     for epoch in range(step // steps_per_epoch, args.epochs):
         if step % steps_per_epoch == 0:
-            record(log, step, "valid", validate(model, corpora, controller, noise))
+            record(log, step, "valid", validate(model, corpora, controller, noise, step))
         order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)
         order = order[step % steps_per_epoch :]
         load = partial(data.training_batch, corpus, epoch, **noise)
@@ -187,7 +189,7 @@ def train(model, corpora, args, out, log):
             if step % steps_per_epoch == 0 or time.monotonic() > saved_at + 60 * args.save_every:
                 save_checkpoint(out, log, parts, step, weight)
                 saved_at = time.monotonic()
-    record(log, step, "valid", validate(model, corpora, controller, noise))
+    record(log, step, "valid", validate(model, corpora, controller, noise, step))
 
 
 def seed_dropout(seed, step, rank):
@@ -229,12 +231,15 @@ def check_finite(means, step, index, scaler):
         )
 
 
-def validate(model, corpora, controller, noise):
+def validate(model, corpora, controller, noise, step):
     """The measures of the validation split. The controller learns how KL in training compares.
 
     Overfitting and dropout raise it above that of held-out texts, deletion lowers it.
     """
-    measured = metrics.evaluate(model, corpora["valid"])
+    try:
+        measured = metrics.evaluate(model, corpora["valid"])
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}; try a smaller --lr") from error
     if controller:
         torch.manual_seed(noise["seed"])
         some = np.linspace(0, len(corpora["train"]) - 1, 3000, dtype=int).reshape(-1, 50)
@@ -245,7 +250,8 @@ def validate(model, corpora, controller, noise):
                 total += kl_divergence(*model.encode(batch.ids, batch.mask)).sum()
         if data.processes()[1] > 1:
             distributed.all_reduce(total)
-        controller.ratio = measured["kl"] * some.size / total.item()
+        if total > 0:
+            controller.ratio = measured["kl"] * some.size / total.item()
     return measured
 
 
@@ -311,7 +317,7 @@ def read_config(folder):
 
 
 def claim_folders(settings):
-    """InputError where a run folder holds what must stay; without --resume, delete the old runs."""
+    """InputError where a run folder holds what must stay: all of them, before the first run."""
     resume = settings[0].resume
     for args in settings:
         out = run_folder(args, args.phase)
@@ -325,10 +331,15 @@ def claim_folders(settings):
             advice = "--resume it (phase 1 first), give another --out, or --overwrite"
             raise InputError(f"{out} holds a run: {advice}")
         resume = resume and "metrics.json" in found  # phase 2 waits for phase 1
-    for args in settings if not settings[0].resume and data.processes()[0] == 0 else ():
-        for name in [*RUN_FILES, "model/model.safetensors"]:
-            Path(run_folder(args, args.phase), name).unlink(missing_ok=True)
-    barrier()
+
+
+def start_over(out, config, later):
+    """Replace the run in the folder `out`, and delete those in `later`, which started from it."""
+    for folder in (out, *later):
+        for name in (*RUN_FILES, "model/model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    data.write_json(out / "config.json", config)
 
 
 def barrier():
@@ -374,11 +385,13 @@ def load_start(args):
             model = T5VAE(tiny_config(args, len(tokenizer)).to_dict(), **asked)
             model.tokenizer = tokenizer
         elif made.keys() & {"data_sha256", "t5_config"}:  # a run folder, or the model in it
+            if start == args.model:
+                raise InputError(f"--model is {start}, a VAE; start from it with --init")
             model = T5VAE.from_pretrained(start)
         else:
             model, made = T5VAE.from_t5(start, **asked), {}
     except OSError as error:
-        hint = "run phase 1 first, or give --init" if args.phase == 2 else "or take --model tiny"
+        hint = "run phase 1 first" if start.endswith("phase1") else "--model tiny needs no download"
         reason = str(error).partition("\n")[0]
         message = f"phase {args.phase} cannot start from {start}: {reason}; {hint}"
         raise InputError(message) from error
@@ -399,7 +412,8 @@ def inherit(args, made):
         elif name in ("model", "dataset"):
             ours, theirs = Path(ours).resolve(), Path(theirs).resolve()
         if ours is not None and ours != theirs:
-            flag = {"pooling": "pool"}.get(name, name.replace("_", "-"))
+            flag = "pool" if name == "pooling" else name.replace("_", "-")
+            flag = "no-latent" if args.no_latent and name == "latent_dim" else flag
             raise InputError(
                 f"--{flag} is {getattr(args, name)}, but {args.start} has {made.get(name)}"
             )
@@ -444,10 +458,10 @@ def set_optimizer(args):
     args.adam_eps = eps if args.adam_eps is None else args.adam_eps
 
 
-def run_phase(args):
-    """Train and evaluate one phase in its run folder."""
+def run_phase(args, later=()):
+    """Train and evaluate one phase in its run folder; `later`: those of the phases after it."""
     out, first = run_folder(args, args.phase), data.processes()[0] == 0
-    if (out / "metrics.json").exists():  # only with --resume: otherwise it was deleted
+    if args.resume and (out / "metrics.json").exists():
         check_same(out, {name: value for name, value in vars(args).items() if value is not None})
         (out / "checkpoint.pt").unlink(missing_ok=True)
         print(f"{out} is finished")
@@ -460,11 +474,11 @@ def run_phase(args):
     config = vars(args) | {"processes": data.processes()[1]}
     config["data_sha256"] = {split: corpus.sha256 for split, corpus in corpora.items()}
     config["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    if (out / "checkpoint.pt").exists():
+    if args.resume and (out / "checkpoint.pt").exists():
         check_same(out, config)
-    elif first:
-        out.mkdir(parents=True, exist_ok=True)
-        data.write_json(out / "config.json", config)
+    elif first:  # nothing is deleted before the command has shown that it works
+        start_over(out, config, later)
+    barrier()
     prepare(model, args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {args.phase} starts from {args.start} and trains {trained:,} parameters")
@@ -665,8 +679,8 @@ def main(argv=None):
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
             print(describe_device(settings[0]))
             claim_folders(settings)
-            for args in settings:
-                run_phase(args)
+            for i, args in enumerate(settings):
+                run_phase(args, [run_folder(after, after.phase) for after in settings[i + 1 :]])
     except (OSError, InputError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
