@@ -243,6 +243,8 @@ def cell(measured, key):
     if value is None or isinstance(value, int):
         return "-" if value is None else f"{value:,}"
     digits = f"{value:z.2f}" if abs(value) < 1e6 else f"{value:.1e}"
+    if key == "entropy":  # it is known
+        return digits
     return f"{digits}±?" if error is None else f"{digits}±{error:.2f}"
 
 

@@ -41,7 +41,10 @@ BEST = {"optimizer": "adamw-rms", "lr_schedule": "linear", "denoise": 0.0, "free
 BEST |= {"kl_target": 8.0, "kl_threshold": 0.0}
 RECIPES = {
     "paper": {1: PAPER | {"epochs": 5}, 2: PAPER | {"epochs": 3}},
-    "best": {1: BEST | {"epochs": 4, "dropout": 0.0}, 2: BEST | {"epochs": 10}},
+    "best": {
+        1: BEST | {"epochs": 4, "dropout": 0.0},
+        2: BEST | {"epochs": 10, "dropout": 0.1},
+    },
     "demo": {1: BEST | {"epochs": 2}, 2: BEST | {"epochs": 4, "kl_target": 10.0}},
 }
 TINY = {"d_model": 128, "layers": 2, "heads": 4, "vocab_size": 4000}  # the shape of --model tiny
@@ -395,8 +398,11 @@ def load_start(args):
         reason = str(error).partition("\n")[0]
         message = f"phase {args.phase} cannot start from {start}: {reason}; {hint}"
         raise InputError(message) from error
-    if model.latent_dim == 0 and args.latent_dim != 0:
-        raise InputError(f"{start} is a language model: a VAE cannot start from it")
+    if (model.latent_dim == 0) != (args.latent_dim == 0):
+        is_a, no_start_of = "a language model", "a VAE"
+        if model.latent_dim:
+            is_a, no_start_of = no_start_of, is_a
+        raise InputError(f"{start} is {is_a}: {no_start_of} cannot start from it")
     inherit(args, {"model": start} | made | {name: getattr(model, name) for name in VAE})
     return model
 
@@ -413,7 +419,6 @@ def inherit(args, made):
             ours, theirs = Path(ours).resolve(), Path(theirs).resolve()
         if ours is not None and ours != theirs:
             flag = "pool" if name == "pooling" else name.replace("_", "-")
-            flag = "no-latent" if args.no_latent and name == "latent_dim" else flag
             raise InputError(
                 f"--{flag} is {getattr(args, name)}, but {args.start} has {made.get(name)}"
             )
@@ -531,7 +536,7 @@ def make_parser():
     flag("--model", help="hub name or folder of a T5 (t5-small), or tiny: small, random weights")
     flag("--latent-dim", type=int, help="dimensions of z (32)")
     flag("--no-latent", action="store_true", help="a language model: no z, phase 2 alone")
-    flag("--dropout", type=float, help="(that of the T5; best: 0 in phase 1)")
+    flag("--dropout", type=float, help="(that of the T5; best: 0, then 0.1)")
     flag("--pool", dest="pooling", choices=POOLINGS, help="of a sentence's states (max)")
     flag("--pool-layers", choices=POOL_LAYERS, help="the encoder's output, or all layers (last)")
     flag("--d-model", type=int, help="width of tiny (128); its feed-forward layers have 4 times it")

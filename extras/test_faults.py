@@ -619,7 +619,7 @@ MISTAKES = [
     ("--dataset {home} --phase 2 --init {home}/vae --pool-layers all", "--pool-layers is all, but"),
     ("--dataset {home} --phase 2 --init {home}/vae --model t5-base", "--model is t5-base, but"),
     ("--dataset {home} --phase 2 --init {home}/vae --d-model 64", "--d-model is 64, but"),
-    ("--dataset {home} --no-latent --init {home}/vae", "--latent-dim is 0, but"),
+    ("--dataset {home} --no-latent --init {home}/vae", "vae is a VAE: a language model cannot"),
     ("--dataset {home} --init {home} --phase 1", "is no T5 to start from"),
     (
         "--dataset {home} --init {home}/train.txt --phase 2",
