@@ -1042,7 +1042,7 @@ def test_what_sets_a_target_and_what_switches_it_off():
 
 def test_the_demonstration_is_the_bare_command(monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "run_phase", seen.append)
+    monkeypatch.setattr(train, "run_phase", lambda args, later: seen.append(args))
     train.main(["--seed", "3", "--out", "no/where"])
     assert [(a.phase, a.dataset, a.model, a.seed) for a in seen] == [
         (phase, "grammar", "tiny", 3) for phase in (1, 2)
