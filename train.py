@@ -306,7 +306,7 @@ def load_checkpoint(out, log, parts, weight):
 
 def run_folder(args, phase):
     """DIR/phase<k>, or DIR/lm for a language model, where DIR is --out or runs/<dataset>."""
-    parent = args.out or Path("runs", Path(args.dataset).name)
+    parent = Path("runs", Path(args.dataset).name) if args.out is None else args.out
     return Path(parent, "lm" if args.latent_dim == 0 else f"phase{phase}")
 
 
@@ -373,8 +373,10 @@ def load_start(args):
     It is that of --init, else of the run of phase 1 for phase 2 of a VAE, else --model. Raises
     InputError where there is none, or where a flag contradicts it.
     """
-    start = args.init or args.model or "t5-small"
-    if args.phase == 2 and args.latent_dim != 0 and not args.init:
+    start = "t5-small" if args.model is None else args.model
+    if args.init is not None:
+        start = args.init
+    elif args.phase == 2 and args.latent_dim != 0:
         start = str(run_folder(args, 1))
     asked = {name: getattr(args, name) for name in VAE if getattr(args, name) is not None}
     args.start, made = start, read_config(start)

@@ -141,9 +141,13 @@ def compare_steps(phase, model, batches, tokens, args):
     """Prints tokens per second of a phase, in turns: transformers, core, core with quicken."""
     models = {"transformers": PlainT5(model.t5.config), "core": copy.deepcopy(model)}
     models["quicken"] = quicken(copy.deepcopy(model))
+    if args.compile:
+        models["compiled"] = copy.deepcopy(model)
+        models["compiled"].t5.encoder.compile(dynamic=True)
+        models["compiled"].t5.decoder.compile(dynamic=True)
     if phase == 1:
-        models["core"].freeze_decoder()
-        models["quicken"].freeze_decoder()
+        for name in models.keys() - {"transformers"}:
+            models[name].freeze_decoder()
     longest = max(batch.labels.shape[1] for batch in batches)
     amp = "off" if args.amp == "off" else "bf16"
     needs = step_bytes(models["core"], args.batch_size, longest, amp) / 1e9
@@ -192,10 +196,12 @@ def main(argv=None):
     flag = own.add_argument
     flag("--repeats", type=at_least(1), default=7, metavar="N", help="steps after a warm-up (7)")
     flag("--overhead", action="store_true", help="only what the loop costs beside the model")
+    flag("--compile", action="store_true", help="the core with torch.compile as well")
     mine, rest = own.parse_known_args(argv)
     if mine.overhead:
         return print(*overhead(), sep="\n")
     (args,) = train.parse_args([*rest, "--phase", "1"])
+    args.compile = mine.compile
     transformers.utils.logging.set_verbosity_error()
     try:
         torch.manual_seed(args.seed)
