@@ -319,17 +319,25 @@ def read_config(folder):
     return config if isinstance(config, dict) else {}
 
 
+def find_files(out, mark, own):
+    """The names of the files in a folder, hidden and partial ones aside.
+
+    InputError where one is not in `own`, or where config.json lacks the key `mark` of such a run.
+    """
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    found = {name for name in found if name[0] != "." and not name.endswith(".partial")}
+    foreign = found - own if mark in read_config(out) else found
+    if foreign:
+        raise InputError(f"{out} holds {min(foreign)}, which no run wrote: give another --out")
+    return found
+
+
 def claim_folders(settings):
     """InputError where a run folder holds what must stay: all of them, before the first run."""
     resume = settings[0].resume
     for args in settings:
         out = run_folder(args, args.phase)
-        found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        foreign = {name for name in found if name[0] != "." and not name.endswith(".partial")}
-        if "data_sha256" in read_config(out):
-            foreign -= {*RUN_FILES, "config.json", "model"}
-        if foreign:
-            raise InputError(f"{out} holds {min(foreign)}, which no run wrote: give another --out")
+        found = find_files(out, "data_sha256", {*RUN_FILES, "config.json", "model"})
         if found & {"metrics.json", "checkpoint.pt"} and not (resume or args.overwrite):
             advice = "--resume it (phase 1 first), give another --out, or --overwrite"
             raise InputError(f"{out} holds a run: {advice}")

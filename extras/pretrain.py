@@ -158,17 +158,11 @@ def parse_args(argv):
 
 
 def claim_folder(args):
-    """Refuse a folder with files of others; delete the old run unless it resumes."""
+    """Refuse a folder with files of others, or with a run that is not to be replaced."""
     out = Path(args.out)
-    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    found = {name for name in found if not name.startswith(".") and not name.endswith(".partial")}
-    own = "pretraining_sha256" in train.read_config(out)
-    if foreign := found - RUN_FILES if own else found:
-        raise data.InputError(f"{out} holds {min(foreign)}, which no run wrote: give another --out")
+    found = train.find_files(out, "pretraining_sha256", RUN_FILES)
     if found & {"metrics.json", "checkpoint.pt"} and not (args.resume or args.overwrite):
         raise data.InputError(f"{out} holds a run: --resume it, give another --out, or --overwrite")
-    for name in ("metrics.json", "checkpoint.pt", "log.jsonl") if not args.resume else ():
-        (out / name).unlink(missing_ok=True)
 
 
 def make_t5(args):
@@ -189,7 +183,7 @@ def run(args):
     """Train, and write OUT/model and OUT/metrics.json."""
     claim_folder(args)
     out = Path(args.out)
-    if (out / "metrics.json").exists():
+    if args.resume and (out / "metrics.json").exists():
         print(f"{out} is finished")
         return
     t5, tokenizer = make_t5(args)
@@ -207,11 +201,10 @@ def run(args):
     make_batch = partial(pretraining_batch, **task)
     shas = {split: corpus.sha256 for split, corpus in corpora.items()}
     config = vars(args) | {"pretraining_sha256": shas}
-    if (out / "checkpoint.pt").exists():
+    if args.resume and (out / "checkpoint.pt").exists():
         train.check_same(out, config)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        data.write_json(out / "config.json", config)
+    else:  # nothing is deleted before the command has shown that it works
+        train.start_over(out, config, later=())
     with open(out / "log.jsonl", "a+", buffering=1) as log:
         measured = pretrain(t5, corpora, make_batch, args, out, log)
     t5.save_pretrained(out / "model")

@@ -504,6 +504,10 @@ def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_
     for wrong in ["--kl-target", "3"], ["--lm-share", "1"], ["--dropout", "0.1"]:
         with pytest.raises(SystemExit):
             pretrain.main([*flags, str(tmp_path / "no"), *wrong])
+    before = (tmp_path / "whole" / "metrics.json").read_bytes()
+    with pytest.raises(SystemExit, match="no train.txt"):
+        pretrain.main(["--dataset", "no/such", "--out", str(tmp_path / "whole"), "--overwrite"])
+    assert (tmp_path / "whole" / "metrics.json").read_bytes() == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine")
     with pytest.raises(SystemExit, match="holds notes, which no run wrote"):
