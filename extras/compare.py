@@ -2,10 +2,10 @@
 
     python -m extras.compare A B
 
-Prints B - A for rec, KL, NLL and -ELBO, in nats per sentence, with the standard error of the mean
-of the differences, and whether it is beyond two of them. Both runs are measured on the same texts,
-so most of what makes one sentence harder than another cancels: the error is far smaller than that
-of the difference of two independent means.
+Prints B - A for rec, KL, NLL, -ELBO and swap_cost, in nats per sentence, with the standard error of
+the mean of the differences, and whether it is beyond two of them. Both runs are measured on the
+same texts, so most of what makes one sentence harder than another cancels: the error is far smaller
+than that of the difference of two independent means.
 
 The values per sentence are those that train.py and metrics.py write to sentences.npz.
 """
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 import metrics
+
+MEASURES = ("rec", "kl", "nll", "neg_elbo", "swap_cost")
 
 
 def load(run):
@@ -34,6 +36,7 @@ def load(run):
         columns = {name: torch.from_numpy(values[name]) for name in values.files}
     named = {"rec": columns["rec"], "kl": columns["kl"]}
     named["neg_elbo"] = columns["rec"] + columns["kl"]
+    named["swap_cost"] = columns["rec_other"] - columns["rec"]
     if "nll_iw" in columns:  # phase 1 has none
         named["nll"] = metrics.smaller_bound(columns)
     return config, measured, named
@@ -42,7 +45,7 @@ def load(run):
 def paired(a, b):
     """{name: (mean of b - a, its standard error)} of the measures that both have."""
     found = {}
-    for name in ("rec", "kl", "nll", "neg_elbo"):
+    for name in MEASURES:
         if name in a and name in b:
             difference = b[name] - a[name]
             found[name] = difference.mean().item(), metrics.standard_error(difference)
@@ -63,7 +66,7 @@ def compare(run_a, run_b):
 
 def format_lines(found):
     yield f"{'':10}{'B - A':>12}{'s.e.':>8}  beyond two s.e.?"
-    for name in ("rec", "kl", "nll", "neg_elbo"):
+    for name in MEASURES:
         if name not in found:
             yield f"{name:10}{'-':>12}"
             continue

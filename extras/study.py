@@ -1,0 +1,367 @@
+"""The study of RESULTS.md: its rows as data, one command that runs them, and their tables.
+
+    python -m extras.study --list                  what is missing, most informative first
+    python -m extras.study --data-dir data         runs that, one process per core
+    python -m extras.study --tables                the tables of RESULTS.md, from results/
+
+It can be stopped at any moment: the same command continues. Runs are written to runs/study/, what
+is kept of them to results/<text>/<row>/<seed>/: metrics.json, and config.json with the machine, the
+commit and the minutes. results/<text>/paired.json has the differences of pairs of rows over the
+same test texts, with their standard errors.
+
+The paper's own experiment, for whoever has a GPU and a network:
+
+    python -m extras.study --model t5-small --deep t5-base --texts ptb snli yahoo yelp
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+from extras import compare, study_tables
+from extras.flags import at_least
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Text:
+    """A data set, and how much of it is used. `width`: d_model of the T5s made for it."""
+
+    dataset: str
+    limit: int | None = None  # of training texts; here about 0.3 million tokens per epoch
+    iw_samples: int = 20
+    width: int = 128
+    seeds: int = 2  # of the rows with more than one
+
+
+TEXTS = {
+    "captions": Text("captions", 20_000),
+    "ptb": Text("ptb", 10_000),
+    "answers": Text("answers", 3_500),
+    "grammar": Text("grammar", iw_samples=100, seeds=3),
+    "ptb-256": Text("ptb", width=256),
+}
+
+# What rows start from: flags of extras.pretrain. On `grammar` all start from random weights.
+PRETRAINING = "--dataset general captions ptb answers --lm-share 0.5 --batch-size 64"
+STARTS = {
+    "small": "--vocab-size 8000 --steps 4800",
+    "deep": "--layers 4 --steps 4800",
+    "random": "--steps 0",
+}
+
+BEST = "--recipe best"
+PAPER = "--recipe paper --dropout 0.1"  # t5-small's dropout
+WARM_UPS = {  # phase 1: what it starts from, flags
+    "autoencoder": ("small", f"{BEST} --epochs 3"),
+    "autoencoder-frozen": ("small", f"{BEST} --epochs 3 --freeze-decoder"),
+    "autoencoder-random": ("random", f"{BEST} --epochs 3 --lr 2e-2"),
+    "recommended": ("small", f"{PAPER} --denoise 0.15"),
+    "no-deletion": ("small", f"{PAPER} --denoise 0"),
+    "deletion0.4": ("small", f"{PAPER} --denoise 0.4"),
+    "deletion0.4-deep": ("deep", f"{PAPER} --denoise 0.4"),
+    "unfrozen": ("small", f"{PAPER} --denoise 0.15 --no-freeze-decoder"),
+    "mean": ("small", f"{PAPER} --denoise 0.15 --pool mean"),
+    "last": ("small", f"{PAPER} --denoise 0.15 --pool last"),
+    "all-layers": ("small", f"{PAPER} --denoise 0.15 --pool-layers all"),
+    "z64": ("small", f"{PAPER} --denoise 0.15 --latent-dim 64"),
+    "z128": ("small", f"{PAPER} --denoise 0.15 --latent-dim 128"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Phase 2 of a run: from a phase 1, or without one (`cold`) from `start`."""
+
+    name: str
+    warm_up: str | None
+    flags: str
+    start: str = "small"
+    several: bool = False  # seeds
+    wide: bool = False  # also at width 256
+
+
+ROWS = [  # the most informative first
+    Row("lm", None, f"{BEST} --no-latent --epochs 8", several=True, wide=True),
+    Row("r8", "autoencoder", f"{BEST} --epochs 5 --kl-target 8", several=True, wide=True),
+    Row("paper-max", "no-deletion", f"{PAPER} --denoise 0 --kl-threshold 0"),
+    Row("paper-denoise", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 0"),
+    Row("paper-klt", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
+    Row("r16", "autoencoder", f"{BEST} --epochs 5 --kl-target 16", wide=True),
+    Row("r4", "autoencoder", f"{BEST} --epochs 5 --kl-target 4"),
+    Row("recommended", "recommended", f"{PAPER} --denoise 0.15", several=True),
+    Row("no-deletion", "no-deletion", f"{PAPER} --denoise 0"),
+    Row("deletion0.4", "deletion0.4", f"{PAPER} --denoise 0.4"),
+    Row("threshold0.25", "autoencoder", f"{BEST} --epochs 5 --kl-threshold 0.25"),
+    Row("threshold0.5", "autoencoder", f"{BEST} --epochs 5 --kl-threshold 0.5"),
+    Row("linear", "autoencoder", f"{BEST} --epochs 5 --kl-schedule linear"),
+    Row("cold", None, f"{PAPER} --denoise 0.15 --kl-threshold 0"),
+    Row("no-threshold", "recommended", f"{PAPER} --denoise 0.15 --kl-threshold 0"),
+    Row("cyclical", "recommended", f"{PAPER} --kl-threshold 0 --kl-schedule cyclical"),
+    Row("constant", "recommended", f"{PAPER} --kl-threshold 0 --kl-schedule constant"),
+    Row("unfrozen", "unfrozen", f"{PAPER} --denoise 0.15"),
+    Row("mean", "mean", f"{PAPER} --denoise 0.15"),
+    Row("last", "last", f"{PAPER} --denoise 0.15"),
+    Row("all-layers", "all-layers", f"{PAPER} --denoise 0.15"),
+    Row("lm-random", None, f"{BEST} --no-latent --epochs 8 --lr 2e-2", "random", wide=True),
+    Row("r8-random", "autoencoder-random", f"{BEST} --epochs 5 --kl-target 8 --lr 2e-2", wide=True),
+    Row("r8-frozen", "autoencoder-frozen", f"{BEST} --epochs 5 --kl-target 8"),
+    Row("paper-deep", "deletion0.4-deep", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
+    Row("z64", "z64", f"{PAPER} --denoise 0.15"),
+    Row("z128", "z128", f"{PAPER} --denoise 0.15"),
+]
+
+
+@dataclass
+class Job:
+    """One command, and the run folder that it writes, finished once it holds metrics.json."""
+
+    out: Path
+    command: list
+    needs: "Job | None" = None
+    result: Path | None = None  # where what is kept of it goes
+
+    def finished(self):
+        kept = self.result and (self.result / "metrics.json").exists()
+        return kept or (self.out / "metrics.json").exists()
+
+
+def text_flags(text, args):
+    """--dataset and its like: a named data set, or a folder in --data-dir."""
+    flags = ["--dataset", text.dataset, "--data-dir", args.data_dir]
+    if text.dataset not in data.DATASETS:
+        flags = ["--dataset", str(Path(args.data_dir, text.dataset))]
+    return [*flags, *(["--limit", str(text.limit)] if text.limit else [])]
+
+
+def start_job(start, text, args):
+    """(T5 to start from, the job that makes it, or None) of a row's or phase 1's `start`."""
+    if text.dataset == "grammar":
+        return "tiny", None
+    if args.model and start != "random":
+        return (args.deep if start == "deep" else args.model), None
+    out, small = (Path(args.runs, f"t5-{name}-{text.width}") for name in (start, "small"))
+    flags, needs = shlex.split(f"{PRETRAINING} {STARTS[start]}"), None
+    at = flags.index("--dataset") + 1
+    for i, name in enumerate(flags[at : at + 4], at):
+        flags[i] = name if name in data.DATASETS else str(Path(args.data_dir, name))
+    if text.width != 128 and "--layers" not in flags:
+        flags += ["--layers", "4"]
+    if start != "small":  # one vocabulary for all
+        flags, (_, needs) = (
+            [*flags, "--tokenizer", str(small / "model")],
+            start_job("small", text, args),
+        )
+    flags += ["--d-model", str(text.width), "--data-dir", args.data_dir, "--out", str(out)]
+    return str(out / "model"), Job(out, ["-m", "extras.pretrain", *flags, "--resume"], needs)
+
+
+def row_job(row, name, seed, args):
+    """The job of a row on the text `name`, which needs those of its phase 1 and its start."""
+    text = TEXTS.get(name, Text(name))
+    rest = [*text_flags(text, args), "--seed", str(seed), "--resume"]
+    parent = Path(args.runs, name)
+    flags = shlex.split(row.flags)
+    if text.dataset == "grammar" and row.flags.startswith(BEST):
+        flags += ["--dropout", "0"]  # its training texts are no sample to overfit
+    if row.warm_up is None:
+        start, needs = start_job(row.start, text, args)
+        flags += ["--model" if "--no-latent" in flags else "--init", start]
+        flags += ["--layers", "4"] if start == "tiny" and row.start == "deep" else []
+    else:
+        start_name, warm_flags = WARM_UPS[row.warm_up]
+        start, needs = start_job(start_name, text, args)
+        out = parent / row.warm_up / str(seed)
+        warm = ["train.py", "--phase", "1", "--model", start, *shlex.split(warm_flags), *rest]
+        warm += ["--layers", "4"] if start == "tiny" and start_name == "deep" else []
+        needs = Job(out / "phase1", [*warm, "--out", str(out)], needs)
+        flags += ["--init", str(needs.out)]
+    out, phase = parent / row.name / str(seed), "phase2"
+    if "--no-latent" in flags:
+        phase = "lm"
+    else:
+        flags += ["--phase", "2"]
+    command = ["train.py", *flags, *rest, "--iw-samples", str(text.iw_samples), "--out", str(out)]
+    return Job(out / phase, command, needs, Path(args.results, name, row.name, str(seed)))
+
+
+def study_jobs(args):
+    """The jobs of all rows: seed 0 of all texts first, row by row."""
+    jobs = []
+    for seed in range(3):
+        for row in ROWS:
+            for name in args.texts:
+                text = TEXTS.get(name, Text(name))
+                wanted = seed == 0 or (row.several and seed < text.seeds)
+                if text.width == 256:
+                    wanted = row.wide and seed < text.seeds
+                if text.dataset == "grammar" and row.start == "random":
+                    wanted = False  # there, all are
+                if args.model and row.name == "paper-deep" and not args.deep:
+                    wanted = False
+                if wanted and (not args.rows or row.name in args.rows):
+                    jobs.append(row_job(row, name, seed, args))
+    return jobs
+
+
+def next_job(jobs, tried):
+    """The first job that can run now: not finished, not tried, and with what it needs."""
+    for job in jobs:
+        if job.finished():
+            continue
+        chain = [job]
+        while chain[-1].needs and not chain[-1].needs.finished():
+            chain.append(chain[-1].needs)
+        if str(chain[-1].out) not in tried:
+            return chain[-1]
+    return None
+
+
+def keep(job, minutes):
+    """Copy what is kept of a finished run into results/."""
+    config = json.loads((job.out / "config.json").read_text())
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    config |= {"machine": machine(), "minutes": round(minutes, 1)}
+    if job.needs and job.needs.out.name == "phase1":  # how its KL went, epoch by epoch: claim (j)
+        records = map(json.loads, (job.needs.out / "log.jsonl").read_text().splitlines())
+        config["phase1_kl"] = [r["kl"] for r in records if r["split"] == "valid"]
+    job.result.mkdir(parents=True, exist_ok=True)
+    data.write_json(job.result / "config.json", config)
+    measured = json.loads((job.out / "metrics.json").read_text())
+    data.write_json(job.result / "metrics.json", measured)
+
+
+def machine():
+    """The CPU or GPU, as far as the system tells."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, 1 thread"
+
+
+def write_pairs(jobs, args):
+    """paired.json of each text: the pairs of study_tables of which both runs are there."""
+    outs = {str(job.result.relative_to(args.results)): job.out for job in jobs}
+    for name in args.texts:
+        path = Path(args.results, name, "paired.json")
+        pairs = json.loads(path.read_text()) if path.exists() else {}
+        for a, b in study_tables.pairs([row.name for row in ROWS]):
+            for seed in range(3):
+                runs = [outs.get(f"{name}/{row}/{seed}") for row in (a, b)]
+                if all(out and (out / "sentences.npz").exists() for out in runs):
+                    pairs[f"{a}/{seed} - {b}/{seed}"] = compare.compare(runs[1], runs[0])
+        if pairs:
+            data.write_json(path, dict(sorted(pairs.items())))
+
+
+def time_left(jobs, args):
+    """One line: the runs that are missing, and for how long at the pace of those in results/."""
+    missing = sum(not job.finished() for job in jobs)
+    configs = map(json.loads, (p.read_text() for p in Path(args.results).glob("*/*/*/config.json")))
+    minutes = [config["minutes"] for config in configs if "minutes" in config]
+    said = f"{missing} of {len(jobs)} rows are missing"
+    if not minutes:
+        return said
+    mean = statistics.fmean(minutes)
+    return f"{said}: {missing * mean / 60 / args.jobs:.1f} h, at {mean:.0f} minutes per row"
+
+
+def run(jobs, args):
+    """Run what is missing, `args.jobs` processes at a time. Returns the commands that failed."""
+    environment, tried, running, failed = dict(os.environ), set(), {}, []
+    if not torch.cuda.is_available():  # more threads than cores would spin
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    logs = Path(args.runs, "logs")
+    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        while True:
+            while len(running) < args.jobs and (job := next_job(jobs, tried)):
+                tried.add(str(job.out))
+                log = logs / ("-".join(job.out.relative_to(args.runs).parts) + ".txt")
+                print(f"{time.strftime('%H:%M')} python {shlex.join(job.command)}", flush=True)
+                command = [sys.executable, *job.command]
+                with open(log, "a") as file:
+                    process = subprocess.Popen(
+                        command, cwd=ROOT, env=environment, stdout=file, stderr=file
+                    )
+                running[process] = job, time.monotonic(), log
+            if not running:
+                return failed
+            time.sleep(1)
+            for process in [process for process in running if process.poll() is not None]:
+                job, started, log = running.pop(process)
+                if process.returncode:
+                    failed.append(job)
+                    last = log.read_text().strip().splitlines()[-1:] or ["no message"]
+                    print(f"FAILED, see {log}: {last[0]}", flush=True)
+                elif job.result:
+                    keep(job, (time.monotonic() - started) / 60)
+                    write_pairs(jobs, args)
+                    print(f"{job.result}: {time_left(jobs, args)}", flush=True)
+    finally:
+        for process in running:
+            process.terminate()
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser("study.py", description=__doc__.splitlines()[0])
+    flag = parser.add_argument
+    flag("--texts", nargs="+", default=list(TEXTS), help=f"({' '.join(TEXTS)})")
+    flag("--rows", nargs="+", choices=[r.name for r in ROWS], metavar="ROW", help="only these")
+    flag("--model", help="start of all rows: a T5 of the hub, or a folder (pretrained here)")
+    flag("--deep", help="that of the row paper-deep, with --model; without it the row is left out")
+    flag("--data-dir", default="data", help="where the folders of the texts are (data)")
+    flag("--runs", default="runs/study", help="where run folders are written (runs/study)")
+    flag("--results", help="(results; with --model: results/<model>)")
+    cores = 1 if torch.cuda.is_available() else os.cpu_count()
+    flag("--jobs", type=at_least(1), default=cores, help=f"processes at a time ({cores})")
+    flag("--list", action="store_true", help="print what is missing, and run nothing")
+    flag("--tables", action="store_true", help="print the tables of RESULTS.md, and run nothing")
+    args = parser.parse_args(argv)
+    if args.deep and not args.model:
+        parser.error(f"--deep is {args.deep}; it needs --model")
+    if args.results is None:
+        args.results = str(Path("results", Path(args.model).name)) if args.model else "results"
+    if args.model:  # two models do not share run folders
+        args.runs = str(Path(args.runs, Path(args.model).name))
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.tables:
+        print(study_tables.tables(args.results))
+        return
+    jobs = study_jobs(args)
+    print(time_left(jobs, args))
+    if args.list:
+        for job in jobs:
+            if not job.finished():
+                print(f"python {shlex.join(job.command)}")
+        return
+    try:
+        failed = run(jobs, args)
+    except KeyboardInterrupt:
+        sys.exit("study.py: interrupted; the same command continues")
+    if failed:
+        sys.exit(f"study.py: {len(failed)} commands failed")
+
+
+if __name__ == "__main__":
+    main()
