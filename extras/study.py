@@ -286,7 +286,8 @@ def run(jobs, args):
     """Run what is missing, `args.jobs` processes at a time. Returns the commands that failed."""
     environment, tried, running, failed = dict(os.environ), set(), {}, []
     if not torch.cuda.is_available():  # more threads than cores would spin
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
     logs = Path(args.runs, "logs")
     logs.mkdir(parents=True, exist_ok=True)
     try:
