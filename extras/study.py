@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -356,6 +357,7 @@ def main(argv=None):
             if not job.finished():
                 print(f"python {shlex.join(job.command)}")
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs end with it, too
     try:
         failed = run(jobs, args)
     except KeyboardInterrupt:
