@@ -56,7 +56,8 @@ TEXTS = {
 }
 
 # What rows start from: flags of extras.pretrain. On `grammar` all start from random weights.
-PRETRAINING = "--dataset general captions ptb answers --lm-share 0.5 --batch-size 64"
+PRETRAINING_TEXTS = ("general", "captions", "ptb", "answers")
+PRETRAINING = "--lm-share 0.5 --batch-size 64"
 STARTS = {
     "small": "--vocab-size 8000 --steps 4800",
     "deep": "--layers 4 --steps 4800",
@@ -139,11 +140,16 @@ class Job:
         return kept or (self.out / "metrics.json").exists()
 
 
+def dataset_path(name, args):
+    """--dataset for a named data set, or for a folder in --data-dir."""
+    return name if name in data.DATASETS else str(Path(args.data_dir, name))
+
+
 def text_flags(text, args):
-    """--dataset and its like: a named data set, or a folder in --data-dir."""
-    flags = ["--dataset", text.dataset, "--data-dir", args.data_dir]
-    if text.dataset not in data.DATASETS:
-        flags = ["--dataset", str(Path(args.data_dir, text.dataset))]
+    """The flags of train.py that name a text and say how much of it is used."""
+    flags = ["--dataset", dataset_path(text.dataset, args)]
+    if text.dataset in data.SOURCES:
+        flags += ["--data-dir", args.data_dir]
     return [*flags, *(["--limit", str(text.limit)] if text.limit else [])]
 
 
@@ -154,10 +160,9 @@ def start_job(start, text, args):
     if args.model and start != "random":
         return (args.deep if start == "deep" else args.model), None
     out, small = (Path(args.runs, f"t5-{name}-{text.width}") for name in (start, "small"))
-    flags, needs = shlex.split(f"{PRETRAINING} {STARTS[start]}"), None
-    at = flags.index("--dataset") + 1
-    for i, name in enumerate(flags[at : at + 4], at):
-        flags[i] = name if name in data.DATASETS else str(Path(args.data_dir, name))
+    datasets = [dataset_path(name, args) for name in PRETRAINING_TEXTS]
+    flags = ["--dataset", *datasets, *shlex.split(f"{PRETRAINING} {STARTS[start]}")]
+    needs = None
     if text.width != 128 and "--layers" not in flags:
         flags += ["--layers", "4"]
     if start != "small":  # one vocabulary for all
@@ -199,7 +204,7 @@ def row_job(row, name, seed, args):
 
 
 def study_jobs(args):
-    """The jobs of all rows: seed 0 of all texts first, row by row."""
+    """The jobs of all rows: seed 0 of all texts first, row by row; the wide ones last."""
     jobs = []
     for seed in range(3):
         for row in ROWS:
@@ -213,20 +218,27 @@ def study_jobs(args):
                 if args.model and row.name == "paper-deep" and not args.deep:
                     wanted = False
                 if wanted and (not args.rows or row.name in args.rows):
-                    jobs.append(row_job(row, name, seed, args))
-    return jobs
+                    jobs.append((text.width, row_job(row, name, seed, args)))
+    return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
+
+
+def commands_left(jobs):
+    """The jobs that are not finished, each after what it needs."""
+    left = {}
+    for job in jobs:
+        chain = []
+        while job and not job.finished():
+            chain.append(job)
+            job = job.needs
+        left |= {str(job.out): job for job in reversed(chain)}
+    return list(left.values())
 
 
 def next_job(jobs, tried):
-    """The first job that can run now: not finished, not tried, and with what it needs."""
-    for job in jobs:
-        if job.finished():
-            continue
-        chain = [job]
-        while chain[-1].needs and not chain[-1].needs.finished():
-            chain.append(chain[-1].needs)
-        if str(chain[-1].out) not in tried:
-            return chain[-1]
+    """The first job that can run now: not tried, and what it needs is finished."""
+    for job in commands_left(jobs):
+        if str(job.out) not in tried and (job.needs is None or job.needs.finished()):
+            return job
     return None
 
 
@@ -272,15 +284,15 @@ def write_pairs(jobs, args):
 
 
 def time_left(jobs, args):
-    """One line: the runs that are missing, and for how long at the pace of those in results/."""
-    missing = sum(not job.finished() for job in jobs)
+    """One line: how much is missing, and for how long at the pace of the rows in results/."""
     configs = map(json.loads, (p.read_text() for p in Path(args.results).glob("*/*/*/config.json")))
     minutes = [config["minutes"] for config in configs if "minutes" in config]
-    said = f"{missing} of {len(jobs)} rows are missing"
+    rows, left = sum(not job.finished() for job in jobs), len(commands_left(jobs))
+    said = f"{rows} of {len(jobs)} rows are missing, {left} commands"
     if not minutes:
         return said
     mean = statistics.fmean(minutes)
-    return f"{said}: {missing * mean / 60 / args.jobs:.1f} h, at {mean:.0f} minutes per row"
+    return f"{said}: {left * mean / 60 / args.jobs:.1f} h, at {mean:.0f} minutes per command"
 
 
 def run(jobs, args):
@@ -336,6 +348,9 @@ def parse_args(argv):
     flag("--list", action="store_true", help="print what is missing, and run nothing")
     flag("--tables", action="store_true", help="print the tables of RESULTS.md, and run nothing")
     args = parser.parse_args(argv)
+    for name in args.texts:
+        if name != Path(name).name:
+            parser.error(f"--texts has {name}; it must be the name of a folder in --data-dir")
     if args.deep and not args.model:
         parser.error(f"--deep is {args.deep}; it needs --model")
     if args.results is None:
@@ -348,14 +363,13 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     if args.tables:
-        print(study_tables.tables(args.results))
+        print("\n\n".join(study_tables.tables(args.results).values()))
         return
     jobs = study_jobs(args)
     print(time_left(jobs, args))
     if args.list:
-        for job in jobs:
-            if not job.finished():
-                print(f"python {shlex.join(job.command)}")
+        for job in commands_left(jobs):
+            print(f"python {shlex.join(job.command)}")
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs end with it, too
     try:

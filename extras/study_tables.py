@@ -1,9 +1,220 @@
-"""Stub while the tables are written."""
+"""The tables of RESULTS.md, from what extras.study keeps in results/.
+
+    python -m extras.study --tables
+
+Nats are per sentence. ± is the standard error over sentences (of a difference: that of the paired
+differences), or, where a row has several seeds, the standard deviation over them.
+"""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from extras import paper_tables
+
+TEXTS = ("grammar", "captions", "ptb", "answers")
+TARGETS = ("r4", "r8", "r16")
+SYSTEMS = {  # row: its name in the paper's tables
+    "paper-max": "Max pool",
+    "paper-denoise": "Max pool + Denoise",
+    "paper-klt": "Max pool + Denoise + KLT",
+    "paper-deep": "Max pool + Denoise + KLT + Deep",
+}
+OF_ITS_KIND = {"captions": "snli", "ptb": "ptb", "answers": "yahoo"}  # the paper's text of the kind
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says of two rows: `measure` of row `a` is `expected` (< or >) that of `b`."""
+
+    says: str
+    measure: str
+    a: str
+    expected: str
+    b: str
+
+
+CLAIMS = (
+    Claim("(a) without phase 1 z is lost", "swap_cost", "cold", "<", "no-threshold"),
+    Claim("(b) phase 1 needs a frozen decoder", "nll", "recommended", "<", "unfrozen"),
+    Claim("(c) max informs more than mean", "swap_cost", "recommended", ">", "mean"),
+    Claim("(c) max informs more than last", "swap_cost", "recommended", ">", "last"),
+    Claim("(d) deletion helps long texts", "swap_cost", "deletion0.4", ">", "no-deletion"),
+    Claim("(e) a low threshold beats a target", "nll", "threshold0.5", "<", "r16"),
+    Claim("(f) slow annealing beats none", "swap_cost", "no-threshold", ">", "constant"),
+    Claim("(f) slow annealing beats cyclical", "swap_cost", "no-threshold", ">", "cyclical"),
+    Claim("(g) of 128 dimensions fewer are active", "active", "z128", "<", "recommended"),
+    Claim("(h) a deeper T5 is better", "nll", "paper-deep", "<", "paper-klt"),
+    Claim("(i) all layers inform more", "swap_cost", "all-layers", ">", "recommended"),
+    Claim("(k) deletion raises the KL", "kl", "paper-denoise", ">", "paper-max"),
+    Claim("(k) a threshold raises the KL", "kl", "paper-klt", ">", "paper-denoise"),
+)
 
 
 def pairs(rows):
-    return [(row, "lm") for row in rows if row != "lm"]
+    """The pairs (a, b) of rows whose paired differences a - b are kept."""
+    found = [(row, "lm") for row in rows if row != "lm"]
+    found += [(claim.a, claim.b) for claim in CLAIMS]
+    for row, other in ("r8", "r8-random"), ("r8-frozen", "r8"), ("lm-random", "lm"):
+        found.append((row, other))
+    return found + [("threshold0.25", "r8"), ("linear", "r8")]
+
+
+def read(results):
+    """({text: {row: [(config, measures) of each seed]}}, {text: paired.json})."""
+    runs, paired = {}, {}
+    for path in sorted(Path(results).glob("*/*/*/metrics.json")):
+        text, row = path.parts[-4:-2]
+        config = json.loads(path.with_name("config.json").read_text())
+        measured = json.loads(path.read_text())
+        if measured["latent_dim"]:
+            measured["active"] = measured["au"] / measured["latent_dim"]
+        runs.setdefault(text, {}).setdefault(row, []).append((config, measured))
+    for path in Path(results).glob("*/paired.json"):
+        paired[path.parent.name] = json.loads(path.read_text())
+    return runs, paired
+
+
+def spread(values, error):
+    """(mean, its ±): over seeds where there are several, else the one value's own error."""
+    if len(values) > 1:
+        return statistics.fmean(values), statistics.stdev(values)
+    return values[0], error
+
+
+def number(runs, text, row, key):
+    """(mean over seeds, ±) of a measure, or None where the row or the measure is missing."""
+    found = runs.get(text, {}).get(row, [])
+    values = [measured.get(key) for _, measured in found]
+    if not values or None in values:
+        return None
+    return spread(values, found[0][1].get(key + "_se"))
+
+
+def difference(paired, text, a, b, key):
+    """(mean over seeds, ±) of the paired differences a - b of a measure, or None."""
+    names = [f"{a}/{seed} - {b}/{seed}" for seed in range(3)]
+    found = [paired.get(text, {}).get(name, {}).get(key) for name in names]
+    found = [pair for pair in found if pair]
+    if not found:
+        return None
+    return spread([pair[0] for pair in found], found[0][1])
+
+
+def cell(pair, sign=""):
+    """(value, ±) -> text."""
+    if pair is None:
+        return "-"
+    value, error = pair
+    shown = f"{value:z{sign}.2f}"
+    return shown if error is None else f"{shown}±{error:.2f}"
+
+
+def table(heads, rows):
+    """Rows of cells -> a table in Markdown, numbers to the right."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def price_table(runs, paired):
+    """What a nat costs, and what it buys."""
+    heads = ["text, target", "KL", "NLL - LM's", "efficiency", "exact, %", "swap cost"]
+    rows = []
+    for text in TEXTS:
+        if lm := number(runs, text, "lm", "rec"):
+            rows.append([f"{text}: language model", "0", f"NLL {cell(lm)}", "-", "-", "-"])
+        for row in TARGETS:
+            if row in runs.get(text, {}):
+                rows.append(measures_of(runs, paired, text, row))
+    return table(heads, rows)
+
+
+def measures_of(runs, paired, text, row):
+    """The cells of a row on a text: KL, NLL against the language model's, and what z does."""
+    keys = "efficiency", "exact_match", "swap_cost"
+    cells = [cell(number(runs, text, row, key)) for key in keys]
+    against = cell(difference(paired, text, row, "lm", "nll"), "+")
+    return [f"{text}: {row}", cell(number(runs, text, row, "kl")), against, *cells]
+
+
+def method_table(runs, paired):
+    """A target, thresholds and annealing, all after the same phase 1."""
+    heads = ["text: row", "KL", "NLL - LM's", "efficiency", "exact, %", "swap cost"]
+    rows = [
+        measures_of(runs, paired, text, row)
+        for text in TEXTS
+        for row in ("r8", "threshold0.25", "r16", "threshold0.5", "linear")
+        if row in runs.get(text, {})
+    ]
+    return table(heads, rows)
+
+
+def systems_table(runs):
+    """The paper's four systems, and its corrected tables: -ELBO in units of a language model's."""
+    heads = ["text: system", "KL", "-ELBO / LM", "swap cost", "paper: KL", "paper: -ELBO / max"]
+    rows = []
+    for text, theirs in OF_ITS_KIND.items():
+        printed = {row["name"]: row for row in paper_tables.reread(theirs)}
+        unit = printed["Max pool"]["neg_elbo"]  # collapsed: the paper's own language model
+        for row, name in SYSTEMS.items():
+            bound, lm = number(runs, text, row, "neg_elbo"), number(runs, text, "lm", "rec")
+            ratio = f"{bound[0] / lm[0]:.2f}" if bound and lm else "-"
+            ours = [cell(number(runs, text, row, key)) for key in ("kl", "swap_cost")]
+            paper = [printed[name]["kl"], f"{printed[name]['neg_elbo'] / unit:.2f}"]
+            rows.append([f"{text}: {row}", ours[0], ratio, ours[1], *paper])
+    return table(heads, rows)
+
+
+def verdict(claim, runs, paired, text):
+    """yes, no, or even (within two standard errors), and the two numbers."""
+    a, b = (number(runs, text, row, claim.measure) for row in (claim.a, claim.b))
+    if a is None or b is None:
+        return "-"
+    change = difference(paired, text, claim.a, claim.b, claim.measure) or (a[0] - b[0], 0)
+    towards = change[0] if claim.expected == ">" else -change[0]
+    said = "even" if abs(towards) <= 2 * (change[1] or 0) else "yes" if towards > 0 else "no"
+    return f"{said}: {a[0]:.2f}, {b[0]:.2f}"
+
+
+def claims_table(runs, paired):
+    """The paper's claims, each with the two numbers that it rests on."""
+    rows = []
+    for claim in CLAIMS:
+        cells = [verdict(claim, runs, paired, text) for text in TEXTS]
+        said = f"`{claim.measure}`: {claim.a} {claim.expected} {claim.b}"
+        rows.append([claim.says, said, *cells])
+    cells = []
+    for text in TEXTS:
+        found = runs.get(text, {}).get("recommended", [])
+        kls = [config["phase1_kl"] for config, _ in found if config.get("phase1_kl")]
+        if not kls:
+            cells.append("-")
+            continue
+        before, last = (statistics.fmean(kl[i] for kl in kls) for i in (-2, -1))
+        cells.append(f"{'yes' if last < 1.02 * before else 'no'}: {before:.2f}, {last:.2f}")
+    rows.append(["(j) phase 1's KL plateaus", "`kl`: epochs 4 and 5, recommended", *cells])
+    return table(["claim", "measure, expected", *TEXTS], rows)
+
+
+def pretraining_table(runs, paired):
+    """What the pretrained start is worth against random weights with the same vocabulary."""
+    rows = []
+    for text in TEXTS[1:]:
+        cells = [cell(number(runs, text, row, "rec")) for row in ("lm", "lm-random")]
+        cells += [cell(number(runs, text, row, "nll")) for row in ("r8", "r8-random")]
+        rows.append([text, *cells, cell(difference(paired, text, "r8", "r8-random", "nll"), "+")])
+    heads = ["text: NLL", "LM", "LM, random", "R = 8", "R = 8, random", "gained at R = 8"]
+    return table(heads, rows)
 
 
 def tables(results):
-    return ""
+    """{name: table} in the order of RESULTS.md."""
+    runs, paired = read(results)
+    return {
+        "price": price_table(runs, paired),
+        "systems": systems_table(runs),
+        "claims": claims_table(runs, paired),
+        "methods": method_table(runs, paired),
+        "pretraining": pretraining_table(runs, paired),
+    }
