@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 import data
-from extras import compare, study_tables
+from extras import compare, positions, study_tables
 from extras.flags import at_least
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,12 +45,13 @@ class Text:
     iw_samples: int = 20
     width: int = 128
     seeds: int = 2  # of the rows with more than one
+    positions: bool = False  # also measure where in a text z helps
 
 
 TEXTS = {
     "captions": Text("captions", 20_000),
     "ptb": Text("ptb", 10_000),
-    "answers": Text("answers", 3_500),
+    "answers": Text("answers", 3_500, positions=True),
     "grammar": Text("grammar", iw_samples=100, seeds=3),
     "ptb-256": Text("ptb", width=256),
 }
@@ -134,6 +135,7 @@ class Job:
     command: list
     needs: "Job | None" = None
     result: Path | None = None  # where what is kept of it goes
+    positions: bool = False
 
     def finished(self):
         kept = self.result and (self.result / "metrics.json").exists()
@@ -157,7 +159,7 @@ def start_job(start, text, args):
     """(T5 to start from, the job that makes it, or None) of a row's or phase 1's `start`."""
     if text.dataset == "grammar":
         return "tiny", None
-    if args.model and start != "random":
+    if args.model:
         return (args.deep if start == "deep" else args.model), None
     out, small = (Path(args.runs, f"t5-{name}-{text.width}") for name in (start, "small"))
     datasets = [dataset_path(name, args) for name in PRETRAINING_TEXTS]
@@ -176,7 +178,7 @@ def start_job(start, text, args):
 
 def row_job(row, name, seed, args):
     """The job of a row on the text `name`, which needs those of its phase 1 and its start."""
-    text = TEXTS.get(name, Text(name))
+    text = find_text(name, args)
     rest = [*text_flags(text, args), "--seed", str(seed), "--resume"]
     parent = Path(args.runs, name)
     flags = shlex.split(row.flags)
@@ -200,26 +202,38 @@ def row_job(row, name, seed, args):
     else:
         flags += ["--phase", "2"]
     command = ["train.py", *flags, *rest, "--iw-samples", str(text.iw_samples), "--out", str(out)]
-    return Job(out / phase, command, needs, Path(args.results, name, row.name, str(seed)))
+    result = Path(args.results, name, row.name, str(seed))
+    return Job(out / phase, command, needs, result, text.positions)
+
+
+def find_text(name, args):
+    """The Text of a name. With --model all of a data set is used."""
+    return TEXTS[name] if name in TEXTS and not args.model else Text(name)
+
+
+def seeds_of(row, text, args):
+    """How many seeds of a row run on a text; 0: the row is not for it."""
+    start = WARM_UPS[row.warm_up][0] if row.warm_up else row.start
+    if text.width == 256:
+        return text.seeds if row.wide else 0
+    if text.dataset == "grammar" and start == "random":  # there, all rows start from it
+        return 0
+    if args.model and start != "small" and not (start == "deep" and args.deep):
+        return 0
+    return text.seeds if row.several else 1
 
 
 def study_jobs(args):
     """The jobs of all rows: seed 0 of all texts first, row by row; the wide ones last."""
     jobs = []
-    for seed in range(3):
-        for row in ROWS:
-            for name in args.texts:
-                text = TEXTS.get(name, Text(name))
-                wanted = seed == 0 or (row.several and seed < text.seeds)
-                if text.width == 256:
-                    wanted = row.wide and seed < text.seeds
-                if text.dataset == "grammar" and row.start == "random":
-                    wanted = False  # there, all are
-                if args.model and row.name == "paper-deep" and not args.deep:
-                    wanted = False
-                if wanted and (not args.rows or row.name in args.rows):
-                    jobs.append((text.width, row_job(row, name, seed, args)))
-    return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
+    for width in 128, 256:
+        for seed in range(3):
+            for row in ROWS if not args.rows else [r for r in ROWS if r.name in args.rows]:
+                for name in args.texts:
+                    text = find_text(name, args)
+                    if text.width == width and seed < seeds_of(row, text, args):
+                        jobs.append(row_job(row, name, seed, args))
+    return jobs
 
 
 def commands_left(jobs):
@@ -254,6 +268,8 @@ def keep(job, minutes):
     job.result.mkdir(parents=True, exist_ok=True)
     data.write_json(job.result / "config.json", config)
     measured = json.loads((job.out / "metrics.json").read_text())
+    if measured["latent_dim"] and job.positions:
+        measured["positions"] = positions.of_run(job.out)
     data.write_json(job.result / "metrics.json", measured)
 
 

@@ -15,6 +15,7 @@ from extras import paper_tables
 
 TEXTS = ("grammar", "captions", "ptb", "answers")
 TARGETS = ("r4", "r8", "r16")
+POSITIONS = ("r8", "r16", "no-deletion", "deletion0.4", "mean")
 SYSTEMS = {  # row: its name in the paper's tables
     "paper-max": "Max pool",
     "paper-denoise": "Max pool + Denoise",
@@ -107,7 +108,7 @@ def cell(pair, sign=""):
     if pair is None:
         return "-"
     value, error = pair
-    shown = f"{value:z{sign}.2f}"
+    shown = f"{value:{sign}z.2f}"
     return shown if error is None else f"{shown}±{error:.2f}"
 
 
@@ -208,6 +209,17 @@ def pretraining_table(runs, paired):
     return table(heads, rows)
 
 
+def positions_table(runs):
+    """What z explains of `answers`, by position: rec_other - rec, nats per token."""
+    rows = {row: runs.get("answers", {}).get(row) for row in POSITIONS}
+    found = {row: seeds[0][1]["positions"] for row, seeds in rows.items() if seeds}
+    lines = []
+    for i, place in enumerate(next(iter(found.values()), [])):
+        cells = [f"{at[i]['rec_other'] - at[i]['rec']:z.3f}" for at in found.values()]
+        lines.append([f"{place['start'] + 1} to {place['stop']}", *cells])
+    return table(["tokens of a text", *found], lines)
+
+
 def tables(results):
     """{name: table} in the order of RESULTS.md."""
     runs, paired = read(results)
@@ -217,4 +229,5 @@ def tables(results):
         "claims": claims_table(runs, paired),
         "methods": method_table(runs, paired),
         "pretraining": pretraining_table(runs, paired),
+        "positions": positions_table(runs),
     }

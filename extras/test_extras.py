@@ -34,7 +34,6 @@ from extras import (
     probe,
     refine,
     samples,
-    seeds,
     spans,
 )
 from test_vae import ROOT, TINY, random_texts, tiny_vae
@@ -331,32 +330,6 @@ def test_paper_tables_print_all_and_put_a_run_under_its_own(run, tmp_path, capsy
     out = capsys.readouterr().out
     assert out.count("Optimus") == 1
     assert str(own) in out
-
-
-def test_seeds_are_summarised_and_different_k_refused(run, tmp_path, capsys):
-    folders, measured = [], read_json(run, "metrics.json")
-    for seed in range(3):
-        folders.append(str(shutil.copytree(run, tmp_path / str(seed))))
-        config = json.loads((tmp_path / str(seed) / "config.json").read_text()) | {
-            "seed": seed,
-            "out": str(seed),
-        }
-        (tmp_path / str(seed) / "config.json").write_text(json.dumps(config))
-        changed = measured | {"rec": 10.0 + seed}
-        (tmp_path / str(seed) / "metrics.json").write_text(json.dumps(changed))
-    seeds.main(folders)
-    out = capsys.readouterr().out
-    assert "3 seeds" in out
-    assert "11.00\u00b11.00" in out
-    (tmp_path / "2" / "metrics.json").write_text(json.dumps(measured | {"iw_samples": 7}))
-    with pytest.raises(SystemExit, match="different numbers of importance samples"):
-        seeds.main(folders)
-    with pytest.raises(SystemExit, match="no two of these runs"):
-        seeds.main(folders[:1])
-    seeds.main(
-        list(map(str, (ROOT / "results" / "grammar" / "lambda0").iterdir()))
-    )  # of an earlier version
-    assert "3 seeds" in capsys.readouterr().out
 
 
 def test_pictures_hold_every_point(run, tmp_path, capsys):

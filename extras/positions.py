@@ -1,0 +1,94 @@
+"""Where in a text does z help? rec by position, with a text's own z and with another text's.
+
+    python -m extras.positions RUN
+
+The difference is what z explains of the tokens there. One z is the only thing that the decoder
+reads of a text; the words it has already written are the rest of what it knows. So z may help at
+the beginning alone, or to the end.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import metrics
+
+EDGES = (0, 5, 10, 20, 40, 80, 160, 256)  # of the rows, in tokens
+
+
+@torch.no_grad()
+def token_nats(model, z, labels):
+    """-log p of each token given z (B, Z) and the tokens before it: (B, T), nats, 0 on padding."""
+    logits = model.decode(z, labels).float().transpose(1, 2)  # (B, V, T)
+    pad_id = model.t5.config.pad_token_id
+    return F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="none")
+
+
+@torch.no_grad()
+def by_position(model, corpus, batch_size=32, seed=0):
+    """Rows of {"start", "stop": positions [start, stop); "tokens": their number; "rec",
+    "rec_other": nats per token, with a sample of the text's own posterior and of another's}.
+    """
+    model.eval()
+    batches = data.evaluation_order(corpus.lengths, batch_size)
+    z = torch.zeros(len(corpus), model.latent_dim)
+    for index in batches:
+        batch = data.make_batch(corpus, index).to(model.device)
+        mu, logvar = model.encode(batch.ids, batch.mask)
+        eps = data.latent_noise(model.latent_dim, seed, 0, batch.index, data.POSTERIOR)
+        z[batch.index] = model.reparameterize(mu, logvar, eps=eps.to(mu)).cpu()
+    cycle = np.random.default_rng(seed).permutation(len(corpus))  # each text gets another's z
+    other = np.empty_like(cycle)
+    other[cycle] = np.roll(cycle, 1)
+    longest = int(corpus.lengths.max())
+    nats, counts = torch.zeros(2, longest, dtype=torch.float64), torch.zeros(longest)
+    for index in batches:
+        batch = data.make_batch(corpus, index).to(model.device)
+        length = batch.labels.shape[1]
+        counts[:length] += batch.mask.sum(0).cpu()
+        for i, rows in enumerate((index, other[index])):
+            of_tokens = token_nats(model, z[rows].to(model.device), batch.labels)
+            nats[i, :length] += of_tokens.double().sum(0).cpu()
+    found = []
+    for start, stop in zip(EDGES, EDGES[1:], strict=False):
+        tokens = int(counts[start:stop].sum())
+        if tokens:
+            own, others = (nats[:, start:stop].sum(1) / tokens).tolist()
+            rows = {"start": start, "stop": min(stop, longest), "tokens": tokens}
+            found.append(rows | {"rec": own, "rec_other": others})
+    return found
+
+
+def of_run(run):
+    """`by_position` of a run's test split. Raises OSError or ValueError where it is none."""
+    _, model, read = metrics.load_run(run)
+    if model.latent_dim == 0:
+        raise data.InputError("it is a language model: it has no z")
+    return by_position(model, read("test"))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("positions.py", description=__doc__.splitlines()[0])
+    parser.add_argument("run", metavar="RUN", help="finished run folder of train.py")
+    args = parser.parse_args(argv)
+    try:
+        found = of_run(args.run)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"positions.py: cannot use {args.run}: {error}")
+    print("tokens of a text    number     rec  rec_other  explained")
+    for row in found:
+        place = f"{row['start'] + 1} to {row['stop']}"
+        explained = row["rec_other"] - row["rec"]
+        print(
+            f"{place:16}{row['tokens']:10,}{row['rec']:8.3f}"
+            f"{row['rec_other']:11.3f}{explained:11.3f}"
+        )
+    print("Nats per token; explained: rec_other - rec.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Tests of the study: its commands, what it keeps, and its tables."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import data
+import train
+from extras import compare, pretrain, study, study_tables
+from extras.test_extras import home, one_thread  # noqa: F401 (fixtures)
+
+
+def settings(*flags):
+    return study.parse_args(list(flags))
+
+
+PAPERS = ("--model", "t5-small", "--deep", "t5-base", "--texts", "ptb", "snli", "yahoo", "yelp")
+
+
+@pytest.mark.parametrize("flags", [(), PAPERS])
+def test_commands_are_understood_and_stand_after_what_they_need(flags):
+    args = settings(*flags, "--results", "nowhere")
+    jobs = study.commands_left(study.study_jobs(args))
+    assert len(jobs) > 100
+    outs = [str(job.out) for job in jobs]
+    assert len(set(outs)) == len(outs)
+    for i, job in enumerate(jobs):
+        assert job.needs is None or str(job.needs.out) in outs[:i]
+        *_, script = [word for word in job.command if word in ("train.py", "extras.pretrain")]
+        if script == "train.py":
+            (parsed,) = train.parse_args(job.command[1:])
+            assert str(train.run_folder(parsed, parsed.phase)) == str(job.out)
+            assert parsed.limit is None or not args.model
+            if parsed.init and job.needs:
+                assert Path(parsed.init).is_relative_to(job.needs.out)
+        else:
+            assert str(job.out) == pretrain.parse_args(job.command[2:]).out
+    with pytest.raises(SystemExit):
+        train.parse_args([*jobs[-1].command[1:], "--no-such-flag"])
+
+
+def test_rows_of_a_random_start_are_not_repeated_where_all_start_from_it():
+    args = settings("--texts", "grammar", "captions", "--results", "nowhere")
+    rows = {str(job.result) for job in study.study_jobs(args)}
+    assert "nowhere/captions/r8-random/0" in rows
+    assert not any(row.startswith("nowhere/grammar/") and "random" in row for row in rows)
+    assert {f"nowhere/grammar/r8/{seed}" for seed in range(3)} <= rows
+    assert "nowhere/captions/r8/2" not in rows
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(home, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("t5")
+    shape = ["--d-model", 16, "--layers", 1, "--heads", 2, "--vocab-size", 60, "--steps", 0]
+    pretrain.main(["--dataset", home, *shape, "--out", out / "t5", "--device", "cpu"])
+    return out / "t5" / "model"
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path, capsys):  # noqa: F811
+    results, runs = tmp_path / "results", tmp_path / "runs"
+    flags = ["--model", str(tiny_t5), "--texts", home.name, "--data-dir", str(home.parent)]
+    flags += ["--results", str(results), "--runs", str(runs), "--rows", "lm", "r4", "--jobs", "2"]
+    foreign = runs / "model" / home.name / "r4" / "0" / "phase2" / "mine.txt"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("not a run's")
+    with pytest.raises(SystemExit, match="1 commands failed"):
+        study.main(flags)
+    assert "mine.txt" in capsys.readouterr().out  # the reason
+    kept = results / home.name
+    assert not (kept / "r4").exists()
+    foreign.unlink()
+
+    study.main(flags)  # the language model and phase 1 are not run again
+    out = capsys.readouterr().out
+    assert "r4" in out
+    assert "--no-latent" not in out
+    assert "--phase 1" not in out
+    config = read(kept / "r4" / "0" / "config.json")
+    assert {"machine", "commit", "minutes"} <= config.keys()
+    assert len(config["phase1_kl"]) == 4
+    assert sorted(path.name for path in (kept / "r4" / "0").iterdir()) == [
+        "config.json",
+        "metrics.json",
+    ]
+    folder = runs / "model" / home.name
+    expected = compare.compare(folder / "lm" / "0" / "lm", folder / "r4" / "0" / "phase2")
+    assert read(kept / "paired.json")["r4/0 - lm/0"]["nll"] == list(expected["nll"])
+    study.main(flags)
+    assert "0 of 2 rows are missing" in capsys.readouterr().out
+
+
+def test_mistakes_are_refused(capsys):
+    for flags in (["--texts", "my/texts"], ["--deep", "t5-base"], ["--rows", "r5"]):
+        with pytest.raises(SystemExit):
+            settings(*flags)
+    assert "r5" in capsys.readouterr().err
+
+
+def write_row(results, text, row, seed=0, **measures):
+    folder = results / text / row / str(seed)
+    folder.mkdir(parents=True)
+    measures = {"latent_dim": 32, "au": 32} | measures
+    data.write_json(folder / "metrics.json", measures)
+    data.write_json(folder / "config.json", {"phase1_kl": [0, 50.0, 90.0, 100.0, 101.0]})
+
+
+def test_tables_say_what_the_results_hold(tmp_path):
+    write_row(tmp_path, "ptb", "lm", rec=100.0, rec_se=0.5, latent_dim=0)
+    for seed, nll in enumerate((101.0, 103.0)):
+        write_row(tmp_path, "ptb", "r8", seed, nll=nll, nll_se=0.5, kl=8.0, efficiency=0.9)
+    pairs = {f"r8/{seed} - lm/{seed}": {"nll": [1.0 + 2 * seed, 0.1]} for seed in range(2)}
+    data.write_json(tmp_path / "ptb" / "paired.json", pairs)
+    lines = study_tables.tables(tmp_path)["price"].splitlines()
+    assert lines[2] == "| ptb: language model | 0 | NLL 100.00±0.50 | - | - | - |"
+    # Several seeds: the mean, and the standard deviation over them.
+    assert lines[3] == "| ptb: r8 | 8.00±0.00 | +2.00±1.41 | 0.90±0.00 | - | - |"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(2.0, "no"), (-2.0, "yes"), (0.15, "even"), (-0.15, "even")]
+)
+def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
+    write_row(tmp_path, "answers", "cold", swap_cost=5.0 + change, swap_cost_se=1.0)
+    write_row(tmp_path, "answers", "no-threshold", swap_cost=5.0, swap_cost_se=1.0)
+    pairs = {"cold/0 - no-threshold/0": {"swap_cost": [change, 0.1]}}
+    data.write_json(tmp_path / "answers" / "paired.json", pairs)
+    runs, paired = study_tables.read(tmp_path)
+    claim = study_tables.CLAIMS[0]  # cold < no-threshold
+    assert study_tables.verdict(claim, runs, paired, "answers").startswith(f"{said}: {5 + change}")
+    assert study_tables.verdict(claim, runs, paired, "ptb") == "-"
+
+
+def test_claims_and_pairs_name_rows_of_the_study():
+    rows = {row.name for row in study.ROWS}
+    for a, b in study_tables.pairs(rows):
+        assert {a, b} <= rows
+    assert set(study_tables.SYSTEMS) | set(study_tables.TARGETS) <= rows
