@@ -3,12 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import data
+import metrics
 import train
-from extras import compare, pretrain, study, study_tables
-from extras.test_extras import home, one_thread  # noqa: F401 (fixtures)
+from extras import compare, positions, pretrain, study, study_tables
+from extras.test_extras import EOS, home, one_thread  # noqa: F401 (fixtures)
+from test_vae import tiny_vae
 
 
 def settings(*flags):
@@ -91,7 +95,28 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
     expected = compare.compare(folder / "lm" / "0" / "lm", folder / "r4" / "0" / "phase2")
     assert read(kept / "paired.json")["r4/0 - lm/0"]["nll"] == list(expected["nll"])
     study.main(flags)
-    assert "0 of 2 rows are missing" in capsys.readouterr().out
+    assert "0 of 3 rows are missing" in capsys.readouterr().out  # lm has two seeds
+
+
+def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
+    model = tiny_vae()
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 14, 9)
+    ids = rng.integers(3, 64, lengths.sum()).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids[offsets[1:] - 1] = EOS
+    corpus = data.Corpus(ids, offsets, lengths, 0, 0, 0, 2, "")
+    rows = positions.by_position(model, corpus, batch_size=4)
+    assert sum(row["tokens"] for row in rows) == corpus.ids.size
+    columns = metrics.measure(model, corpus, batch_size=4, thorough=True)
+    for key in "rec", "rec_other":
+        total = sum(row["tokens"] * row[key] for row in rows)
+        assert total == pytest.approx(columns[key].sum().item(), rel=1e-5)
+    explained = [row["rec_other"] - row["rec"] for row in rows]
+    with torch.no_grad():
+        model.w_proj.weight.zero_()
+    ignored = positions.by_position(model, corpus, batch_size=4)
+    assert max(abs(row["rec_other"] - row["rec"]) for row in ignored) < 1e-6 < max(explained)
 
 
 def test_mistakes_are_refused(capsys):
