@@ -42,7 +42,7 @@ class Text:
 
     dataset: str
     limit: int | None = None  # of training texts; here about 0.3 million tokens per epoch
-    iw_samples: int = 20
+    iw_samples: int = 10
     width: int = 128
     seeds: int = 2  # of the rows with more than one
     positions: bool = False  # also measure where in a text z helps
