@@ -227,7 +227,7 @@ def study_jobs(args):
     """The jobs of all rows: seed 0 of all texts first, row by row; the wide ones last."""
     jobs = []
     for width in 128, 256:
-        for seed in range(3):
+        for seed in range(args.seeds):
             for row in ROWS if not args.rows else [r for r in ROWS if r.name in args.rows]:
                 for name in args.texts:
                     text = find_text(name, args)
@@ -354,6 +354,7 @@ def parse_args(argv):
     flag = parser.add_argument
     flag("--texts", nargs="+", default=list(TEXTS), help=f"({' '.join(TEXTS)})")
     flag("--rows", nargs="+", choices=[r.name for r in ROWS], metavar="ROW", help="only these")
+    flag("--seeds", type=at_least(1), default=3, help="at most so many per row (3)")
     flag("--model", help="start of all rows: a T5 of the hub, or a folder (pretrained here)")
     flag("--deep", help="that of the row paper-deep, with --model; without it the row is left out")
     flag("--data-dir", default="data", help="where the folders of the texts are (data)")
