@@ -150,7 +150,7 @@ def test_names_cover_nothing(results):
         assert not any(box.contains(*point) for point in points)
 
 
-def test_pictures_are_written_and_mistakes_are_one_line(results, tmp_path, capsys):
+def test_pictures_are_written_and_mistakes_are_one_line(results, tmp_path):
     for kind in "price", "buys", "plane":
         out = tmp_path / f"{kind}.png"
         plots.main([kind, "--results", str(results), "--out", str(out)])
