@@ -394,7 +394,7 @@ def draw_plane(results, text):
         if (folder == text or folder.startswith(text + "-")) and (points := points_of(runs))
     }
     if not folders:
-        raise ValueError(f"no row of {text} has a metrics.json")
+        raise ValueError(f"no row of {text} that is drawn has kl, rec and nll")
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     axes, handles = figure.subplots(), []
     named, lines = published(text)
