@@ -1,29 +1,34 @@
 """Pictures of runs. Needs `pip install -r extras/requirements.txt`.
 
     python -m extras.plots curves --out curves.png RUN ...
-    python -m extras.plots plane --out plane.png --points "KL target" RUN ... --points "x" RUN ...
-        [--lm NLL] [--entropy NATS] [--paper ptb]
-    python -m extras.plots map --out map.png RUN
+    python -m extras.plots price --out price.png [--results results]
+    python -m extras.plots buys --out buys.png [--results results]
+    python -m extras.plots plane --out plane-ptb.png [--text ptb] [--results results]
 
-curves: MI, AU, KL and PPL per word on the validation split. plane: the rate-distortion plane, KL
-across, rec up. map: the latents of `grammar`, by tense and by place.
+curves: MI, AU, KL and PPL per word on the validation split, of any runs. The others show the study,
+whose runs are results/<text>/<row>/<seed>. price: what a nat of KL costs in NLL, per text. buys:
+what it buys, in exact sentences and in rec. plane: KL across, rec up, for one text in all its
+folders (ptb, ptb-256), with the published rows where the paper has a table of it.
 """
 
 import argparse
+import itertools
 import json
 import math
+import re
+import statistics
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 
-import data
-import metrics
-from extras import paper_tables, probe
-from extras.flags import at_least
+from extras import paper_tables
 from train import INCIDENTAL
 
 PANELS = {
@@ -33,6 +38,24 @@ PANELS = {
     "PPL/word, of -ELBO": "ppl_word",
 }
 NOT_IN_LABELS = INCIDENTAL | {"start", "init", "data_sha256", "pool", "phases", "pooling"}
+
+# The study's rows by method, with the color and the marker of each. Other rows are not drawn.
+METHODS = {
+    "KL target": (r"r\d+", "#0072B2", "o"),
+    "the paper's systems": (r"paper-.+", "#D55E00", "^"),
+    "KL threshold": (r"threshold[\d.]+|recommended", "#009E73", "s"),
+    "annealing": (r"linear\d*|cyclical|constant", "#CC79A7", "D"),
+}
+TEXTS = {"grammar": "grammar", "captions": "captions", "ptb": "PTB", "answers": "answers"}
+TEXT_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+DEEP, DEEP_LM = "paper-deep", "lm-deep"  # has more layers than the other rows; its language model
+KL_TICKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)
+# Linear up to 4 nats, logarithmic beyond: 0, 8 and 96 nats must all be seen. The two parts have the
+# same slope where they meet.
+KL_SCALE = {"base": 2, "linthresh": 4, "linscale": 0.5 / math.log(2)}
+LM_LINE = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 1}
+# GPT-2's tokens per test sentence, counted, and the two marks that Optimus' perplexities count too.
+GPT2_TOKENS = {"ptb": 28.09}
 
 
 def run_labels(configs):
@@ -88,167 +111,376 @@ def panel_range(key, logs):
     return low - 0.03 * (high - low), high + 0.05 * (high - low) + 1e-3
 
 
-def draw_plane(groups, lm=None, entropy=None, paper=()):
-    """A matplotlib Figure of the rate-distortion plane: what z costs (KL) against what is left to
-    say (rec).
+# ---------------------------------------- the study's runs
 
-    Args: groups: {label: [measures, ...]}, points of one colour. lm, entropy: NLL of the language
-        model and entropy of the data, nats per sentence, drawn as lines of -ELBO. paper: rows of
-        `paper_tables.reread`, drawn in grey with their names.
+
+@dataclass
+class Point:
+    """A run of the study: results/<text>/<row>/<seed>."""
+
+    row: str
+    seed: str
+    method: str
+    measured: dict  # its metrics.json
+    fair: bool  # whether the language model that it is compared with has as many layers
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def read_results(folder):
+    """{text: (runs, pairs)} of the study; runs: {row: {seed: measures}}, pairs: paired.json."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    results = {}
+    for path in sorted(Path(folder).glob("*/*/*/metrics.json")):
+        text, row, seed = path.parts[-4:-1]
+        if text not in results:
+            paired = path.parents[2] / "paired.json"
+            results[text] = {}, read_json(paired) if paired.exists() else {}
+        results[text][0].setdefault(row, {})[seed] = read_json(path)
+    order = [*TEXTS, *results]
+    return dict(sorted(results.items(), key=lambda item: order.index(item[0])))
+
+
+def points_of(runs, *keys):
+    """The Points of a text that have these measures, method by method. All need nll: the end of a
+    phase 1 has none."""
+    return [
+        Point(row, seed, method, measured, row != DEEP or DEEP_LM in runs)
+        for method, (rows, _, _) in METHODS.items()
+        for row in sorted(runs)
+        if re.fullmatch(rows, row)
+        for seed, measured in sorted(runs[row].items())
+        if all(measured.get(key) is not None for key in (*keys, "kl", "rec", "nll"))
+    ]
+
+
+def above(point, runs, pairs):
+    """(NLL of a run minus what it is compared with, standard error), nats per sentence.
+
+    That is the entropy where it is known, else the NLL of the language model: the deep one for the
+    deep row if there is one; of the seed that it is paired with, else of its own, else the first.
+    Paired errors are far smaller than those of two means: the sentences are the same.
     """
-    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
-    axes = figure.subplots()
-    points = [(m["kl"], m["rec"]) for group in groups.values() for m in group]
-    points += [(float(row["kl"]), row["rec"]) for row in paper]
-    right = 1.1 * max(kl for kl, _ in points) + 0.5
-    low, high = min(rec for _, rec in points), max(rec for _, rec in points)
-    bottom, top = max(0, low - 0.08 * (high - low) - 0.5), high + 0.12 * (high - low) + 0.5
-    for bound, name, style in (lm, "language model", "-"), (entropy, "entropy", "--"):
-        if bound is not None:
-            axes.plot(
-                [0, bound],
-                [bound, 0],
-                style,
-                color="black",
-                linewidth=1,
-                label=f"{name}, {bound:.2f} nats",
-            )
-    step = 10 ** math.floor(math.log10(right + top)) / 2
-    for bound in np.arange(step, right + top, step):  # lines of equal -ELBO
-        axes.plot([0, bound], [bound, 0], color="0.88", linewidth=0.8, zorder=0)
-        if bottom < bound - right * 0.985 < top:
-            axes.annotate(
-                f"-ELBO {bound:g}",
-                (right, bound - right),
-                fontsize=7,
-                color="0.55",
-                ha="right",
-                va="bottom",
-            )
-    for label, group in groups.items():
-        group = sorted(group, key=lambda m: m["kl"])
-        axes.plot(
-            [m["kl"] for m in group], [m["rec"] for m in group], "o", markersize=5, label=label
-        )
-    for i, row in enumerate(
-        paper
-    ):  # neighbors have their names above and below, those at the right on their left
-        axes.plot(float(row["kl"]), row["rec"], "x", color="0.4")
-        left, up = float(row["kl"]) > 0.6 * right, 4 if i % 2 else -10
-        place = {
-            "xytext": (-4 if left else 4, up),
-            "textcoords": "offset points",
-            "ha": "right" if left else "left",
-        }
-        axes.annotate(row["name"], (float(row["kl"]), row["rec"]), fontsize=7, **place)
-    axes.set(xlim=(0, right), ylim=(bottom, top))
-    axes.set(
-        xlabel="KL: what z costs, nats per sentence",
-        ylabel="rec: what is left to say, nats per sentence",
-    )
-    axes.legend(fontsize=8, loc="upper right", framealpha=1)
-    return figure
+    nll, error = point.measured["nll"], point.measured.get("nll_se") or 0
+    if point.measured.get("entropy") is not None:
+        return nll - point.measured["entropy"], error
+    lm = DEEP_LM if point.row == DEEP and DEEP_LM in runs else "lm"
+    paired = {}
+    for seed in runs[lm]:
+        names = f"{point.row}/{point.seed}", f"{lm}/{seed}"
+        found = pairs.get(" - ".join(names)) or pairs.get(" - ".join(reversed(names))) or {}
+        if "nll" in found:
+            paired[seed] = found["nll"][1] or 0
+    seed = min(runs[lm], key=lambda seed: (seed not in paired, seed != point.seed, seed))
+    independent = math.hypot(error, runs[lm][seed].get("rec_se") or 0)
+    return nll - runs[lm][seed]["rec"], paired.get(seed, independent)
 
 
-def draw_map(model, corpora):
-    """A Figure of two principal components of mu on `grammar`'s test split, by tense and by place.
+def mean_nll(runs, row="lm"):
+    """NLL of a language model, which is its rec: the mean over its seeds."""
+    return statistics.fmean(measured["rec"] for measured in runs[row].values())
 
-    corpora: {"train": ..., "test": ...}; the probe's accuracies (trained on the first) stand in the
-    titles.
-    """
-    mu = {split: probe.posterior_means(model, corpus) for split, corpus in corpora.items()}
-    factors = {split: list(data.grammar_factors(split))[: len(mu[split])] for split in corpora}
-    centered = mu["test"] - mu["test"].mean(0)
-    axes_of = torch.linalg.svd(centered, full_matrices=False).Vh[:2]  # (2, Z)
-    xy = (centered @ axes_of.T).numpy()
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    for axes, factor in zip(figure.subplots(1, 2), ("tense", "where"), strict=True):
-        classes = {split: [f[factor] for f in factors[split]] for split in corpora}
-        accuracy, chance = probe.linear_probe(
-            mu["train"], classes["train"], mu["test"], classes["test"]
-        )
-        for i, value in enumerate(data.FACTORS[factor]):
-            at = [c == value for c in classes["test"]]
-            axes.scatter(
-                *xy[at].T, s=7, color=f"C{i}" if i < 10 else ("black", "gold")[i - 10], label=value
-            )
-        axes.set(
-            xticks=[],
-            yticks=[],
-            title=f"{factor}: a linear probe reads {accuracy:.0f} % (chance {chance:.0f} %)",
-        )
-        axes.legend(fontsize=7, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
+
+def text_name(folder):
+    """How figures call a folder: ptb-256 is PTB with a model of width 256."""
+    text, _, width = folder.partition("-")
+    return TEXTS.get(text, text) + (f", width {width}" if width else "")
+
+
+def names_of(points):
+    """What is written beside each of these points: the row, once for all of its seeds."""
+    names = []
+    for before, point in zip([None, *points], points, strict=False):
+        repeated = before is not None and before.row == point.row
+        short = re.sub(r"^threshold", "λ ", point.row.removeprefix("paper-"))
+        names.append(None if repeated else short)
+    return names
+
+
+# ---------------------------------------- what the pictures of the study share
+
+
+def look(point, color=None):
+    """Keywords that draw a point: the marker is its method's; the color too, unless given."""
+    _, own, marker = METHODS[point.method]
+    color = color or own
+    face = color if point.fair else "white"
+    style = {"marker": marker, "color": color, "markerfacecolor": face, "linestyle": ""}
+    return style | {"markersize": 5.5, "markeredgewidth": 1.2, "label": f"{point.row}/{point.seed}"}
+
+
+def legend_handles(points, color=None, hollow=True):
+    """A handle for each method that is drawn, and one for hollow points if there are any."""
+    handles = []
+    for method, (_, own, marker) in METHODS.items():
+        if any(point.method == method for point in points):
+            style = {"marker": marker, "color": color or own, "linestyle": ""}
+            handles.append(Line2D([], [], label=method, **style))
+    if hollow and not all(point.fair for point in points):
+        style = {"marker": METHODS["the paper's systems"][2], "color": "0.3", "linestyle": ""}
+        label = "hollow: deeper than the language model"
+        handles.append(Line2D([], [], label=label, markerfacecolor="white", **style))
+    return handles
+
+
+def set_kl_axis(axes, highest):
+    """KL across, on the scale of KL_SCALE, from 0 to beyond the highest."""
+    axes.set_xscale("symlog", **KL_SCALE)
+    axes.set(xlim=(-0.35, max(20, 1.4 * highest)), xlabel="KL, nats per sentence")
+    axes.set_xticks([tick for tick in KL_TICKS if tick <= axes.get_xlim()[1]])
+    axes.xaxis.set_major_formatter("{x:g}")
+
+
+def name_points(axes, points):
+    """Write names beside points [(x, y, name or None)], each where it covers neither a point nor
+    another name. One for which there is no room is left out."""
+    axes.figure.draw_without_rendering()  # only now it is known what lies where
+    reach = 4 * axes.figure.dpi / 72
+    taken = [
+        Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
+        for x, y in axes.transData.transform([point[:2] for point in points])
+    ]
+    inside = axes.bbox.padded(-reach)
+    sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+    places = [(away * dx, away * dy) for away in (6, 10, 15, 21) for dx, dy in sides]
+    for x, y, name in (point for point in points if point[2]):
+        for dx, dy in places:
+            align = {"ha": ("center", "left", "right")[(dx > 0) - (dx < 0)]}
+            align["va"] = ("center", "bottom", "top")[(dy > 0) - (dy < 0)]
+            style = {"fontsize": 7.5, "color": "0.2", "in_layout": False, **align}
+            style["path_effects"] = [withStroke(linewidth=2, foreground="white")]
+            text = axes.annotate(name, (x, y), (dx, dy), textcoords="offset points", **style)
+            box = text.get_window_extent()
+            if inside.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
+                taken.append(box.padded(reach / 2))
+                break
+            text.remove()
+
+
+# ---------------------------------------- price, buys, plane
+
+
+def draw_price(results):
+    """A Figure of what a nat of KL costs in NLL: a panel for each text with a language model."""
+    panels = {
+        text: points
+        for text, (runs, _) in results.items()
+        if "lm" in runs and (points := points_of(runs))
+    }
+    if not panels:
+        raise ValueError("no text has a language model (row lm) and a row to compare with it")
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(8, 1.2 + 3.2 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    named = {
+        axes: price_panel(axes, text, *results[text])
+        for axes, text in zip(grid.flat, panels, strict=False)
+    }
+    low = min(axes.dataLim.y0 for axes in named)  # with the ends of the error bars
+    high = max(axes.dataLim.y1 for axes in named)
+    first, points = grid[0, 0], sum(panels.values(), [])
+    first.set_yscale("symlog", linthresh=0.1, linscale=0.5)
+    first.set_ylim(min(-0.15, 1.5 * low), max(1, 2 * high))
+    first.yaxis.set_major_formatter("{x:g}")
+    set_kl_axis(first, max(point.measured["kl"] for point in points))
+    for axes in named:
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel(first.get_xlabel())
+    for row in grid:
+        row[0].set_ylabel("NLL above it, nats per sentence")
+    handles = legend_handles(points)
+    handles.append(Line2D([], [], **LM_LINE, label="the language model"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
     figure.suptitle(
-        "Posterior means of grammar's test sentences, first two principal components", fontsize=11
+        "What KL costs: NLL above the language model's, or above the known entropy", fontsize=11
     )
+    for axes, names in named.items():
+        name_points(axes, names)
     return figure
+
+
+def price_panel(axes, text, runs, pairs):
+    """Draw a text's points and its language model; returns [(KL, gap, name)] of the points."""
+    named, points = [], points_of(runs)
+    for point, name in zip(points, names_of(points), strict=True):
+        kl, (gap, error) = point.measured["kl"], above(point, runs, pairs)
+        axes.errorbar(kl, gap, error, **look(point), elinewidth=1, capsize=2)
+        named.append((kl, gap, name))
+    entropy = points[0].measured.get("entropy")
+    nll = mean_nll(runs)
+    axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    axes.axhline(0 if entropy is None else nll - entropy, **LM_LINE)
+    what = "language model" if entropy is None else "entropy"
+    nats = nll if entropy is None else entropy
+    axes.set_title(f"{text_name(text)}: {what} {nats:.2f} nats", fontsize=9.5)
+    axes.grid(alpha=0.25)
+    return named
+
+
+def draw_buys(results):
+    """A Figure of what KL buys: exact sentences, and what another sentence's z costs."""
+    texts = {}
+    for text, (runs, _) in results.items():
+        if points := points_of(runs, "rec_other", "exact_match"):
+            texts[text] = points
+    if not texts:
+        raise ValueError("no row has exact_match and rec_other in its metrics.json")
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    exact, swap = figure.subplots(1, 2)
+    handles = []
+    for (text, points), color in zip(texts.items(), itertools.cycle(TEXT_COLORS)):
+        for point in points:
+            m = point.measured
+            style = look(point, color) | {"markerfacecolor": color}
+            exact.plot(m["kl"], m["exact_match"], **style)
+            swap.plot(m["kl"], m["rec_other"] - m["rec"], **style)
+        handles.append(Patch(color=color, label=text_name(text)))
+    shown = sum(texts.values(), [])
+    highest = max(point.measured["kl"] for point in shown)
+    line = [*range(4), *(2**i for i in range(2, 9))]
+    (as_much,) = swap.plot(line, line, **LM_LINE, label="as much as its KL")
+    costs = [point.measured["rec_other"] - point.measured["rec"] for point in shown]
+    swap.set_yscale("symlog", **KL_SCALE)
+    low, high = min(-0.35, 1.35 * min(costs)), max(20, 1.35 * max(costs))
+    swap.set(ylim=(low, high), yticks=[t for t in (-16, -4, -2, *KL_TICKS) if low <= t <= high])
+    exact.set_yscale("symlog", linthresh=1, linscale=0.7)
+    exact.set(ylim=(-0.12, 150), yticks=(0, 1, 10, 100), title="Exact reconstructions")
+    exact.set_ylabel("% of the test sentences")
+    swap.set(title="Swap cost", ylabel="rec with another sentence's z - rec, nats")
+    for axes in exact, swap:
+        set_kl_axis(axes, highest)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.25)
+    handles += [*legend_handles(shown, "0.3", hollow=False), as_much]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)
+    figure.suptitle("What KL buys: exact sentences, and how much the decoder needs z", fontsize=11)
+    return figure
+
+
+def published(text):
+    """([(KL, rec, name)], {label: nats}): the corrected rows of the paper's table of a text, and
+    the language models that can be told from it."""
+    if text not in paper_tables.PAPER:
+        return [], {}
+    rows = {row["name"]: row for row in paper_tables.reread(text)}
+    points = []
+    for name, row in rows.items():
+        if row["rec"] is not None:
+            short = "paper: " * (row["unit"] == "T5 token") + name.split(" + ")[-1]
+            points.append((float(row["kl"]), row["rec"], short))
+    # In the paper's first row z is ignored: it is the language model of the next two.
+    lines = {"the paper's T5-small without z": rows["Max pool"]["neg_elbo"]}
+    if text in GPT2_TOKENS:
+        per_token = math.log(float(rows["GPT-2"]["ppl"]))
+        lines["GPT-2, from its perplexity"] = GPT2_TOKENS[text] * per_token
+    return points, lines
+
+
+def draw_plane(results, text):
+    """A Figure of the rate-distortion plane of a text: what z costs (KL) against what is left to
+    say (rec). A line is what a language model pays: rec + KL = its NLL."""
+    folders = {
+        folder: points
+        for folder, (runs, _) in results.items()
+        if (folder == text or folder.startswith(text + "-")) and (points := points_of(runs))
+    }
+    if not folders:
+        raise ValueError(f"no row of {text} that is drawn has kl, rec and nll")
+    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    axes, handles = figure.subplots(), []
+    named, lines = published(text)
+    for kl, rec, name in named:
+        (cross,) = axes.plot(kl, rec, "x", color="0.3", label=name)
+    for (folder, points), color in zip(folders.items(), itertools.cycle(TEXT_COLORS)):
+        for point, name in zip(points, names_of(points), strict=True):
+            axes.plot(point.measured["kl"], point.measured["rec"], **look(point, color))
+            named.append((point.measured["kl"], point.measured["rec"], name))
+        runs = results[folder][0]
+        for row, style in ("lm", "-"), (DEEP_LM, "--"):
+            if row in runs:
+                label = f"language model of {text_name(folder)}{', deep' * (row == DEEP_LM)}"
+                handles += diagonal(axes, label, mean_nll(runs, row), color, style)
+    entropy = next(iter(folders.values()))[0].measured.get("entropy")
+    if entropy is not None:
+        handles += diagonal(axes, "entropy", entropy, "black", "-")
+    for (label, nats), style in zip(lines.items(), ("--", ":"), strict=False):
+        handles += diagonal(axes, label, nats, "0.3", style)
+    handles += legend_handles(sum(folders.values(), []), "0.3")
+    if lines:
+        style = {"marker": "x", "color": "0.3", "linestyle": ""}
+        handles.append(Line2D([], [], label="published (paper: corrected)", **style))
+    kls, recs = ([point[i] for point in named] for i in (0, 1))
+    margin = 0.06 * (max(recs) - min(recs)) + 0.5
+    set_kl_axis(axes, max(kls))
+    axes.set_xlabel("KL: what z costs, nats per sentence")
+    axes.set(ylim=(max(0, min(recs) - margin), max(recs) + margin))
+    axes.set_ylabel("rec: what is left to say, nats per sentence")
+    axes.grid(alpha=0.25)
+    axes.set_title(
+        f"{text_name(text)}: rate and distortion; on a line, -ELBO is that model's NLL", fontsize=11
+    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
+    name_points(axes, named)
+    return figure
+
+
+def diagonal(axes, label, nats, color, style):
+    """The line rec + KL = nats, curved by the scale of KL."""
+    kl = [nats * i / 1000 for i in range(1001)]
+    rec = [nats - x for x in kl]
+    label = f"{label}: {nats:.2f}"
+    return axes.plot(kl, rec, style, color=color, linewidth=1, label=label, zorder=1)
+
+
+# ---------------------------------------- the command line
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="plots.py", description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for kind, runs in ("curves", "+"), ("plane", None), ("map", 1):
-        sub = kinds.add_parser(kind)
-        sub.add_argument("--out", required=True, metavar="PNG", help="File to write.")
-        if runs:
-            sub.add_argument("runs", nargs=runs, metavar="RUN", help="Run folder of train.py.")
-    flag = kinds.choices["plane"].add_argument
-    flag(
-        "--points",
-        nargs="+",
-        action="append",
-        required=True,
-        metavar=("LABEL", "RUN"),
-        help="Runs of one colour.",
-    )
-    flag(
-        "--lm",
-        type=at_least(0, float),
-        metavar="NATS",
-        help="NLL of the language model, drawn as a line.",
-    )
-    flag(
-        "--entropy",
-        type=at_least(0, float),
-        metavar="NATS",
-        help="Entropy of the data, drawn as a line.",
-    )
-    flag(
-        "--paper",
-        choices=paper_tables.PAPER,
-        help="Add the paper's rows of this data set, corrected.",
-    )
+    for kind in ("curves", "price", "buys", "plane"):
+        flag = kinds.add_parser(kind).add_argument
+        flag("--out", required=True, metavar="PNG", help="File to write.")
+        if kind == "curves":
+            flag("runs", nargs="+", metavar="RUN", help="Run folder of train.py.")
+            continue
+        flag("--results", default="results", metavar="DIR", help="The study's runs (results).")
+        if kind == "plane":
+            flag("--text", default="ptb", help="Folder of DIR, with those of other widths (ptb).")
     return parser.parse_args(argv)
+
+
+def read_logs(runs):
+    """{label: validation records} of run folders."""
+    configs, logs = {}, {}
+    for run in runs:
+        configs[run] = read_json(Path(run, "config.json"))
+        records = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
+        logs[run] = [record for record in records if record["split"] == "valid"]
+        if not logs[run]:
+            raise ValueError(f"{run}/log.jsonl has no record of the validation split")
+    labels = run_labels(configs)
+    return {labels[run]: records for run, records in logs.items()}
 
 
 def draw(args):
     """The Figure that a command asks for. Raises OSError, ValueError, KeyError where a run cannot
     be used."""
     if args.kind == "curves":
-        configs, logs = {}, {}
-        for run in args.runs:
-            configs[run] = json.loads(Path(run, "config.json").read_text())
-            records = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
-            logs[run] = [record for record in records if record["split"] == "valid"]
-            if not logs[run]:
-                raise ValueError(f"{run}/log.jsonl has no record of the validation split")
-        labels = run_labels(configs)
-        return draw_curves({labels[run]: records for run, records in logs.items()})
-    if args.kind == "plane":
-        groups = {
-            label: [json.loads(Path(run, "metrics.json").read_text()) for run in runs]
-            for label, *runs in args.points
-        }
-        rows = paper_tables.reread(args.paper) if args.paper else ()
-        return draw_plane(
-            groups, args.lm, args.entropy, [row for row in rows if row["rec"] is not None]
-        )
-    config, model, read = metrics.load_run(args.runs[0])
-    if config["dataset"] != "grammar":
-        raise ValueError(
-            f"the data set of {args.runs[0]} is {config['dataset']}; a map needs grammar's factors"
-        )
-    return draw_map(model, {split: read(split, limit=10_000) for split in ("train", "test")})
+        return draw_curves(read_logs(args.runs))
+    results = read_results(args.results)
+    if args.kind == "price":
+        return draw_price(results)
+    return draw_buys(results) if args.kind == "buys" else draw_plane(results, args.text)
 
 
 def main(argv=None):
