@@ -27,7 +27,8 @@ def seed_groups(configs, results):
     """
     groups, summaries = defaultdict(dict), {}
     for run, config in configs.items():
-        ignored = INCIDENTAL | {"seed", "init", "argv", "given"}  # two are of the first edition
+        ignored = INCIDENTAL | {"seed", "init"}
+        ignored |= {"argv", "given", "clip", "adam_eps"}  # of earlier editions
         recipe = {key: value for key, value in config.items() if key not in ignored}
         recipe["start"] = re.sub(r"\d+", "#", str(config.get("start")))  # warm-0 and warm-1
         recipe = json.dumps(recipe, sort_keys=True)
