@@ -264,8 +264,8 @@ def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0)
     </s> stays, and so does at least one other token: the one with the largest draw.
 
     input_ids, attention_mask: (B, T), padding on the right; index: (B,), the texts' numbers.
-    Returns: input_ids, attention_mask: (B, T' <= T), order kept. ValueError for other `prob`s than
-    in [0, 1).
+    Returns: input_ids, attention_mask: (B, T' <= T), order kept. Raises ValueError where prob is
+    not in [0, 1).
     """
     if not 0 <= prob < 1:
         raise ValueError(f"prob is {prob}; it must be in [0, 1)")
@@ -353,7 +353,7 @@ def processes():
 
 
 def prefetch(function, items):
-    """Yields function(item) for each item; a thread computes the next one meanwhile."""
+    """Yields function(item) for each item. A thread computes the next one meanwhile."""
     with ThreadPoolExecutor(1) as thread:
         ahead = None
         for item in items:

@@ -130,8 +130,7 @@ def measure(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off
 
 
 def gather(name, column):
-    """A column of all processes, each 0 where another has the sentence; FloatingPointError if not
-    finite."""
+    """The sum of a column over processes; each has zeros in the others' places. Refuses NaN."""
     if data.processes()[1] > 1:
         distributed.all_reduce(column)
     if not column.isfinite().all():
