@@ -27,9 +27,10 @@ def seed_groups(configs, results):
     """
     groups, summaries = defaultdict(dict), {}
     for run, config in configs.items():
-        ignored = INCIDENTAL | {"seed", "init"}
-        ignored |= {"argv", "given", "clip", "adam_eps"}  # of earlier editions
-        recipe = {key: value for key, value in config.items() if key not in ignored}
+        ignored = INCIDENTAL | {"seed", "init", "argv", "given"}  # two are of the first edition
+        # Two settings of earlier runs are constants now.
+        fixed = {"clip": 100.0, "adam_eps": 1e-8 if config.get("optimizer") != "adamw" else 1e-3}
+        recipe = {key: value for key, value in (fixed | config).items() if key not in ignored}
         recipe["start"] = re.sub(r"\d+", "#", str(config.get("start")))  # warm-0 and warm-1
         recipe = json.dumps(recipe, sort_keys=True)
         groups[recipe].setdefault(config["seed"], run)  # a seed counts once
