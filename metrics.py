@@ -1,8 +1,9 @@
 """Measures of a text VAE: rec, KL, -ELBO, NLL, PPL, MI, AU, and whether z is used.
 
-Estimators are functions of tensors; `evaluate` is the one place where a split becomes numbers, and
-`python metrics.py RUN ...` prints those of runs. Likelihoods are in nats, summed over a sentence's
-tokens (</s> included) and averaged over sentences. No number depends on the batch size.
+    python metrics.py RUN [RUN ...]     measures runs on their test split
+
+Likelihoods are in nats, summed over a sentence's tokens (</s> included) and averaged over
+sentences. No number depends on the batch size.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import data
 from data import InputError
 from vae import T5VAE, kl_divergence
 
+IW_SAMPLES = {1: 0, 2: 100}  # default K, by phase: phase 1 trains no density to be measured
 HALF = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: of matrix products
 
 
@@ -32,11 +34,9 @@ def log_normal(z, mu, logvar):
 def mutual_information(mu, logvar, z, chunk=256):
     """I(x; z) under q: E[log q(z|x)] - E[log q(z)], a scalar, nats (Hoffman & Johnson 2016).
 
-    q(z) is the mixture of the n posteriors given. The estimate cannot exceed ln n: never report it
-    without n. (He et al. 2019 take the first term in closed form. At the same z as the second, the
-    ceiling holds for each estimate, not only on average.)
-
-    mu, logvar, z: (n, Z), the posteriors of a split and a sample of each. Memory: O(chunk * n).
+    mu, logvar, z: (n, Z), the posteriors of a split and a sample of each; q(z) is their mixture.
+    The estimate cannot exceed ln n: never report it without n. (He et al. 2019 take the first term
+    in closed form; at the same z as the second, the ceiling holds for each estimate.)
     """
     mu, logvar, z = mu.double(), logvar.double(), z.double()
     # -2 log q(z_i|x_j) = sum over dimensions of (z_i - mu_j)^2 / var_j + logvar_j + ln 2 pi
@@ -51,22 +51,18 @@ def mutual_information(mu, logvar, z, chunk=256):
 
 
 def active_units(mu, threshold=0.01):
-    """The number of dimensions of mu (n, Z) with an unbiased variance above `threshold`.
-
-    n: the sentences of a split (Burda et al. 2016).
-    """
+    """The number of dimensions of mu (n, Z) whose unbiased variance over the n sentences of a split
+    is above `threshold` (Burda et al. 2016)."""
     return int((mu.double().var(0) > threshold).sum()) if len(mu) > 1 and mu.numel() else 0
 
 
 @torch.no_grad()
 def sample_posterior(model, batch, num_samples, seed=0):
-    """What K samples z ~ q(z|x) say about each sentence of a batch: (mu, logvar, z, rec, nll).
+    """What K samples z ~ q(z|x), functions of (seed, text), say about each sentence of a batch.
 
-    The importance-weighted NLL is -log of the mean over K of p(x|z) p(z) / q(z|x) (Burda et al.
-    2016, eq. 8). In expectation it is above -log p(x), and falls towards it with K.
-
-    The samples depend on (seed, batch.index) alone. Returns: mu, logvar, the first z: (B, Z); rec,
-    the mean over K, and nll: (B,), nats.
+    Returns: mu, logvar, the first z: (B, Z); rec, the mean over K: (B,), nats; the importance-
+    weighted NLL: (B,), nats: -log of the mean over K of p(x|z) p(z) / q(z|x) (Burda et al. 2016,
+    eq. 8). In expectation it is above -log p(x), and falls towards it with K.
     """
     mu, logvar = model.encode(batch.ids, batch.mask)
     zero, first, recs, log_weights = torch.zeros_like(mu), None, [], []
@@ -105,10 +101,11 @@ def measure(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off
     cycle = np.random.default_rng(seed).permutation(len(corpus))
     other = np.empty_like(cycle)
     other[cycle] = np.roll(cycle, 1)
-    batches, found = data.evaluation_order(corpus.lengths, batch_size), []
+    batches, columns = data.evaluation_order(corpus.lengths, batch_size), {}
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file gets a line each time
+    bar = {"leave": False, "disable": rank > 0, "delay": 5, "mininterval": interval}
     model.eval()
-    # A process without a share measures a batch that does not count: all must meet in the sums.
-    for index in progress_bar(batches[rank::world] or batches[:1], rank):
+    for index in tqdm(batches[rank::world] or batches[:1], "evaluating", **bar):
         batch = data.make_batch(corpus, index).to(device)
         with torch.autocast(device.type, HALF[amp], enabled=amp != "off"):
             mu, logvar, z, rec, nll_iw = sample_posterior(model, batch, samples, seed)
@@ -122,42 +119,31 @@ def measure(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off
             if thorough:
                 others = data.make_batch(corpus, other[index]).to(device)
                 values |= other_latents(model, batch, mu, others, seed)
-        found.append((batch.index, values))
+        place = batch.index.to(device, non_blocking=True)  # the CPU waits for nothing here
+        for name, value in values.items():
+            if name not in columns:
+                columns[name] = value.new_zeros(len(corpus), *value.shape[1:], dtype=torch.float64)
+            if rank < len(batches):  # else the batch is another's: it is measured to keep step
+                columns[name][place] = value.double()
     model.train(training)
-    return by_sentence(found, corpus, counts=rank < len(batches))
+    return {name: gather(name, column.cpu()) for name, column in columns.items()}
 
 
-def progress_bar(batches, rank):
-    """Shown after five seconds; where no terminal is, a line every half a minute."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(batches, "evaluating", leave=False, disable=rank > 0, delay=5, mininterval=interval)
-
-
-def by_sentence(found, corpus, counts):
-    """[(index, {name: (B, ...)})] of all processes -> {name: (n, ...)} on the CPU, float64.
-
-    Values leave the device only here, so that no batch waits for a copy. Raises FloatingPointError
-    where one is not finite.
-    """
-    columns = {}
-    for name, value in found[0][1].items():
-        column = torch.zeros(len(corpus), *value.shape[1:], dtype=torch.float64)
-        for index, values in found if counts else ():
-            column[index] = values[name].double().cpu()
-        if data.processes()[1] > 1:  # zero where another process has the sentence
-            distributed.all_reduce(column)
-        if not column.isfinite().all():
-            text = (~column.isfinite()).nonzero()[0, 0] + 1
-            raise FloatingPointError(f"{name} of text {text} of the split is not finite")
-        columns[name] = column
-    return columns
+def gather(name, column):
+    """The sum of a column over processes; each has zeros in the others' places. Refuses NaN."""
+    if data.processes()[1] > 1:
+        distributed.all_reduce(column)
+    if not column.isfinite().all():
+        text = (~column.isfinite()).nonzero()[0, 0] + 1
+        raise FloatingPointError(f"{name} of text {text} of the split is not finite")
+    return column
 
 
 def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off", seed=0):
     """The measures of a model on a split, without deletion or threshold: a flat dict for JSON.
 
     Args:
-        model: a T5VAE. It stays in the mode it was in; no global random state is read or advanced.
+        model: a T5VAE. It stays in its mode; no global random state is read or advanced.
         iw_samples: K of the importance-weighted NLL, 0: without it. rec is the mean over K samples.
         thorough: also rec with other latents, and the greedy reconstruction.
         amp: precision of matrix products, a key of HALF.
@@ -169,17 +155,16 @@ def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="of
 
 
 def summarize(columns, corpus, iw_samples):
-    """What `measure` found -> what `evaluate` returns. Sums are divided once, by their count."""
+    """What `measure` found -> what `evaluate` returns."""
     tokens, words = corpus.ids.size, int(corpus.words.sum())
-    bounds = {"": columns["rec"] + columns["kl"]}
-    if "nll_iw" in columns:
-        bounds["_iw"] = columns["nll_iw"]
     measured = means_and_errors(columns)
     if "hits" in columns:
         measured["token_accuracy"] = 100 * columns["hits"].sum().item() / tokens
+    bounds = {"": columns["rec"] + columns["kl"], "_iw": columns.get("nll_iw")}
     for suffix, nats in bounds.items():
-        measured["ppl_token" + suffix] = perplexity(nats, tokens)
-        measured["ppl_word" + suffix] = perplexity(nats, words)
+        if nats is not None:
+            measured["ppl_token" + suffix] = perplexity(nats, tokens)
+            measured["ppl_word" + suffix] = perplexity(nats, words)
     measured["mi"] = mutual_information(columns["mu"], columns["logvar"], columns["z"]).item()
     measured |= {"mi_n": len(corpus), "au": active_units(columns["mu"])}
     measured |= {"latent_dim": columns["mu"].shape[1], "iw_samples": iw_samples}
@@ -218,9 +203,8 @@ def means_and_errors(columns):
 def smaller_bound(columns):
     """The tighter, on average, of two upper bounds of -log p(x): (n,), nats.
 
-    rec with z from the prior (Jensen) is exact where z is ignored. The importance-weighted NLL is
-    exact where q is the true posterior, and too high where K samples of a q far from it miss where
-    p(x|z) p(z) is large. Not chosen per sentence: the minimum of two noisy numbers is biased.
+    rec with z from the prior (Jensen) is exact where z is ignored; the importance-weighted NLL
+    where q is the true posterior. Not per sentence: the minimum of noisy numbers is biased.
     """
     if columns["nll_iw"].mean() <= columns["rec_prior"].mean():
         return columns["nll_iw"]
@@ -250,16 +234,13 @@ def cell(measured, key):
 
 def format_table(runs, spread="standard error of the mean over sentences"):
     """{name: measures} -> text: a row per measure, called as in metrics.json, a column per run."""
-    rows = [["", *runs]]
+    width = max(14, *map(len, runs))
+    lines = [" " * 19 + "".join(f"  {run:>{width}}" for run in runs)]
     for key in dict.fromkeys(key for measured in runs.values() for key in measured):
         cells = [cell(measured, key) for measured in runs.values()]
         if not key.endswith("_se") and set(cells) != {"-"}:
-            rows.append([f"{key}, at most" if key in ("gain", "efficiency") else key, *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        right = [text.rjust(width) for text, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *right]))
+            label = f"{key}, at most" if key in ("gain", "efficiency") else key
+            lines.append(f"{label:19}" + "".join(f"  {text:>{width}}" for text in cells))
     return "\n".join([*lines, f"Nats per sentence, MI in nats. ±: {spread}; ±?: not estimated."])
 
 
@@ -290,11 +271,10 @@ def verdict(measured, target=0.0, lm_nll=None):
     return said
 
 
-def load_run(run, device="cpu", any_texts=False):
+def load_run(run, device="cpu"):
     """(config, model, read) of a run folder; read(split, limit=None) is a `Corpus` of its data.
 
-    Raises OSError or InputError where it is no run and, unless `any_texts`, where the texts are not
-    those that it was trained on.
+    Raises OSError or InputError where it is no run, or its texts have changed.
     """
     config = json.loads(Path(run, "config.json").read_text())
     if "data_sha256" not in config:
@@ -304,24 +284,19 @@ def load_run(run, device="cpu", any_texts=False):
     def read(split, limit=None):
         dataset, where = config["dataset"], (config["data_dir"], config["max_length"], limit)
         corpus = data.load_corpus(dataset, split, model.tokenizer, *where)
-        if corpus.sha256 != config["data_sha256"][split] and not any_texts:
-            raise InputError(
-                f"the {split} texts of {dataset} have changed since it was trained; "
-                "--any-texts measures it on them all the same"
-            )
+        if corpus.sha256 != config["data_sha256"][split]:
+            changed = f"the {split} texts of {dataset} have changed since it was trained"
+            raise InputError(f"{changed}; it is measured on the same texts only")
         return corpus
 
     return config, model, read
 
 
-def evaluate_run(run, iw_samples=None, device="cpu", amp="off", any_texts=False):
-    """(measures, columns) of a run's model on its test split.
-
-    iw_samples: by default 100; none for phase 1, which does not train a density.
-    """
-    config, model, read = load_run(run, device, any_texts)
+def evaluate_run(run, iw_samples=None, device="cpu", amp="off"):
+    """(measures, columns) of a run's model on its test split. iw_samples: 100; 0 for phase 1."""
+    config, model, read = load_run(run, device)
     if iw_samples is None:
-        iw_samples = 100 if config["phase"] == 2 else 0
+        iw_samples = IW_SAMPLES[config["phase"]]
     corpus = read("test")
     columns = measure(model, corpus, iw_samples=iw_samples, thorough=True, amp=amp)
     return summarize(columns, corpus, iw_samples), columns
@@ -330,26 +305,22 @@ def evaluate_run(run, iw_samples=None, device="cpu", amp="off", any_texts=False)
 def write_measures(run, measured, columns):
     """metrics.json, and sentences.npz: the values per sentence, for paired comparisons."""
     values = {name: column.numpy() for name, column in columns.items() if column.dim() == 1}
-    path = Path(run, "sentences.npz")
-    data.write_atomically(path, lambda file: np.savez_compressed(file, **values))
+    npz = Path(run, "sentences.npz")
+    data.write_atomically(npz, lambda file: np.savez_compressed(file, **values))
     data.write_json(Path(run, "metrics.json"), measured)
 
 
 def language_model_nll(run, config, named=None):
-    """The NLL of the language model to compare a run with: `named`, or lm/ beside the run, or None.
+    """NLL of the language model of the same test texts, `named` or lm/ beside the run; or None.
 
-    It has no latent and the same test texts. Raises InputError where `named` is no such run.
+    Raises InputError where `named` is no such run.
     """
     folder = Path(named or Path(run).parent / "lm")
-    try:
-        measured, its_config = (
-            json.loads((folder / name).read_text()) for name in ("metrics.json", "config.json")
-        )
-        same_texts = its_config["data_sha256"]["test"] == config["data_sha256"]["test"]
-        if measured["latent_dim"] == 0 and same_texts:
-            return measured["rec"]
-    except (OSError, ValueError, KeyError):
-        pass
+    measured = data.read_json(folder / "metrics.json")
+    its_texts = data.read_json(folder / "config.json").get("data_sha256", {}).get("test")
+    same = its_texts == config.get("data_sha256", {}).get("test")
+    if same and measured.get("latent_dim") == 0:
+        return measured["rec"]
     if named:
         raise InputError(f"--lm is {named}; it must be a finished --no-latent run on these texts")
     return None
@@ -364,7 +335,6 @@ def main(argv=None):
     flag("--device", choices=("cuda", "cpu"), default=device, help="where to compute")
     flag("--amp", choices=HALF, default="off", help="precision of matrix products (off: float32)")
     flag("--lm", metavar="RUN", help="language model to compare with (lm/ beside the run, if any)")
-    flag("--any-texts", action="store_true", help="also measure on changed texts; write nothing")
     args = parser.parse_args(argv)
     if args.iw_samples is not None and args.iw_samples < 1:
         parser.error(f"--iw-samples is {args.iw_samples}; it must be at least 1")
@@ -372,15 +342,14 @@ def main(argv=None):
         parser.error("--device is cuda, but torch finds no GPU")
     results, said = {}, []
     for run in args.runs:
-        settings = args.iw_samples, args.device, args.amp, args.any_texts
         try:
-            config = json.loads(Path(run, "config.json").read_text())
+            config = data.read_json(f"{run}/config.json")
             lm_nll = language_model_nll(run, config, args.lm)
-            results[run], columns = evaluate_run(run, *settings)
-            if args.any_texts or not Path(run, "metrics.json").exists():
-                said.append(f"{run}: not written (an unfinished run, or --any-texts)")
-            else:  # metrics.json marks a run as finished
+            results[run], columns = evaluate_run(run, args.iw_samples, args.device, args.amp)
+            if Path(run, "metrics.json").exists():  # it marks a run as finished
                 write_measures(run, results[run], columns)
+            else:
+                said.append(f"{run}: not written: the run is not finished")
         except (OSError, ValueError, FloatingPointError) as error:
             sys.exit(f"metrics.py: cannot use {run}: {error}")
         said.append(f"{run}: {verdict(results[run], config.get('kl_target'), lm_nll)}")

@@ -6,9 +6,8 @@
     python train.py --dataset ptb --phase 1      then --phase 2; without --phase, both
     python train.py                              a demonstration: no download, a few minutes
 
-A run is a folder. Cut short, it resumes with --resume added to its command, and ends with the same
-weights and log. `torchrun --nproc_per_node=N train.py ...` trains with N processes, to the same
-result.
+A run is a folder. Cut short, it resumes with --resume added to its command, to the same weights and
+log. `torchrun --nproc_per_node=N train.py ...` trains with N processes, to the same result.
 """
 
 import argparse
@@ -49,19 +48,20 @@ RECIPES = {
 }
 TINY = {"d_model": 128, "layers": 2, "heads": 4, "vocab_size": 4000}  # the shape of --model tiny
 VAE = ("latent_dim", "pooling", "pool_layers")  # what a saved model fixes
-# Settings that may differ when a run resumes: they name places, or change numbers by rounding.
+# Settings that may differ when a run resumes: they name places, or change only how numbers round.
 INCIDENTAL = {"command", "versions", "processes", "device", "amp", "out", "data_dir", "overwrite"}
 INCIDENTAL |= {"resume", "save_every", "iw_samples", "start"}
 RUN_FILES = ["metrics.json", "checkpoint.pt", "log.jsonl", "samples.txt", "sentences.npz"]
+MAX_GRADIENT_NORM = 100.0  # usual norms are tens: it limits what one odd batch can undo
 
 
 def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
-    """w(step), the weight of the KL in phase 2, in [0, 1]; `step` counts the steps taken.
+    """The weight of the KL in phase 2, in [0, 1], after `step` steps.
 
     It rises slowly: at full weight from the start, ignoring z is cheapest, and the decoder learns
-    to do without it (section 2.2.1). "linear" rises from 0 to 1 over `anneal_steps` and stays there
-    (Eq. 6). "cyclical" cuts `anneal_steps` into `cycles`, each rising linearly over its first
-    `ratio` and then at 1; after the last it stays at 1 (Fu et al. 2019). "constant" is 1.
+    to do without it (section 2.2.1). "linear" rises from 0 to 1 over `anneal_steps` (Eq. 6).
+    "cyclical" does so in each of `cycles` parts of them, over its first `ratio`, and stays at 1 for
+    the rest of it (Fu et al. 2019). "constant" is 1, and so are the others after `anneal_steps`.
     """
     if schedule == "constant" or step >= anneal_steps:
         return 1.0
@@ -73,8 +73,8 @@ def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5):
 class KLController:
     """Leads the KL of held-out texts to `target`, R nats per sentence, and holds it there.
 
-    A proportional-integral controller (as in Shao et al. 2020). After each step, with KL the mean
-    over the batch times `ratio`, which is held-out KL / training KL:
+    A proportional-integral controller (Shao et al. 2020). After each step, with KL the mean over
+    the batch times `ratio`, which is held-out KL / training KL:
 
         error    = min(1, (KL - R) / R)
         integral = clip(integral + clip(2 error, -1, 1) / anneal_steps, 0, 2)
@@ -105,9 +105,8 @@ class KLController:
 class RelativeAdamW(torch.optim.AdamW):
     """AdamW whose learning rate is in units of each weight's own RMS, at least 1e-3.
 
-    T5's weights begin at sizes from 0.008 (queries) to 1 (embeddings). A step of one size is too
-    large for some and too small for others, so T5 was pretrained with relative steps (Adafactor,
-    Shazeer & Stern 2018, section 8).
+    T5's weights begin at sizes from 0.008 (queries) to 1 (embeddings): one step size does not fit
+    all. T5 was pretrained with relative steps, too (Adafactor, Shazeer & Stern 2018, section 8).
     """
 
     @torch.no_grad()
@@ -130,10 +129,14 @@ class RelativeAdamW(torch.optim.AdamW):
             torch._foreach_sub_(steps, [settings["found_inf"]] * len(steps))
 
 
+OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, eps=1e-3)}  # appendix B
+OPTIMIZERS["adamw-rms"] = partial(RelativeAdamW, eps=1e-8)
+
+
 def train(model, corpora, args, out, log):
     """The training loop of both phases, from step 0 or from the checkpoint in the run folder `out`.
 
-    corpora: {"train": Corpus, "valid": Corpus}; args: the phase's settings; log: log.jsonl, open.
+    corpora: {split: Corpus}; args: the phase's settings; log: log.jsonl, open.
     """
     # 1 data
     corpus, (rank, world) = corpora["train"], data.processes()
@@ -143,22 +146,22 @@ def train(model, corpora, args, out, log):
     noise = {"denoise": args.denoise, "latent_dim": model.latent_dim, "seed": args.seed}
     # 2 model
     parallel = DistributedDataParallel(model) if world > 1 else model
-    # 3 optimizer. float16 has 5 bits of exponent: the loss is scaled up so that small gradients do
-    # not vanish, and the gradients are scaled back before the step. bfloat16 needs nothing.
+    # 3 optimizer. In float16 the loss is scaled up, so that small gradients do not vanish, and the
+    # gradients are scaled back before the step. bfloat16 needs nothing.
     trained = [p for p in model.parameters() if p.requires_grad and p.numel()]
-    adamw = RelativeAdamW if args.optimizer == "adamw-rms" else torch.optim.AdamW
-    optimizer = adamw(trained, lr=args.lr, eps=args.adam_eps, fused=True)
+    optimizer = OPTIMIZERS[args.optimizer](trained, lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     controller = KLController(args.kl_target, anneal_steps) if args.kl_target else None
     # 4 resume
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "controller": controller}
     weight = float(args.phase == 2 and args.kl_schedule == "constant")  # all others start at 0
     step, weight = load_checkpoint(out, log, parts, weight)
-    clock, saved_at = Clock(step, total_steps), time.monotonic()
+    saved_at = time.monotonic()
+    left = partial(time_left, step, total_steps, saved_at)
     # 5 loop
     for epoch in range(step // steps_per_epoch, args.epochs):
         if step % steps_per_epoch == 0:
-            record(log, step, "valid", validate(model, corpora, controller, noise, step))
+            record(log, step, "valid", validate(model, corpora, controller, noise))
         order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)
         order = order[step % steps_per_epoch :]
         load = partial(data.training_batch, corpus, epoch, **noise)
@@ -176,7 +179,7 @@ def train(model, corpora, args, out, log):
             # DistributedDataParallel takes the mean over processes: undone here.
             scaler.scale(terms[0] * world / len(index)).backward()
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
             means = read_means(terms, norm, len(index))
             check_finite(means, step, index, scaler)
             scaler.step(optimizer)  # does nothing where scaled gradients overflowed, ...
@@ -188,23 +191,22 @@ def train(model, corpora, args, out, log):
             elif args.phase == 2:
                 weight = kl_weight(step, args.kl_schedule, anneal_steps)
             if step % args.log_every == 0 or step == total_steps or "scale" in means:
-                record(log, step, "train", means, clock.left(step))
+                record(log, step, "train", means, left(step))
             if step % steps_per_epoch == 0 or time.monotonic() > saved_at + 60 * args.save_every:
                 save_checkpoint(out, log, parts, step, weight)
                 saved_at = time.monotonic()
-    record(log, step, "valid", validate(model, corpora, controller, noise, step))
+    record(log, step, "valid", validate(model, corpora, controller, noise))
 
 
 def seed_dropout(seed, step, rank):
-    """Dropout, all that draws from torch's generator, is a function of these: nothing to save."""
+    """Nothing but dropout draws from torch's generator, so there is no random state to save."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def read_means(terms, norm, count):
-    """{"loss", "rec", "kl": means over the sentences of all processes; "grad_norm"}: floats.
+    """{"loss", "rec", "kl": means over sentences, "grad_norm"}: the step's only synchronization.
 
-    terms: (3,), sums over this process's sentences; count: those of all. It is the only place of a
-    step where the CPU waits for the device.
+    terms: (3,), sums over this process's sentences; count: the sentences of all processes.
     """
     sums = terms.detach().double()
     if data.processes()[1] > 1:
@@ -216,33 +218,31 @@ def read_means(terms, norm, count):
 def check_finite(means, step, index, scaler):
     """FloatingPointError before a NaN or an infinity reaches the weights.
 
-    With float16, a gradient that overflows is no error: the step is skipped and the scale halved.
-    But a scale that falls below 1 shows that this goes on.
+    In float16 a gradient that overflows is no error (the step is skipped and the scale halved)
+    until the scale falls below 1.
     """
-    finite, overflow = math.isfinite(means["loss"]), not math.isfinite(means["grad_norm"])
-    advice = "try a smaller --lr"
+    loss, norm, advice = means["loss"], means["grad_norm"], "try a smaller --lr"
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
     if scaler.is_enabled():
         advice = "--resume with --amp off (or bf16): float16 overflows"
-        if finite and overflow:
+        if math.isfinite(loss):
             means["scale"] = scaler.get_scale()  # with it the step is recorded
             if means["scale"] >= 1:
-                overflow, means["grad_norm"] = False, 0.0
-    if not finite or overflow:
-        raise FloatingPointError(
-            f"step {step}: the loss is {means['loss']}, the norm of its gradient "
-            f"{means['grad_norm']}, in the batch of texts {sorted(index.tolist())}; {advice}"
-        )
+                means["grad_norm"] = 0.0
+                return
+    raise FloatingPointError(
+        f"step {step}: the loss is {loss}, the norm of its gradient {norm}, "
+        f"in the batch of texts {sorted(index.tolist())}; {advice}"
+    )
 
 
-def validate(model, corpora, controller, noise, step):
-    """The measures of the validation split. The controller learns how KL in training compares.
+def validate(model, corpora, controller, noise):
+    """The measures of the validation split. The controller learns how the KL in training compares.
 
     Overfitting and dropout raise it above that of held-out texts, deletion lowers it.
     """
-    try:
-        measured = metrics.evaluate(model, corpora["valid"])
-    except FloatingPointError as error:
-        raise FloatingPointError(f"step {step}: {error}; try a smaller --lr") from error
+    measured = metrics.evaluate(model, corpora["valid"])
     if controller:
         torch.manual_seed(noise["seed"])
         some = np.linspace(0, len(corpora["train"]) - 1, 3000, dtype=int).reshape(-1, 50)
@@ -258,19 +258,14 @@ def validate(model, corpora, controller, noise, step):
     return measured
 
 
-class Clock:
-    """Steps per second since the start or the resumption, and the time that is left."""
-
-    def __init__(self, step, total_steps):
-        self.first, self.total, self.started = step, total_steps, time.monotonic()
-
-    def left(self, step):
-        rate = (step - self.first) / (time.monotonic() - self.started)
-        return f"; {rate:.1f} steps/s, {(self.total - step) / rate / 60:.0f} min left"
+def time_left(first, total, started, step):
+    """For the screen: the rate since the step `first`, taken at `started`, and what is left."""
+    rate = (step - first) / (time.monotonic() - started)
+    return f"; {rate:.1f} steps/s, {(total - step) / rate / 60:.0f} min left"
 
 
 def record(log, step, split, values, more=""):
-    """A line of log.jsonl, and what of it is worth a look on the screen."""
+    """A line of log.jsonl, and its main numbers on the screen."""
     log.write(json.dumps({"step": step, "split": split} | values) + "\n")
     names = [n for n, v in values.items() if isinstance(v, float) and not n.endswith("_se")]
     shown = ", ".join(f"{name} {values[name]:.3g}" for name in names[:6])
@@ -278,7 +273,7 @@ def record(log, step, split, values, more=""):
 
 
 def save_checkpoint(out, log, parts, step, weight):
-    """Written atomically: a kill or a full disk leaves the one before."""
+    """Write checkpoint.pt; a kill or a full disk leaves the one before."""
     if data.processes()[0] == 0:
         os.fsync(log.fileno())
         state = {name: part.state_dict() if part else {} for name, part in parts.items()}
@@ -293,8 +288,8 @@ def load_checkpoint(out, log, parts, weight):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged zip file or pickle leads to
-            kind = type(error).__name__
-            raise InputError(f"{path} is damaged ({kind}): start over with --overwrite") from error
+            advice = f"({type(error).__name__}): start over with --overwrite"
+            raise InputError(f"{path} is damaged {advice}") from error
         for name, part in parts.items():
             if state[name]:  # a loss scaler that was off has no state
                 part.load_state_dict(state[name])
@@ -310,15 +305,6 @@ def run_folder(args, phase):
     return Path(parent, "lm" if args.latent_dim == 0 else f"phase{phase}")
 
 
-def read_config(folder):
-    """config.json of a folder, {} where there is none that is a dict."""
-    try:
-        config = json.loads(Path(folder, "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
 def find_files(out, mark, own):
     """The names of the files in a folder, hidden and partial ones aside.
 
@@ -326,14 +312,14 @@ def find_files(out, mark, own):
     """
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
     found = {name for name in found if name[0] != "." and not name.endswith(".partial")}
-    foreign = found - own if mark in read_config(out) else found
+    foreign = found - own if mark in data.read_json(out / "config.json") else found
     if foreign:
         raise InputError(f"{out} holds {min(foreign)}, which no run wrote: give another --out")
     return found
 
 
 def claim_folders(settings):
-    """InputError where a run folder holds what must stay: all of them, before the first run."""
+    """InputError where a run folder holds what must stay."""
     resume = settings[0].resume
     for args in settings:
         out = run_folder(args, args.phase)
@@ -353,15 +339,9 @@ def start_over(out, config, later):
     data.write_json(out / "config.json", config)
 
 
-def barrier():
-    """All processes see what the first one wrote or deleted."""
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
 def check_same(out, now):
     """InputError where a setting that matters differs from the config.json of the run `out`."""
-    before, now = read_config(out), json.loads(json.dumps(now))
+    before, now = data.read_json(out / "config.json"), json.loads(json.dumps(now))
     for name in sorted(now.keys() - INCIDENTAL):
         if before.get(name) != now[name]:
             change = f"{name} was {before.get(name)!r}, not {now[name]!r}"
@@ -376,10 +356,10 @@ def tiny_config(args, vocab_size):
 
 
 def load_start(args):
-    """The model that a phase starts from, and sets in `args` what the model fixes.
+    """The model of --init, else of phase 1 for phase 2 of a VAE, else --model.
 
-    It is that of --init, else of the run of phase 1 for phase 2 of a VAE, else --model. Raises
-    InputError where there is none, or where a flag contradicts it.
+    Sets in `args` what the model fixes. Raises InputError where there is no such model, or where a
+    flag contradicts it.
     """
     start = "t5-small" if args.model is None else args.model
     if args.init is not None:
@@ -387,12 +367,11 @@ def load_start(args):
     elif args.phase == 2 and args.latent_dim != 0:
         start = str(run_folder(args, 1))
     asked = {name: getattr(args, name) for name in VAE if getattr(args, name) is not None}
-    args.start, made = start, read_config(start)
+    args.start, made = start, data.read_json(Path(start, "config.json"))
     try:
         if start == "tiny":
-            for name, value in TINY.items():
-                made[name] = getattr(args, name) or value
-                setattr(args, name, made[name])
+            made = {name: getattr(args, name) or value for name, value in TINY.items()}
+            vars(args).update(made)
             texts = [text for text in data.read_texts(args.dataset, "train", args.data_dir) if text]
             tokenizer = data.train_tokenizer(texts[: args.limit], args.vocab_size)
             model = T5VAE(tiny_config(args, len(tokenizer)).to_dict(), **asked)
@@ -405,14 +384,11 @@ def load_start(args):
             model, made = T5VAE.from_t5(start, **asked), {}
     except OSError as error:
         hint = "run phase 1 first" if start.endswith("phase1") else "--model tiny needs no download"
-        reason = str(error).partition("\n")[0]
-        message = f"phase {args.phase} cannot start from {start}: {reason}; {hint}"
+        message = f"phase {args.phase} cannot start from {start}: {data.one_line(error)}; {hint}"
         raise InputError(message) from error
-    if (model.latent_dim == 0) != (args.latent_dim == 0):
-        is_a, no_start_of = "a language model", "a VAE"
-        if model.latent_dim:
-            is_a, no_start_of = no_start_of, is_a
-        raise InputError(f"{start} is {is_a}: {no_start_of} cannot start from it")
+    kinds = ["a language model" if z == 0 else "a VAE" for z in (model.latent_dim, args.latent_dim)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{start} is {kinds[0]}: {kinds[1]} cannot start from it")
     inherit(args, {"model": start} | made | {name: getattr(model, name) for name in VAE})
     return model
 
@@ -429,9 +405,8 @@ def inherit(args, made):
             ours, theirs = Path(ours).resolve(), Path(theirs).resolve()
         if ours is not None and ours != theirs:
             flag = "pool" if name == "pooling" else name.replace("_", "-")
-            raise InputError(
-                f"--{flag} is {getattr(args, name)}, but {args.start} has {made.get(name)}"
-            )
+            given = f"--{flag} is {getattr(args, name)}"
+            raise InputError(f"{given}, but {args.start} has {made.get(name)}")
 
 
 def prepare(model, args):
@@ -457,20 +432,9 @@ def load_corpora(model, args):
         limit = args.limit if split == "train" else None
         rest = args.data_dir, args.max_length, limit
         corpora[split] = c = data.load_corpus(args.dataset, split, model.tokenizer, *rest)
-        size = f"{len(c):,} texts, {c.ids.size:,} tokens"
-        print(
-            f"{split}: {size}; {c.truncated:,} cut at {args.max_length}, {c.skipped:,} lines empty"
-        )
+        left_out = f"{c.truncated:,} cut at {args.max_length}, {c.skipped:,} lines empty"
+        print(f"{split}: {len(c):,} texts, {c.ids.size:,} tokens; {left_out}")
     return corpora
-
-
-def set_optimizer(args):
-    """The learning rate and epsilon that suit the optimizer, unless flags gave others."""
-    lr, eps = 1e-3, 1e-3
-    if args.optimizer == "adamw-rms":  # no checkpoint of long pretraining has been tried with it
-        lr, eps = 2e-2 if args.model == "tiny" else 5e-3, 1e-8
-    args.lr = lr if args.lr is None else args.lr
-    args.adam_eps = eps if args.adam_eps is None else args.adam_eps
 
 
 def run_phase(args, later=()):
@@ -484,8 +448,10 @@ def run_phase(args, later=()):
     torch.manual_seed(args.seed)
     data.read_texts(args.dataset, "train", args.data_dir)  # before a model is fetched
     model = load_start(args)
+    if args.lr is None:  # no checkpoint of long pretraining has been tried with relative steps
+        relative = 2e-2 if args.model == "tiny" else 5e-3
+        args.lr = 1e-3 if args.optimizer == "adamw" else relative
     corpora = load_corpora(model, args)
-    set_optimizer(args)
     config = vars(args) | {"processes": data.processes()[1]}
     config["data_sha256"] = {split: corpus.sha256 for split, corpus in corpora.items()}
     config["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, np)}
@@ -493,7 +459,8 @@ def run_phase(args, later=()):
         check_same(out, config)
     elif first:  # nothing is deleted before the command has shown that it works
         start_over(out, config, later)
-    barrier()
+    if distributed.is_initialized():
+        distributed.barrier()  # the files are as the first process left them
     prepare(model, args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {args.phase} starts from {args.start} and trains {trained:,} parameters")
@@ -501,15 +468,15 @@ def run_phase(args, later=()):
         train(model, corpora, args, out, log)
     if first:
         model.save_pretrained(out / "model")
-    # Importance weighting measures a density, which phase 1 does not train: there it takes a flag.
-    iw_samples = args.iw_samples or (100 if args.phase == 2 else 0)
+    iw_samples = args.iw_samples or metrics.IW_SAMPLES[args.phase]
     columns = metrics.measure(model, corpora["test"], iw_samples=iw_samples, thorough=True)
     if first:
         measured = metrics.summarize(columns, corpora["test"], iw_samples)
         report(model, corpora["test"], measured, args, out)
         metrics.write_measures(out, measured, columns)
         (out / "checkpoint.pt").unlink(missing_ok=True)
-    barrier()  # the next phase reads what the first process wrote
+    if distributed.is_initialized():
+        distributed.barrier()  # the next phase reads what the first process wrote
 
 
 def report(model, corpus, measured, args, out):
@@ -527,7 +494,7 @@ def report(model, corpus, measured, args, out):
     for text in model.decode_texts(z, do_sample=model.latent_dim == 0, **longest):
         lines.append(f"sampled        {text}")
     (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    lm_nll = metrics.language_model_nll(out, read_config(out))
+    lm_nll = metrics.language_model_nll(out, data.read_json(out / "config.json"))
     print(metrics.format_table({str(out): measured}))
     print(metrics.verdict(measured, args.kl_target, lm_nll), *lines, sep="\n")
 
@@ -557,11 +524,9 @@ def make_parser():
     flag("--phase", type=int, choices=(1, 2), help="(both, in order)")
     flag("--epochs", type=int, help="(paper: 5 and 3; best: 4 and 10)")
     flag("--batch-size", type=int, default=32, help="sentences per step, of all processes (32)")
-    flag("--optimizer", choices=("adamw", "adamw-rms"), help="rms: relative to each weight's RMS")
+    flag("--optimizer", choices=OPTIMIZERS, help="rms: relative to each weight's RMS")
     flag("--lr", type=float, help="learning rate (adamw: 1e-3; adamw-rms: tiny 2e-2, else 5e-3)")
     flag("--lr-schedule", choices=("constant", "linear"), help="linear: falls to 0 at the end")
-    flag("--adam-eps", type=float, help="(adamw: 1e-3; adamw-rms: 1e-8)")
-    flag("--clip", type=float, default=100.0, help="largest norm of the gradient (100); 0: any")
     flag("--init", help="run or model to start from (phase 2: the run of phase 1)")
     flag("--freeze-decoder", action=optional, help="in phase 1 (paper: yes; best: no)")
     flag("--kl-target", type=float, help="KL to end with, nats per sentence; 0: follow a schedule")
@@ -582,10 +547,9 @@ def make_parser():
 
 
 POSITIVE = ("limit", "latent_dim", "batch_size", "log_every", "iw_samples", *TINY)
-NOT_NEGATIVE = ("epochs", "lr", "adam_eps", "clip", "save_every", "kl_target", "kl_threshold")
+NOT_NEGATIVE = ("epochs", "lr", "save_every", "kl_target", "kl_threshold", "kl_anneal_epochs")
 LIMITS = dict.fromkeys(POSITIVE, (1, math.inf)) | dict.fromkeys(NOT_NEGATIVE, (0, math.inf))
-LIMITS |= {"max_length": (2, math.inf), "kl_anneal_epochs": (0, math.inf)}
-LIMITS |= {"denoise": (0, 1), "dropout": (0, 1), "seed": (0, 2**63)}
+LIMITS |= {"max_length": (2, math.inf), "denoise": (0, 1), "dropout": (0, 1), "seed": (0, 2**63)}
 
 
 def check_args(parser, args):
@@ -645,10 +609,8 @@ def parse_args(argv):
     if args.dataset is None:
         changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
         if changed - {"resume", "overwrite", "out", "seed"}:
-            parser.error(
-                "--dataset is missing (a demonstration, without it, takes only --resume, "
-                "--overwrite, --out and --seed)"
-            )
+            others = "the demonstration takes only --resume, --overwrite, --out and --seed"
+            parser.error(f"--dataset is missing ({others})")
         args.dataset, args.model, args.recipe = "grammar", "tiny", "demo"
         print("The demonstration: --dataset grammar --model tiny --recipe demo")
     check_args(parser, args)
@@ -660,22 +622,6 @@ def parse_args(argv):
     both = [phase_settings(args, 1), phase_settings(args, 2)]
     both[1].init = None  # phase 2 starts from phase 1
     return both
-
-
-def describe_device(args):
-    """Where and how it computes, with the reason where a GPU might have been expected."""
-    said = f"device {args.device}, precision {args.amp}"
-    if args.device == "cuda":
-        return f"{said}: {torch.cuda.get_device_name()}"
-    if not torch.cuda.is_available():
-        try:
-            torch.cuda.init()
-        except Exception as error:  # no build for CUDA, no driver or an old one, no GPU
-            said += f" (no CUDA: {str(error).splitlines()[0]})"
-    able = torch.cpu.get_capabilities()
-    if args.amp == "bf16" and not (able.get("avx512_bf16") or able.get("amx_bf16")):
-        said += "; this CPU has no units for bf16, and --amp off will be faster"
-    return said
 
 
 def main(argv=None):
@@ -692,7 +638,8 @@ def main(argv=None):
     rank = data.processes()[0]
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
-            print(describe_device(settings[0]))
+            name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+            print(f"device {name}, precision {settings[0].amp}")
             claim_folders(settings)
             for i, args in enumerate(settings):
                 run_phase(args, [run_folder(after, after.phase) for after in settings[i + 1 :]])

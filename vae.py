@@ -24,19 +24,15 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import transformers
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    DynamicCache,
-    EncoderDecoderCache,
-)
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
-from data import InputError, detokenize, pad, tokenize
+from data import InputError, detokenize, one_line, pad, tokenize
 
+PAPER = "https://aclanthology.org/2021.insights-1.5/"
 FAMILY = ("t5", "mt5", "umt5")  # supported `model_type`s; v1.1, flan, ByT5, UL2 are "t5" too
 WEIGHTS = "model.safetensors"
 POOLINGS = ("max", "mean", "last")
@@ -47,7 +43,7 @@ def pool(hidden, attention_mask, pooling="max"):
     """One vector per sentence from the states of its real tokens (section 2.2.5).
 
     hidden: (B, T, D); attention_mask: (B, T), 1 on real tokens, at least one per row; pooling:
-    "max" or "mean" over the tokens, or the state of the "last" one. Returns: (B, D).
+    "max", "mean", or "last", the last token's state. Returns: (B, D).
     """
     real = attention_mask.bool()[:, :, None]  # (B, T, 1)
     if pooling == "max":
@@ -59,18 +55,16 @@ def pool(hidden, attention_mask, pooling="max"):
 
 
 class LatentCrossAttention(nn.Module):
-    """Cross-attention with one key: T5's, without the parts that cannot matter.
+    """Cross-attention with one key, which replaces a decoder block's `layer[1]`.
 
-    A softmax over a single key is 1, whatever the query. So every query receives the value itself:
-    layer l adds W_o m[:, l] to every position. The query and key projections, and the layer norm
-    before them, cannot influence anything. It replaces a decoder block's `layer[1]`.
+    A softmax over a single key is 1, whatever the query, so layer l adds W_o m[:, l] to every
+    position. T5's query and key projections, and the layer norm before them, cannot matter.
     """
 
     def __init__(self, cross_attention, layer, unread):
         super().__init__()
         self.layer, self.unread = layer, unread  # T5 expects outputs that nobody reads
-        self.o = cross_attention.EncDecAttention.o
-        self.dropout = cross_attention.dropout
+        self.o, self.dropout = cross_attention.EncDecAttention.o, cross_attention.dropout
 
     def forward(self, hidden_states, key_value_states=None, encoder_hidden_states=None, **kwargs):
         # The memory has the first name in T5, the second in umT5.
@@ -86,9 +80,9 @@ def in_float16(tensor):
 
 
 class Float32Output(nn.Linear):
-    """`wo` of a feed-forward layer: in float32 where autocast has float16, and only there.
+    """`wo` of a feed-forward layer, in float32 where autocast has float16.
 
-    Pretrained T5s, all but t5-small, exceed 65,504 in this place, the largest float16.
+    All pretrained T5s but t5-small exceed the largest float16, 65,504, in this place.
     """
 
     def forward(self, x):
@@ -99,7 +93,7 @@ class Float32Output(nn.Linear):
 
 
 class Float32Activation(nn.Module):
-    """The activation before `wo`, for the same reason: gelu cubes its input, a gate multiplies."""
+    """The activation before `wo`, likewise: gelu cubes its input, a gate multiplies."""
 
     def __init__(self, activation):
         super().__init__()
@@ -114,14 +108,11 @@ def kl_divergence(mu, logvar):
     return 0.5 * (mu**2 + logvar.exp() - logvar - 1)
 
 
-PAPER = "https://aclanthology.org/2021.insights-1.5/"
-
-
 class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
     """q(z|x) and p(x|z) on the two halves of a T5.
 
-    `T5VAE.from_t5("t5-small")` starts from a pretrained T5, `T5VAE.from_pretrained(folder)` loads a
-    saved VAE; both are in eval mode. `save_pretrained` and `push_to_hub` are ModelHubMixin's.
+    `from_t5` starts from a pretrained T5, `from_pretrained` loads a saved VAE; both are in eval
+    mode. `save_pretrained` and `push_to_hub` are ModelHubMixin's.
 
     Args:
         t5_config: `T5Config.to_dict()`; the weights are random here. "tie_word_embeddings" says
@@ -168,19 +159,41 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
     def from_t5(cls, name_or_path, latent_dim=32, pooling="max", pool_layers="last"):
         """A VAE around a pretrained T5, from the hub or a directory, with its tokenizer.
 
-        All pretrained weights are kept except those that have nothing left to do (see
-        `LatentCrossAttention`); W_mu, W_logvar and W_proj are new. Raises OSError where there is no
-        such checkpoint, and InputError where it is none of FAMILY, incomplete or contradictory.
+        All weights are kept that can matter (see `LatentCrossAttention`); W_mu, W_logvar and W_proj
+        are new. Raises OSError where there is no such checkpoint, and InputError where it is none
+        of FAMILY, incomplete or contradictory.
         """
-        config, tokenizer, t5 = read_checkpoint(name_or_path)
+        try:
+            config = AutoConfig.from_pretrained(name_or_path)
+            kind = config.model_type
+            if kind not in FAMILY:
+                raise ValueError(f"it is a {kind}; it must be one of {', '.join(FAMILY)}")
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+            check_vocabulary(config, tokenizer)  # before the weights are fetched: they are large
+            t5, info = AutoModelForSeq2SeqLM.from_pretrained(
+                name_or_path,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused here, by name
+            )
+            wrong = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+            if wrong:  # transformers would leave them random
+                count = f"{len(wrong)} weights are missing or of another shape"
+                raise ValueError(f"{count}, e.g. {min(wrong)}")
+        except Exception as error:  # whatever foreign or damaged files lead to
+            if isinstance(error, OSError) and error.errno is None:  # there is no such checkpoint
+                raise
+            message = f"{name_or_path} is no T5 to start from: {one_line(error)}"
+            raise InputError(message) from error
         t5_config = config.to_dict()
         t5_config["tie_word_embeddings"] = t5.lm_head.weight is t5.shared.weight
         t5_config.pop("_name_or_path", None)  # a path on this machine says nothing elsewhere
         vae = cls(t5_config, latent_dim, pooling, pool_layers)
         # Weights only: a checkpoint may bring beams or penalties of its own. Strict: none is lost.
-        weights = t5.state_dict()
-        old_o, new_o = "layer.1.EncDecAttention.o", "layer.1.o"
-        weights = {name.replace(old_o, new_o): weight for name, weight in weights.items()}
+        weights = {
+            name.replace("layer.1.EncDecAttention.o", "layer.1.o"): weight
+            for name, weight in t5.state_dict().items()
+        }
         vae.t5.load_state_dict({name: weights[name] for name in vae.t5.state_dict()})
         vae.tokenizer = tokenizer
         return vae.eval()
@@ -197,8 +210,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         if self.latent_dim == 0:  # a language model has nothing to encode
             empty = torch.zeros(len(input_ids), 0, device=input_ids.device)
             return empty, empty
-        # Additive, so that every attention implementation masks. With four axes: given two, T5
-        # would ask whether the mask hides anything, and the CPU would wait for the answer.
+        # Additive: every attention implementation masks. Of four axes: given two, T5 would ask
+        # whether the mask hides anything, and the CPU would wait for the answer.
         dtype = self.t5.shared.weight.dtype
         mask = (1 - attention_mask[:, None, None].to(dtype)) * torch.finfo(dtype).min
         every_layer = self.pool_layers == "all"
@@ -220,11 +233,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         return mu + (logvar / 2).exp() * eps
 
     def memory(self, z):
-        """(B, Z) -> (B, L, A*S): row l is what decoder layer l attends to (Eq. 5).
-
-        Each sentence's memory comes from its own z: `view` splits the last axis, no two axes mix.
-        """
+        """(B, Z) -> (B, L, A*S): row l is what decoder layer l attends to (Eq. 5)."""
         memory = self.w_proj(z.to(self.w_proj.weight.dtype))  # (B, L*A*S)
+        # Each sentence's memory comes from its own z: `view` splits the last axis, none mix.
         return memory.view(len(z), self.t5.config.num_decoder_layers, -1)  # (B, L, A*S)
 
     def decode(self, z, labels):
@@ -234,8 +245,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         """
         shifted = self.t5.prepare_decoder_input_ids_from_labels(labels)  # (B, T)
         memory = BaseModelOutput(self.memory(z))
-        out = self.t5(encoder_outputs=memory, decoder_input_ids=shifted, use_cache=False)
-        return out.logits
+        return self.t5(encoder_outputs=memory, decoder_input_ids=shifted, use_cache=False).logits
 
     def rec(self, z, labels):
         """-log p(x|z) (Eq. 1): (B,), nats, positive, summed over a sentence's tokens.
@@ -269,9 +279,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         """Token ids decoded from z (B, Z): (B, <= tokens + 1), the start token first, then padding.
 
         Greedy, up to 256 tokens, unless told otherwise: the arguments are those of T5's own
-        `generate` (max_length, do_sample, num_beams, num_return_sequences, generation_config, ...).
-        With do_sample=True top_k is off unless it is given: samples are of p(x|z) itself. Each
-        sentence depends on its own z alone. Raises InputError for arguments in the place of z.
+        `generate` (max_length, do_sample, num_beams, ...). With do_sample=True top_k is off unless
+        it is given: samples are of p(x|z) itself. Raises InputError for what would replace z.
         """
         for name in kwargs:
             if name.endswith(("inputs", "input_ids", "inputs_embeds", "encoder_outputs", "values")):
@@ -285,7 +294,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         if sampling and (config is None or config.top_k is None):
             kwargs.setdefault("top_k", 0)
         if kwargs.get("use_cache", True):  # T5's own cache has as many layers as the encoder
-            kwargs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            own, of_memory = transformers.DynamicCache(), transformers.DynamicCache()
+            kwargs["past_key_values"] = transformers.EncoderDecoderCache(own, of_memory)
         return self.t5.generate(encoder_outputs=BaseModelOutput(self.memory(z)), **kwargs)
 
     @torch.no_grad()
@@ -305,13 +315,12 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
             said = f"{too_long} of {len(rows)} texts are cut at {max_length} tokens"
             warnings.warn(said, stacklevel=3)
         rows = [[*row[: max_length - 1], tokenizer.eos_token_id] for row in rows]
-        mus, logvars = [torch.zeros(0, self.latent_dim)], [torch.zeros(0, self.latent_dim)]
+        mu, logvar = torch.zeros(2, len(rows), self.latent_dim)
         for start in range(0, len(rows), batch_size):
-            ids, mask = pad(rows[start : start + batch_size], tokenizer.pad_token_id)
-            mu, logvar = self.encode(ids.to(self.device), mask.to(self.device))
-            mus.append(mu.cpu())
-            logvars.append(logvar.cpu())
-        return torch.cat(mus), torch.cat(logvars)
+            part = slice(start, start + batch_size)
+            ids, mask = pad(rows[part], tokenizer.pad_token_id)
+            mu[part], logvar[part] = self.encode(ids.to(self.device), mask.to(self.device))
+        return mu, logvar
 
     def decode_texts(self, z, batch_size=64, **kwargs):
         """The texts that `generate(z, **kwargs)` writes for z (N, Z), a list of str, `<unk>` kept.
@@ -341,15 +350,15 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
     def from_pretrained(cls, name_or_path, **download):
         """A saved VAE in eval mode, with its tokenizer: from its folder, a run folder, or the hub.
 
-        `download`: arguments of `snapshot_download` (revision, token, ...). Raises
-        FileNotFoundError where there is none, and InputError where a folder holds something else.
+        `download`: arguments of `snapshot_download`. Raises FileNotFoundError where there is no
+        such folder or repository, and InputError where it holds something else.
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
             try:
                 folder = Path(snapshot_download(str(name_or_path), **download))
             except Exception as error:  # whatever a name or a network leads to
-                where = f"neither a folder here nor available from the hub ({first_line(error)})"
+                where = f"neither a folder here nor available from the hub ({one_line(error)})"
                 raise FileNotFoundError(f"{name_or_path} is {where}") from error
         folder = folder / "model" if (folder / "model").is_dir() else folder
         foreign = f"{folder} holds no T5VAE: its config.json or {WEIGHTS}"
@@ -357,15 +366,14 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
             config = json.loads((folder / "config.json").read_text())
             saved = safetensors.torch.load_file(folder / WEIGHTS)
         except Exception as error:  # whatever missing, damaged or foreign files lead to
-            raise InputError(f"{foreign}: {first_line(error)}") from error
+            raise InputError(f"{foreign}: {one_line(error)}") from error
         if config.get("t5_config", {}).get("model_type") not in FAMILY:
             raise InputError(f"{foreign}: there is no t5_config of a T5")
         vae = cls(**config)
-        own = dict(vae.named_parameters())
-        wrong = saved.keys() ^ own.keys()
-        wrong |= {name for name in saved.keys() & own if saved[name].shape != own[name].shape}
+        expected = {(name, weight.shape) for name, weight in vae.named_parameters()}
+        wrong = expected ^ {(name, weight.shape) for name, weight in saved.items()}
         if wrong:
-            names = ", ".join(sorted(wrong))
+            names = ", ".join(sorted({name for name, _ in wrong}))
             raise InputError(f"{foreign}: missing, not expected or of another shape: {names}")
         vae.load_state_dict(saved, strict=False)  # a tied weight is there under one of its names
         if (folder / "tokenizer_config.json").is_file():
@@ -373,43 +381,13 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         return vae.eval()
 
 
-def first_line(error):
-    return str(error).strip().partition("\n")[0]
-
-
-def read_checkpoint(name_or_path):
-    """(T5Config, tokenizer, T5) of a checkpoint. Raises InputError where they do not fit."""
-    settings = {"dtype": torch.float32, "output_loading_info": True}
-    settings |= {"ignore_mismatched_sizes": True}  # refused below, by name
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-        if config.model_type not in FAMILY:
-            raise ValueError(f"it is a {config.model_type}; it must be one of {', '.join(FAMILY)}")
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path
-        )  # before the weights: they are large
-        check_vocabulary(config, tokenizer)
-        t5, info = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, **settings)
-        wrong = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-        if wrong:  # transformers would leave them random
-            few = f"{len(wrong)} weights are missing or of another shape, e.g. {min(wrong)}"
-            raise ValueError(few)
-    except Exception as error:  # whatever foreign or damaged files lead to
-        if isinstance(error, OSError) and error.errno is None:  # there is no such checkpoint
-            raise
-        message = " ".join(str(error).split())[:300]
-        raise InputError(f"{name_or_path} is no T5 to start from: {message}") from error
-    return config, tokenizer, t5
-
-
 def check_vocabulary(config, tokenizer):
     """ValueError where a tokenizer is empty, or is not that of a T5Config."""
-    if len(tokenizer) < len(tokenizer.all_special_ids) + 10:
+    size, most = len(tokenizer), config.vocab_size
+    if size < len(tokenizer.all_special_ids) + 10:
         raise ValueError("its tokenizer is missing, or has no vocabulary")
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"its tokenizer has {len(tokenizer)} tokens, vocab_size {config.vocab_size}"
-        )
+    if size > most:
+        raise ValueError(f"its tokenizer has {size} tokens, vocab_size {most}")
     for name in "pad_token_id", "eos_token_id":
         ours, theirs = getattr(config, name), getattr(tokenizer, name)
         if ours is None or ours != theirs:

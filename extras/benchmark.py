@@ -92,7 +92,7 @@ def stepper(model, args):
         terms = torch.stack([loss, rec, kl.sum(1)]).sum(1)
         scaler.scale(terms[0] / len(rec)).backward()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, 100.0)
+        norm = nn.utils.clip_grad_norm_(parameters, train.MAX_GRADIENT_NORM)
         train.read_means(terms, norm, len(rec))
         scaler.step(optimizer)
         scaler.update()

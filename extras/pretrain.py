@@ -78,7 +78,8 @@ def pretrain(t5, corpora, make_batch, args, out, log):
     optimizer = train.RelativeAdamW(t5.parameters(), lr=args.lr, eps=1e-8, fused=True)
     parts = {"model": t5, "optimizer": optimizer}
     step, _ = train.load_checkpoint(out, log, parts, 0.0)
-    clock, saved_at = train.Clock(step, total_steps), time.monotonic()
+    saved_at = time.monotonic()
+    left = partial(train.time_left, step, total_steps, saved_at)
     while step < total_steps:
         epoch, begun = divmod(step, steps_per_epoch)
         if begun == 0:
@@ -92,7 +93,7 @@ def pretrain(t5, corpora, make_batch, args, out, log):
                 nats, targets = target_nats(t5, batch.to(args.device))
             loss = nats.mean()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(t5.parameters(), args.clip or math.inf).item()
+            norm = nn.utils.clip_grad_norm_(t5.parameters(), train.MAX_GRADIENT_NORM).item()
             if not math.isfinite(loss.item() + norm):
                 raise FloatingPointError(f"step {step}: the loss is {loss.item()}, its norm {norm}")
             optimizer.step()
@@ -101,7 +102,7 @@ def pretrain(t5, corpora, make_batch, args, out, log):
             if step % args.log_every == 0 or step == total_steps:
                 values = {"loss": loss.item(), "grad_norm": norm}
                 values["nats_per_target"] = (nats.sum() / targets).item()
-                train.record(log, step, "train", values, clock.left(step))
+                train.record(log, step, "train", values, left(step))
             late = time.monotonic() > saved_at + 60 * args.save_every
             if late or step % steps_per_epoch == 0 or step == total_steps:
                 train.save_checkpoint(out, log, parts, step, 0.0)
@@ -138,7 +139,6 @@ def parse_args(argv):
     flag("--steps", type=at_least(0), help="optimizer steps, instead of --epochs")
     flag("--batch-size", type=at_least(1), default=64, help="texts per step (64)")
     flag("--lr", type=at_least(0, float), default=2e-2, help="of each weight's RMS (2e-2)")
-    flag("--clip", type=at_least(0, float), default=100.0, help="of gradients; 0: none (100)")
     flag("--amp", choices=("off", "bf16"), default="off", help="precision (off: float32)")
     flag("--out", required=True, help="folder to write")
     flag("--overwrite", action="store_true", help="replace what the folder holds")

@@ -158,8 +158,7 @@ def test_a_step_of_training_reads_once_from_the_device(amp, tmp_path):
     """Of train.train itself: two steps more are two reads more. Batches are made by a thread, on
     the CPU, which `Reads` does not see."""
     command = "--dataset grammar --model tiny --phase 2 --recipe best --epochs 1 --batch-size 16"
-    (args,) = train.parse_args([*command.split(), "--device", "cpu", "--amp", amp])
-    train.set_optimizer(args)
+    (args,) = train.parse_args([*command.split(), "--lr", "0.02", "--device", "cpu", "--amp", amp])
     valid = data.load_corpus("grammar", "valid", tokenizer(), limit=16)
     counts = []
     for steps in (2, 4):
