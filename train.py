@@ -161,7 +161,7 @@ def train(model, corpora, args, out, log):
     # 5 loop
     for epoch in range(step // steps_per_epoch, args.epochs):
         if step % steps_per_epoch == 0:
-            record(log, step, "valid", validate(model, corpora, controller, noise))
+            record(log, step, "valid", validate(model, corpora, controller, noise, step))
         order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)
         order = order[step % steps_per_epoch :]
         load = partial(data.training_batch, corpus, epoch, **noise)
@@ -195,7 +195,7 @@ def train(model, corpora, args, out, log):
             if step % steps_per_epoch == 0 or time.monotonic() > saved_at + 60 * args.save_every:
                 save_checkpoint(out, log, parts, step, weight)
                 saved_at = time.monotonic()
-    record(log, step, "valid", validate(model, corpora, controller, noise))
+    record(log, step, "valid", validate(model, corpora, controller, noise, step))
 
 
 def seed_dropout(seed, step, rank):
@@ -237,12 +237,15 @@ def check_finite(means, step, index, scaler):
     )
 
 
-def validate(model, corpora, controller, noise):
+def validate(model, corpora, controller, noise, step):
     """The measures of the validation split. The controller learns how the KL in training compares.
 
     Overfitting and dropout raise it above that of held-out texts, deletion lowers it.
     """
-    measured = metrics.evaluate(model, corpora["valid"])
+    try:
+        measured = metrics.evaluate(model, corpora["valid"])
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}; try a smaller --lr") from error
     if controller:
         torch.manual_seed(noise["seed"])
         some = np.linspace(0, len(corpora["train"]) - 1, 3000, dtype=int).reshape(-1, 50)
@@ -624,6 +627,22 @@ def parse_args(argv):
     return both
 
 
+def describe_device(args):
+    """Where and how it computes, with the reason where a GPU might have been expected."""
+    said = f"device {args.device}, precision {args.amp}"
+    if args.device == "cuda":
+        return f"{said}: {torch.cuda.get_device_name()}"
+    if not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+        except Exception as error:  # no build for CUDA, no driver or an old one, no GPU
+            said += f" (no CUDA: {data.one_line(error)})"
+    able = torch.cpu.get_capabilities()
+    if args.amp == "bf16" and not (able.get("avx512_bf16") or able.get("amx_bf16")):
+        said += "; this CPU has no units for bf16, and --amp off will be faster"
+    return said
+
+
 def main(argv=None):
     settings = parse_args(sys.argv[1:] if argv is None else [str(word) for word in argv])
     transformers.utils.logging.set_verbosity_error()
@@ -638,8 +657,7 @@ def main(argv=None):
     rank = data.processes()[0]
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
-            name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-            print(f"device {name}, precision {settings[0].amp}")
+            print(describe_device(settings[0]))
             claim_folders(settings)
             for i, args in enumerate(settings):
                 run_phase(args, [run_folder(after, after.phase) for after in settings[i + 1 :]])
