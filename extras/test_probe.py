@@ -1,4 +1,4 @@
-"""Tests of what z is good for: reading, editing and writing labelled texts."""
+"""Tests of what z is good for: reading, editing and writing labelled texts; other priors."""
 
 import itertools
 import json
@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributions import MultivariateNormal, kl_divergence
 
 import data
 import metrics
 import train
-from extras import labels, latent, probe, samples
+from extras import labels, latent, prior, probe, samples
 from extras.test_extras import SHORT, home, one_thread, read_json, run
 from test_vae import TINY
 from vae import T5VAE
@@ -311,7 +312,7 @@ def test_probe_prints_its_tables_and_refuses_a_language_model(run, files, langua
         probe.main([files[1], *files])
 
 
-# ---------------------------------------- a Gaussian for texts
+# ---------------------------------------- a Gaussian for texts, other priors
 
 
 def test_the_gaussian_of_texts_has_the_moments_of_their_mixture():
@@ -367,3 +368,50 @@ def test_samples_like_a_file_are_measured_beside_it(run, tmp_path, language_mode
     lm = T5VAE.from_pretrained(language_model)
     assert measured["like: the texts"]["lm_nats"] == pytest.approx(samples.lm_nats(lm, texts[:4]))
     assert "like, sampled " in capsys.readouterr().out
+
+
+def clusters(n, seed):
+    """Posteriors around four points far apart: (mu, logvar), (n, 2) each."""
+    at = torch.tensor([[4.0, 4.0], [4.0, -4.0], [-4.0, 4.0], [-4.0, -4.0]])[torch.arange(n) % 4]
+    noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+    return (at + 0.1 * noise).double(), torch.full((n, 2), -4.0, dtype=torch.float64)
+
+
+def test_a_mixture_is_a_better_prior_where_the_posteriors_are_one():
+    train_part, test = clusters(2000, 0), clusters(400, 1)
+    rows = {name: (kl, saved) for name, kl, saved in prior.compare_priors(train_part, test)}
+    kl = {name: kl.mean().item() for name, (kl, _) in rows.items()}
+    closed = metrics.kl_divergence(*test).sum(1)
+    torch.testing.assert_close(rows["N(0, I)"][0], closed)
+    gaussian = latent.fit_gaussian(*train_part)
+    exact = kl_divergence(MultivariateNormal(test[0], torch.diag_embed(test[1].exp())), gaussian)
+    saved = rows["one Gaussian"][1]
+    error = metrics.standard_error(saved - (closed - exact))
+    assert kl["one Gaussian"] == pytest.approx(exact.mean().item(), abs=max(0.02, 4 * error))
+    mi = metrics.mutual_information(*test, prior.sample(*test)).item()
+    assert mi < kl["8 Gaussians, full"] < mi + 0.5 < kl["one Gaussian"] - 1 < kl["N(0, I)"] - 2
+
+
+def test_nothing_is_saved_where_the_posteriors_are_n01():
+    def posteriors(n, seed):
+        generator = torch.Generator().manual_seed(seed)
+        mu = 0.6 * torch.randn(n, 4, generator=generator, dtype=torch.float64)
+        return mu, torch.full((n, 4), 0.64, dtype=torch.float64).log()
+
+    rows = prior.compare_priors(posteriors(4000, 0), posteriors(4000, 1))
+    for _, _, saved in rows[1:]:
+        assert abs(saved.mean()) < 0.06, "a mixture of 32 fits a little noise"
+        assert saved.mean() < 3 * metrics.standard_error(saved)
+
+
+def test_the_kl_to_n01_is_that_of_the_run(run, language_model, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="cannot use .*: 23 training texts; .* at least 32"):
+        prior.main([run])
+    with pytest.raises(SystemExit, match="a language model; it must be a VAE"):
+        prior.main([language_model])
+    monkeypatch.setattr(prior, "MIXTURES", {"one Gaussian": (1, "full")})
+    prior.main([run])
+    lines = capsys.readouterr().out.splitlines()
+    kl = metrics.evaluate(T5VAE.from_pretrained(run), metrics.load_run(run)[2]("test"))["kl"]
+    assert float(lines[2].split()[2].split("±")[0]) == pytest.approx(kl, abs=6e-4)
+    assert len(lines) == 5
