@@ -128,7 +128,8 @@ def test_probe_finds_what_a_latent_holds(run, monkeypatch):
 
 
 def test_words_kept_are_counted_as_often_as_they_occur():
-    assert labels.words_kept(["a a b c"], ["a b b d"]) == 50
+    assert labels.words_kept(["a a b c"], ["a a b b"]) == 75
+    assert labels.words_kept(["a b c d"], ["a a a a"]) == 25
     assert labels.words_kept(["a b", ""], ["b a", "c"]) == 100, "order does not matter"
     assert labels.words_kept(["a", "b c d"], ["a", "e"]) == 25, "of all words, not a mean of means"
     assert labels.words_kept([""], ["a"]) == 0
