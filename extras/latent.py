@@ -4,6 +4,7 @@
     python -m extras.latent reconstruct RUN "a text" --samples 5    from samples of the posterior
     python -m extras.latent reconstruct RUN < texts.txt             a line in, a line out
     python -m extras.latent sample RUN -n 64                        from the prior
+    python -m extras.latent sample RUN -n 64 --like texts.txt       texts of the kind of these
     python -m extras.latent interpolate RUN "from here" "to there" [--steps 7] [--spherical]
     python -m extras.latent arithmetic RUN --from past.txt --to future.txt "a text" [--k 1.5]
     python -m extras.latent neighbors RUN texts.txt "a text" -n 10  nearest posterior means
@@ -42,6 +43,22 @@ def interpolate(a, b, steps, spherical=False):
     if not spherical or angle.sin() < 1e-4:  # no arc between parallel latents
         return torch.lerp(a, b, t)
     return (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+
+
+def fit_gaussian(mu, logvar):
+    """The Gaussian of z for texts of the kind of n texts, from their posteriors (n, Z) each.
+
+    Its mean and its variances are those of the mixture of the n posteriors: the mean of mu, and the
+    variance of mu plus the mean of exp(logvar). Its covariances are those of mu times n / (n + Z):
+    few texts say little about how dimensions go together. Of one text it is the posterior itself.
+    Returns: torch's MultivariateNormal over (Z,), float64.
+    """
+    mu, (n, latent_dim) = mu.double(), mu.shape
+    centered = mu - mu.mean(0)
+    covariance = centered.T @ centered / n
+    shrunk = covariance * n / (n + latent_dim)
+    shrunk.diagonal().copy_(covariance.diagonal() + logvar.double().exp().mean(0))
+    return torch.distributions.MultivariateNormal(mu.mean(0), shrunk)
 
 
 def active_dimensions(model, n=256):
@@ -122,9 +139,11 @@ def run_reconstruct(model, args):
 
 
 def run_sample(model, args):
-    return [
-        {"output": output} for output in decode(model, args, torch.randn(args.n, model.latent_dim))
-    ]
+    if args.like:
+        z = fit_gaussian(*encode(model, args, read_group(args.like))).sample((args.n,)).float()
+    else:
+        z = torch.randn(args.n, model.latent_dim)
+    return [{"output": output} for output in decode(model, args, z)]
 
 
 def run_interpolate(model, args):
@@ -254,8 +273,11 @@ def parse_args(argv):
         metavar="N",
         help="Decode N samples of each posterior instead.",
     )
-    flag = command(run_sample, "Decode samples of the prior.")
+    flag = command(run_sample, "Decode samples of the prior, or of a Gaussian fitted to texts.")
     flag("-n", type=at_least(1), default=10, help="How many (10).")
+    flag(
+        "--like", metavar="FILE", help="Texts, one per line: fit the Gaussian to their posteriors."
+    )
     flag = command(run_interpolate, "Decode latents between the posterior means of A and B.")
     flag("a", metavar="A")
     flag("b", metavar="B")

@@ -1,7 +1,7 @@
 """Are the texts of a run any good? Reconstructions, samples from the prior and interpolations,
 beside test sentences.
 
-    python -m extras.samples RUN [--lm RUN] [--count 1000]
+    python -m extras.samples RUN [--lm RUN] [--count 1000] [--like texts.txt]
 
 Needs `pip install -r extras/requirements.txt`. Prints one row for each kind of text, and some texts
 of each:
@@ -17,7 +17,8 @@ of each:
 Prior: z from N(0, I), then the most likely words (greedy), or words drawn from p(x|z) (sampled: the
 model's own distribution of texts). Interpolations: greedy texts on the straight line between the
 posterior means of two test sentences, by their place on it; those in the middle should be as much
-language as the ends. Writes samples.json.
+language as the ends. Like: z from the Gaussian of `extras.latent sample --like`, beside the first
+texts of that file. Writes samples.json.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import torch
 import data
 import metrics
 from extras.flags import at_least
-from extras.latent import interpolate
+from extras.latent import fit_gaussian, interpolate, read_group
 
 STEPS = 5  # of an interpolation, both ends included
 
@@ -63,9 +64,9 @@ def describe(texts, lm):
     )
 
 
-def judge(model, lm, corpus, count, seed=0):
+def judge(model, lm, corpus, count, seed=0, like=None):
     """({kind: measures}, {kind: texts}) of `count` texts of each kind; interpolations: a tenth as
-    many pairs."""
+    many pairs. like: texts whose Gaussian is a kind too."""
     torch.manual_seed(seed)
     count = min(count, len(corpus))
     order = torch.randperm(len(corpus))[:count].tolist()
@@ -84,6 +85,11 @@ def judge(model, lm, corpus, count, seed=0):
     )
     for step, latents in enumerate(paths):  # (pairs, Z)
         texts[f"interpolation {step / (STEPS - 1):.2f}"] = model.decode_texts(latents, **longest)
+    if like:
+        z = fit_gaussian(*model.encode_texts(like)).sample((count,)).float()
+        texts["like: the texts"] = like[:count]
+        texts["like, greedy"] = model.decode_texts(z, **longest)
+        texts["like, sampled"] = model.decode_texts(z, do_sample=True, **longest)
     measured = {kind: describe(of_kind, lm) for kind, of_kind in texts.items()}
     bleu = sacrebleu.corpus_bleu(
         texts["reconstructions"], [texts["test sentences"]], tokenize="none", force=True
@@ -102,7 +108,7 @@ def format_lines(measured, texts):
     for i in range(3):
         yield f"text            {texts['test sentences'][i]}"
         yield f"reconstructed   {texts['reconstructions'][i]}"
-    for kind in "prior, greedy", "prior, sampled":
+    for kind in (kind for kind in texts if kind.startswith(("prior", "like,"))):
         yield from (f"{kind:16}{text}" for text in texts[kind][:3])
     for kind in (kind for kind in texts if kind.startswith("interpolation")):
         yield f"{kind.removeprefix('interpolation '):16}{texts[kind][0]}"
@@ -118,6 +124,7 @@ def main(argv=None):
         help="Run of a language model of the same data (lm beside the run, if there is one).",
     )
     flag("--count", type=at_least(3), default=1000, metavar="N", help="Texts of each kind (1000).")
+    flag("--like", metavar="FILE", help="Texts, one per line: also write texts of their kind.")
     args = parser.parse_args(argv)
     beside = Path(args.run).parent / "lm"
     try:
@@ -133,7 +140,8 @@ def main(argv=None):
             raise ValueError(f"--lm {args.lm} is a VAE; it must be a run of --no-latent")
         if len(corpus := read("test")) < 3:
             raise ValueError(f"its test split has {len(corpus)} texts; it must have at least 3")
-        measured, texts = judge(model, lm, corpus, args.count)
+        like = read_group(args.like) if args.like else None
+        measured, texts = judge(model, lm, corpus, args.count, like=like)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"samples.py: cannot use {args.run}: {error}")
     print(*format_lines(measured, texts), sep="\n")

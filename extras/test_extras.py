@@ -2,7 +2,6 @@
 
 import copy
 import io
-import itertools
 import json
 import os
 import shutil
@@ -31,7 +30,6 @@ from extras import (
     paper_tables,
     plots,
     pretrain,
-    probe,
     refine,
     samples,
     spans,
@@ -172,59 +170,7 @@ def test_unknown_characters_are_counted_on_stderr(ask, run, capsys):
     assert "1 of 2 texts have characters outside the vocabulary" in capsys.readouterr().err
 
 
-# ---------------------------------------- probe, refine, describe
-
-
-def test_linear_probe():
-    generator = torch.Generator().manual_seed(0)
-    mu = torch.randn(600, 3, generator=generator)
-    classes = [int(x) for x in (mu[:, 0] > 0)]
-    accuracy, chance = probe.linear_probe(mu[:400], classes[:400], mu[400:], classes[400:])
-    assert accuracy > 95
-    assert 40 < chance < 60
-    deaf, _ = probe.linear_probe(mu[:400, 1:], classes[:400], mu[400:, 1:], classes[400:])
-    assert deaf < 65
-
-
-def test_grammar_is_read_as_it_was_written():
-    for factors in itertools.islice(data.grammar_factors("test"), 500):
-        text = data.grammar_sentence(factors)
-        assert probe.grammar_parse(text) == factors
-        assert probe.grammar_parse(text + " boat") is None
-    assert probe.grammar_parse("yesterday the king paints a boat on the roof") is None, (
-        "tense and time disagree"
-    )
-
-
-def test_probe_finds_what_a_latent_holds(run, monkeypatch):
-    texts = {split: data.read_texts("grammar", split)[:300] for split in ("train", "test")}
-    true = {split: list(itertools.islice(data.grammar_factors(split), 300)) for split in texts}
-
-    class Oracle:  # mu is the tense, one-hot, and decoding writes it into one sentence
-        latent_dim, device = 3, torch.device("cpu")
-
-        def encode(self, ids, mask):
-            return torch.eye(3)[ids[:, 0]], None
-
-        def decode_texts(self, z, *args, **kwargs):
-            changed = [true["test"][0] | {"tense": list(data.TENSES)[i]} for i in z.argmax(1)]
-            return [data.grammar_sentence(factors) for factors in changed]
-
-    def corpus(split):
-        ids = np.array([[list(data.TENSES).index(f["tense"]), 1] for f in true[split]], np.int32)
-        return data.Corpus(ids.ravel(), np.arange(0, 601, 2), np.full(300, 2), 0, 0, 99, 98, "")
-
-    rows = {
-        row["factor"]: row for row in probe.probe_grammar(Oracle(), {s: corpus(s) for s in texts})
-    }
-    assert (rows["tense"]["accuracy"], rows["tense"]["changed"], rows["tense"]["alone"]) == (
-        100,
-        100,
-        100,
-    )
-    assert rows["verb"]["accuracy"] < 25
-    with pytest.raises(SystemExit, match="must be grammar"):
-        probe.main([run])
+# ---------------------------------------- refine, describe
 
 
 def test_refinement_lowers_the_bound_and_does_not_mix_sentences(run, capsys):
