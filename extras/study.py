@@ -65,12 +65,12 @@ STARTS = {
     "random": "--steps 0",
 }
 
-BEST = "--recipe best"
+BEST = "--recipe best --lr 2e-2"  # of a pretraining as short as this one
 PAPER = "--recipe paper --dropout 0.1"  # t5-small's dropout
 WARM_UPS = {  # phase 1: what it starts from, flags
     "autoencoder": ("small", f"{BEST} --epochs 3"),
     "autoencoder-frozen": ("small", f"{BEST} --epochs 3 --freeze-decoder"),
-    "autoencoder-random": ("random", f"{BEST} --epochs 3 --lr 2e-2"),
+    "autoencoder-random": ("random", f"{BEST} --epochs 3"),
     "recommended": ("small", f"{PAPER} --denoise 0.15"),
     "no-deletion": ("small", f"{PAPER} --denoise 0"),
     "deletion0.4": ("small", f"{PAPER} --denoise 0.4"),
@@ -118,8 +118,8 @@ ROWS = [  # the most informative first
     Row("mean", "mean", f"{PAPER} --denoise 0.15"),
     Row("last", "last", f"{PAPER} --denoise 0.15"),
     Row("all-layers", "all-layers", f"{PAPER} --denoise 0.15"),
-    Row("lm-random", None, f"{BEST} --no-latent --epochs 8 --lr 2e-2", "random", wide=True),
-    Row("r8-random", "autoencoder-random", f"{BEST} --epochs 5 --kl-target 8 --lr 2e-2", wide=True),
+    Row("lm-random", None, f"{BEST} --no-latent --epochs 8", "random", wide=True),
+    Row("r8-random", "autoencoder-random", f"{BEST} --epochs 5 --kl-target 8", wide=True),
     Row("r8-frozen", "autoencoder-frozen", f"{BEST} --epochs 5 --kl-target 8"),
     Row("paper-deep", "deletion0.4-deep", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
     Row("z64", "z64", f"{PAPER} --denoise 0.15"),
