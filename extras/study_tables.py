@@ -113,7 +113,9 @@ def cell(pair, sign=""):
 
 
 def table(heads, rows):
-    """Rows of cells -> a table in Markdown, numbers to the right."""
+    """Rows of cells -> a table in Markdown, numbers to the right; None where there is no row."""
+    if not rows:
+        return None
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -146,7 +148,7 @@ def method_table(runs, paired):
         measures_of(runs, paired, text, row)
         for text in TEXTS
         for row in ("r8", "threshold0.25", "r16", "threshold0.5", "linear")
-        if row in runs.get(text, {})
+        if row in runs.get(text, {}) and "threshold0.25" in runs[text]
     ]
     return table(heads, rows)
 
@@ -160,7 +162,9 @@ def systems_table(runs):
         unit = printed["Max pool"]["neg_elbo"]  # collapsed: the paper's own language model
         for row, name in SYSTEMS.items():
             bound, lm = number(runs, text, row, "neg_elbo"), number(runs, text, "lm", "rec")
-            ratio = f"{bound[0] / lm[0]:.2f}" if bound and lm else "-"
+            if bound is None or lm is None:
+                continue
+            ratio = f"{bound[0] / lm[0]:.2f}"
             ours = [cell(number(runs, text, row, key)) for key in ("kl", "swap_cost")]
             paper = [printed[name]["kl"], f"{printed[name]['neg_elbo'] / unit:.2f}"]
             rows.append([f"{text}: {row}", ours[0], ratio, ours[1], *paper])
@@ -184,7 +188,8 @@ def claims_table(runs, paired):
     for claim in CLAIMS:
         cells = [verdict(claim, runs, paired, text) for text in TEXTS]
         said = f"`{claim.measure}`: {claim.a} {claim.expected} {claim.b}"
-        rows.append([claim.says, said, *cells])
+        if set(cells) != {"-"}:
+            rows.append([claim.says, said, *cells])
     cells = []
     for text in TEXTS:
         found = runs.get(text, {}).get("recommended", [])
@@ -194,7 +199,8 @@ def claims_table(runs, paired):
             continue
         before, last = (statistics.fmean(kl[i] for kl in kls) for i in (-2, -1))
         cells.append(f"{'yes' if last < 1.02 * before else 'no'}: {before:.2f}, {last:.2f}")
-    rows.append(["(j) phase 1's KL plateaus", "`kl`: epochs 4 and 5, recommended", *cells])
+    if set(cells) != {"-"}:
+        rows.append(["(j) phase 1's KL plateaus", "`kl`: epochs 4 and 5, recommended", *cells])
     return table(["claim", "measure, expected", *TEXTS], rows)
 
 
@@ -202,6 +208,8 @@ def pretraining_table(runs, paired):
     """What the pretrained start is worth against random weights with the same vocabulary."""
     rows = []
     for text in TEXTS[1:]:
+        if "r8-random" not in runs.get(text, {}):
+            continue
         cells = [cell(number(runs, text, row, "rec")) for row in ("lm", "lm-random")]
         cells += [cell(number(runs, text, row, "nll")) for row in ("r8", "r8-random")]
         rows.append([text, *cells, cell(difference(paired, text, "r8", "r8-random", "nll"), "+")])
@@ -221,9 +229,9 @@ def positions_table(runs):
 
 
 def tables(results):
-    """{name: table} in the order of RESULTS.md."""
+    """{name: table} in the order of RESULTS.md, those of which there is a row."""
     runs, paired = read(results)
-    return {
+    found = {
         "price": price_table(runs, paired),
         "systems": systems_table(runs),
         "claims": claims_table(runs, paired),
@@ -231,3 +239,4 @@ def tables(results):
         "pretraining": pretraining_table(runs, paired),
         "positions": positions_table(runs),
     }
+    return {name: table for name, table in found.items() if table}
