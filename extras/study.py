@@ -65,12 +65,13 @@ STARTS = {
     "random": "--steps 0",
 }
 
-BEST = "--recipe best --lr 2e-2"  # of a pretraining as short as this one
+BEST = "--recipe best"
+VAE = f"{BEST} --lr 2e-2"  # of a T5 pretrained as shortly as these
 PAPER = "--recipe paper --dropout 0.1"  # t5-small's dropout
 WARM_UPS = {  # phase 1: what it starts from, flags
-    "autoencoder": ("small", f"{BEST} --epochs 3"),
-    "autoencoder-frozen": ("small", f"{BEST} --epochs 3 --freeze-decoder"),
-    "autoencoder-random": ("random", f"{BEST} --epochs 3"),
+    "autoencoder": ("small", f"{VAE} --epochs 3"),
+    "autoencoder-frozen": ("small", f"{VAE} --epochs 3 --freeze-decoder"),
+    "autoencoder-random": ("random", f"{VAE} --epochs 3"),
     "recommended": ("small", f"{PAPER} --denoise 0.15"),
     "no-deletion": ("small", f"{PAPER} --denoise 0"),
     "deletion0.4": ("small", f"{PAPER} --denoise 0.4"),
@@ -98,18 +99,18 @@ class Row:
 
 ROWS = [  # the most informative first
     Row("lm", None, f"{BEST} --no-latent --epochs 8", several=True, wide=True),
-    Row("r8", "autoencoder", f"{BEST} --epochs 5 --kl-target 8", several=True, wide=True),
+    Row("r8", "autoencoder", f"{VAE} --epochs 5 --kl-target 8", several=True, wide=True),
     Row("paper-max", "no-deletion", f"{PAPER} --denoise 0 --kl-threshold 0"),
     Row("paper-denoise", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 0"),
     Row("paper-klt", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
-    Row("r16", "autoencoder", f"{BEST} --epochs 5 --kl-target 16", wide=True),
-    Row("r4", "autoencoder", f"{BEST} --epochs 5 --kl-target 4"),
+    Row("r16", "autoencoder", f"{VAE} --epochs 5 --kl-target 16", wide=True),
+    Row("r4", "autoencoder", f"{VAE} --epochs 5 --kl-target 4"),
     Row("recommended", "recommended", f"{PAPER} --denoise 0.15", several=True),
     Row("no-deletion", "no-deletion", f"{PAPER} --denoise 0"),
     Row("deletion0.4", "deletion0.4", f"{PAPER} --denoise 0.4"),
-    Row("threshold0.25", "autoencoder", f"{BEST} --epochs 5 --kl-threshold 0.25"),
-    Row("threshold0.5", "autoencoder", f"{BEST} --epochs 5 --kl-threshold 0.5"),
-    Row("linear", "autoencoder", f"{BEST} --epochs 5 --kl-schedule linear"),
+    Row("threshold0.25", "autoencoder", f"{VAE} --epochs 5 --kl-threshold 0.25"),
+    Row("threshold0.5", "autoencoder", f"{VAE} --epochs 5 --kl-threshold 0.5"),
+    Row("linear", "autoencoder", f"{VAE} --epochs 5 --kl-schedule linear"),
     Row("cold", None, f"{PAPER} --denoise 0.15 --kl-threshold 0"),
     Row("no-threshold", "recommended", f"{PAPER} --denoise 0.15 --kl-threshold 0"),
     Row("cyclical", "recommended", f"{PAPER} --kl-threshold 0 --kl-schedule cyclical"),
@@ -118,9 +119,9 @@ ROWS = [  # the most informative first
     Row("mean", "mean", f"{PAPER} --denoise 0.15"),
     Row("last", "last", f"{PAPER} --denoise 0.15"),
     Row("all-layers", "all-layers", f"{PAPER} --denoise 0.15"),
-    Row("lm-random", None, f"{BEST} --no-latent --epochs 8", "random", wide=True),
-    Row("r8-random", "autoencoder-random", f"{BEST} --epochs 5 --kl-target 8", wide=True),
-    Row("r8-frozen", "autoencoder-frozen", f"{BEST} --epochs 5 --kl-target 8"),
+    Row("lm-random", None, f"{BEST} --no-latent --epochs 8 --lr 2e-2", "random", wide=True),
+    Row("r8-random", "autoencoder-random", f"{VAE} --epochs 5 --kl-target 8", wide=True),
+    Row("r8-frozen", "autoencoder-frozen", f"{VAE} --epochs 5 --kl-target 8"),
     Row("paper-deep", "deletion0.4-deep", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
     Row("z64", "z64", f"{PAPER} --denoise 0.15"),
     Row("z128", "z128", f"{PAPER} --denoise 0.15"),
