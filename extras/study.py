@@ -130,17 +130,20 @@ ROWS = [  # the most informative first
 
 @dataclass
 class Job:
-    """One command, and the run folder that it writes, finished once it holds metrics.json."""
+    """One command, and the run folder that it writes.
+
+    It is finished once `result`, where what is kept of a row goes, holds metrics.json: of a run that
+    ended unseen, train.py --resume says that it is finished, and then it is kept.
+    """
 
     out: Path
     command: list
     needs: "Job | None" = None
-    result: Path | None = None  # where what is kept of it goes
+    result: Path | None = None  # of a row
     positions: bool = False
 
     def finished(self):
-        kept = self.result and (self.result / "metrics.json").exists()
-        return kept or (self.out / "metrics.json").exists()
+        return ((self.result or self.out) / "metrics.json").exists()
 
 
 def dataset_path(name, args):
@@ -257,12 +260,13 @@ def next_job(jobs, tried):
     return None
 
 
-def keep(job, minutes):
-    """Copy what is kept of a finished run into results/."""
+def keep(job):
+    """Copy what is kept of a finished run into results/. Its minutes include pauses."""
     config = json.loads((job.out / "config.json").read_text())
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    config |= {"machine": machine(), "minutes": round(minutes, 1)}
+    begun, ended = ((job.out / f"{name}.json").stat().st_mtime for name in ("config", "metrics"))
+    config |= {"machine": machine(), "minutes": round((ended - begun) / 60, 1)}
     if job.needs and job.needs.out.name == "phase1":  # how its KL went, epoch by epoch: claim (j)
         records = map(json.loads, (job.needs.out / "log.jsonl").read_text().splitlines())
         config["phase1_kl"] = [r["kl"] for r in records if r["split"] == "valid"]
@@ -331,18 +335,18 @@ def run(jobs, args):
                     process = subprocess.Popen(
                         command, cwd=ROOT, env=environment, stdout=file, stderr=file
                     )
-                running[process] = job, time.monotonic(), log
+                running[process] = job, log
             if not running:
                 return failed
             time.sleep(1)
             for process in [process for process in running if process.poll() is not None]:
-                job, started, log = running.pop(process)
+                job, log = running.pop(process)
                 if process.returncode:
                     failed.append(job)
                     last = log.read_text().strip().splitlines()[-1:] or ["no message"]
                     print(f"FAILED, see {log}: {last[0]}", flush=True)
                 elif job.result:
-                    keep(job, (time.monotonic() - started) / 60)
+                    keep(job)
                     write_pairs(jobs, args)
                     print(f"{job.result}: {time_left(jobs, args)}", flush=True)
     finally:
