@@ -132,8 +132,8 @@ ROWS = [  # the most informative first
 class Job:
     """One command, and the run folder that it writes.
 
-    It is finished once `result`, where what is kept of a row goes, holds metrics.json: of a run that
-    ended unseen, train.py --resume says that it is finished, and then it is kept.
+    A row is finished once its `result` holds metrics.json. (Where a run ended unseen, train.py
+    --resume finds it finished, and then it is kept.)
     """
 
     out: Path
