@@ -289,15 +289,16 @@ def machine():
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, 1 thread"
 
 
-def write_pairs(jobs, args):
+def write_pairs(args):
     """paired.json of each text: the pairs of study_tables of which both runs are there."""
-    outs = {str(job.result.relative_to(args.results)): job.out for job in jobs}
+    every = argparse.Namespace(**vars(args) | {"rows": None, "seeds": 3})
+    outs = {str(job.result): job.out for job in study_jobs(every)}
     for name in args.texts:
         path = Path(args.results, name, "paired.json")
         pairs = json.loads(path.read_text()) if path.exists() else {}
         for a, b in study_tables.pairs([row.name for row in ROWS]):
             for seed in range(3):
-                runs = [outs.get(f"{name}/{row}/{seed}") for row in (a, b)]
+                runs = [outs.get(str(path.parent / row / str(seed))) for row in (a, b)]
                 if all(out and (out / "sentences.npz").exists() for out in runs):
                     pairs[f"{a}/{seed} - {b}/{seed}"] = compare.compare(runs[1], runs[0])
         if pairs:
@@ -324,6 +325,7 @@ def run(jobs, args):
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     logs = Path(args.runs, "logs")
     logs.mkdir(parents=True, exist_ok=True)
+    write_pairs(args)
     try:
         while True:
             while len(running) < args.jobs and (job := next_job(jobs, tried)):
@@ -347,7 +349,7 @@ def run(jobs, args):
                     print(f"FAILED, see {log}: {last[0]}", flush=True)
                 elif job.result:
                     keep(job)
-                    write_pairs(jobs, args)
+                    write_pairs(args)
                     print(f"{job.result}: {time_left(jobs, args)}", flush=True)
     finally:
         for process in running:
