@@ -168,14 +168,12 @@ def start_job(start, text, args):
     out, small = (Path(args.runs, f"t5-{name}-{text.width}") for name in (start, "small"))
     datasets = [dataset_path(name, args) for name in PRETRAINING_TEXTS]
     flags = ["--dataset", *datasets, *shlex.split(f"{PRETRAINING} {STARTS[start]}")]
-    needs = None
     if text.width != 128 and "--layers" not in flags:
         flags += ["--layers", "4"]
+    needs = None
     if start != "small":  # one vocabulary for all
-        flags, (_, needs) = (
-            [*flags, "--tokenizer", str(small / "model")],
-            start_job("small", text, args),
-        )
+        flags += ["--tokenizer", str(small / "model")]
+        _, needs = start_job("small", text, args)
     flags += ["--d-model", str(text.width), "--data-dir", args.data_dir, "--out", str(out)]
     return str(out / "model"), Job(out, ["-m", "extras.pretrain", *flags, "--resume"], needs)
 
@@ -377,10 +375,11 @@ def parse_args(argv):
             parser.error(f"--texts has {name}; it must be the name of a folder in --data-dir")
     if args.deep and not args.model:
         parser.error(f"--deep is {args.deep}; it needs --model")
-    if args.results is None:
-        args.results = str(Path("results", Path(args.model).name)) if args.model else "results"
-    if args.model:  # two models do not share run folders
-        args.runs = str(Path(args.runs, Path(args.model).name))
+    if args.model:  # two models share neither run folders nor results
+        name = "-".join(Path(args.model).parts[-2:])
+        args.runs = str(Path(args.runs, name))
+        args.results = args.results or str(Path("results", name))
+    args.results = args.results or "results"
     return args
 
 

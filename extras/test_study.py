@@ -69,7 +69,7 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
     results, runs = tmp_path / "results", tmp_path / "runs"
     flags = ["--model", str(tiny_t5), "--texts", home.name, "--data-dir", str(home.parent)]
     flags += ["--results", str(results), "--runs", str(runs), "--rows", "lm", "r4", "--jobs", "2"]
-    foreign = runs / "model" / home.name / "r4" / "0" / "phase2" / "mine.txt"
+    foreign = runs / "t5-model" / home.name / "r4" / "0" / "phase2" / "mine.txt"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("not a run's")
     with pytest.raises(SystemExit, match="1 commands failed"):
@@ -91,7 +91,7 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
         "config.json",
         "metrics.json",
     ]
-    folder = runs / "model" / home.name
+    folder = runs / "t5-model" / home.name
     expected = compare.compare(folder / "lm" / "0" / "lm", folder / "r4" / "0" / "phase2")
     assert read(kept / "paired.json")["r4/0 - lm/0"]["nll"] == list(expected["nll"])
     study.main(flags)
@@ -152,6 +152,7 @@ def test_tables_say_what_the_results_hold(tmp_path):
 def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
     write_row(tmp_path, "answers", "cold", swap_cost=5.0 + change, swap_cost_se=1.0)
     write_row(tmp_path, "answers", "no-threshold", swap_cost=5.0, swap_cost_se=1.0)
+    write_row(tmp_path, "ptb", "cold", swap_cost=5.0)
     pairs = {"cold/0 - no-threshold/0": {"swap_cost": [change, 0.1]}}
     data.write_json(tmp_path / "answers" / "paired.json", pairs)
     runs, paired = study_tables.read(tmp_path)
