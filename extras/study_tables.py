@@ -202,6 +202,8 @@ def claims_table(runs, paired):
     said = "`kl`: less than 2 % more in the last epoch"
     rows.append(["(j) phase 1's KL plateaus", said, *(plateau(runs, text) for text in runs)])
     rows = [row for row in rows if set(row[2:]) - {"-"}]
+    if not rows:
+        return None
     columns = list(zip(["claim", "measure, expected", *runs], *rows, strict=True))
     columns = [column for column in columns if set(column[1:]) - {"-"}]  # texts without a verdict
     heads, *rows = map(list, zip(*columns, strict=True))
