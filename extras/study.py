@@ -293,7 +293,7 @@ def write_pairs(args):
     outs = {str(job.result): job.out for job in study_jobs(every)}
     for name in args.texts:
         path = Path(args.results, name, "paired.json")
-        pairs = json.loads(path.read_text()) if path.exists() else {}
+        pairs = study_tables.read_dict(path) if path.exists() else {}
         for a, b in study_tables.pairs([row.name for row in ROWS]):
             for seed in range(3):
                 runs = [outs.get(str(path.parent / row / str(seed))) for row in (a, b)]
@@ -305,8 +305,8 @@ def write_pairs(args):
 
 def time_left(jobs, args):
     """One line: how much is missing, and for how long at the pace of the rows in results/."""
-    configs = map(json.loads, (p.read_text() for p in Path(args.results).glob("*/*/*/config.json")))
-    minutes = [config["minutes"] for config in configs if "minutes" in config]
+    paths = Path(args.results).glob("*/*/*/config.json")
+    minutes = [study_tables.read_dict(path, "minutes")["minutes"] for path in paths]
     rows, left = sum(not job.finished() for job in jobs), len(commands_left(jobs))
     said = f"{rows} of {len(jobs)} rows are missing, {left} commands"
     if not minutes:
@@ -357,7 +357,7 @@ def run(jobs, args):
 def parse_args(argv):
     parser = argparse.ArgumentParser("study.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("--texts", nargs="+", default=list(TEXTS), help=f"({' '.join(TEXTS)})")
+    flag("--texts", nargs="+", help=f"({' '.join(TEXTS)}; with --model: captions ptb answers)")
     flag("--rows", nargs="+", choices=[r.name for r in ROWS], metavar="ROW", help="only these")
     flag("--seeds", type=at_least(1), default=3, help="at most so many per row (3)")
     flag("--model", help="start of all rows: a T5 of the hub, or a folder (pretrained here)")
@@ -370,9 +370,13 @@ def parse_args(argv):
     flag("--list", action="store_true", help="print what is missing, and run nothing")
     flag("--tables", action="store_true", help="print the tables of RESULTS.md, and run nothing")
     args = parser.parse_args(argv)
+    if args.texts is None:
+        args.texts = ["captions", "ptb", "answers"] if args.model else list(TEXTS)
     for name in args.texts:
-        if name != Path(name).name:
-            parser.error(f"--texts has {name}; it must be the name of a folder in --data-dir")
+        if name in ("", "..") or name != Path(name).name:
+            parser.error(f"--texts has {name!r}; it must be the name of a folder in --data-dir")
+        if args.model and name in ("grammar", "ptb-256"):
+            parser.error(f"--texts has {name}, whose rows do not start from --model")
     if args.deep and not args.model:
         parser.error(f"--deep is {args.deep}; it needs --model")
     if args.model:  # two models share neither run folders nor results
@@ -385,22 +389,32 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    try:
+        failed = run_command(args)
+    except KeyboardInterrupt:
+        sys.exit("study.py: interrupted; the same command continues")
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    except (OSError, ValueError) as error:
+        sys.exit(f"study.py: {error}")
+    if failed:
+        sys.exit(f"study.py: {len(failed)} commands failed")
+
+
+def run_command(args):
+    """What the flags ask for. Returns the commands that failed."""
     if args.tables:
         print("\n\n".join(study_tables.tables(args.results).values()))
-        return
+        return []
     jobs = study_jobs(args)
     print(time_left(jobs, args))
     if args.list:
         for job in commands_left(jobs):
             print(f"python {shlex.join(job.command)}")
-        return
+        return []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs end with it, too
-    try:
-        failed = run(jobs, args)
-    except KeyboardInterrupt:
-        sys.exit("study.py: interrupted; the same command continues")
-    if failed:
-        sys.exit(f"study.py: {len(failed)} commands failed")
+    return run(jobs, args)
 
 
 if __name__ == "__main__":

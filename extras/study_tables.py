@@ -6,11 +6,11 @@ Nats are per sentence. ± is the standard error over sentences (of a difference:
 differences), or, where a row has several seeds, the standard deviation over them.
 """
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import data
 from extras import paper_tables
 
 TEXTS = ("grammar", "captions", "ptb", "ptb-256", "answers", "snli", "yahoo", "yelp")
@@ -64,18 +64,32 @@ def pairs(rows):
     return found + [("threshold0.25", "r8"), ("linear", "r8")]
 
 
+def read_dict(path, *keys):
+    """The dict in a JSON file, with these keys. InputError where there is none."""
+    content = data.read_json(path)
+    missing = [key for key in keys if key not in content]
+    if missing or not content:
+        raise data.InputError(f"{path} is damaged: it must hold a dict with {', '.join(keys)}")
+    return content
+
+
 def read(results):
-    """({text: {row: [(config, measures) of each seed]}}, {text: paired.json})."""
+    """({text: {row: [(config, measures) of each seed]}}, {text: paired.json}).
+
+    Raises InputError where a file is damaged, or where there is no folder.
+    """
+    if not Path(results).is_dir():
+        raise data.InputError(f"there is no folder {results}")
     runs, paired = {}, {}
     for path in sorted(Path(results).glob("*/*/*/metrics.json")):
         text, row = path.parts[-4:-2]
-        config = json.loads(path.with_name("config.json").read_text())
-        measured = json.loads(path.read_text())
+        config = read_dict(path.with_name("config.json"), "command")
+        measured = read_dict(path, "latent_dim", "rec")
         if measured["latent_dim"]:
             measured["active"] = measured["au"] / measured["latent_dim"]
         runs.setdefault(text, {}).setdefault(row, []).append((config, measured))
     for path in Path(results).glob("*/paired.json"):
-        paired[path.parent.name] = json.loads(path.read_text())
+        paired[path.parent.name] = read_dict(path)
     return {text: runs[text] for text in TEXTS if text in runs}, paired
 
 
@@ -226,7 +240,8 @@ def pretraining_table(runs, paired):
 def positions_table(runs):
     """What z explains of `answers`, by position: rec_other - rec, nats per token."""
     rows = {row: runs.get("answers", {}).get(row) for row in POSITIONS}
-    found = {row: seeds[0][1]["positions"] for row, seeds in rows.items() if seeds}
+    found = {row: seeds[0][1].get("positions") for row, seeds in rows.items() if seeds}
+    found = {row: places for row, places in found.items() if places}
     lines = []
     for i, place in enumerate(next(iter(found.values()), [])):
         cells = [f"{at[i]['rec_other'] - at[i]['rec']:z.3f}" for at in found.values()]

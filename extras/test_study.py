@@ -120,18 +120,36 @@ def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
 
 
 def test_mistakes_are_refused(capsys):
-    for flags in (["--texts", "my/texts"], ["--deep", "t5-base"], ["--rows", "r5"]):
+    with_grammar = ["--model", "t5-small", "--texts", "grammar"]
+    for flags in (["--texts", ".."], with_grammar, ["--deep", "t5-base"], ["--rows", "r5"]):
         with pytest.raises(SystemExit):
             settings(*flags)
     assert "r5" in capsys.readouterr().err
 
 
+def test_damaged_results_are_named(tmp_path):
+    write_row(tmp_path, "ptb", "lm", rec=100.0, latent_dim=0)
+    study_tables.tables(tmp_path)
+    for name in "metrics.json", "config.json":
+        path = tmp_path / "ptb" / "lm" / "0" / name
+        whole = path.read_text()
+        for text in whole[:9], "[]", "{}":
+            path.write_text(text)
+            with pytest.raises(SystemExit, match=name):
+                study.main(["--tables", "--results", str(tmp_path)])
+        path.write_text(whole)
+    with pytest.raises(SystemExit, match="no folder"):
+        study.main(["--tables", "--results", str(tmp_path / "none")])
+
+
 def write_row(results, text, row, seed=0, **measures):
     folder = results / text / row / str(seed)
     folder.mkdir(parents=True)
-    measures = {"latent_dim": 32, "au": 32} | measures
+    measures = {"latent_dim": 32, "au": 32, "rec": 90.0} | measures
     data.write_json(folder / "metrics.json", measures)
-    data.write_json(folder / "config.json", {"phase1_kl": [0, 50.0, 90.0, 100.0, 101.0]})
+    data.write_json(
+        folder / "config.json", {"command": "", "phase1_kl": [0, 50.0, 90.0, 100.0, 101.0]}
+    )
 
 
 def test_tables_say_what_the_results_hold(tmp_path):
