@@ -317,9 +317,9 @@ def language_model_nll(run, config, named=None):
     """
     folder = Path(named or Path(run).parent / "lm")
     measured = data.read_json(folder / "metrics.json")
-    its_texts = data.read_json(folder / "config.json").get("data_sha256", {}).get("test")
-    same = its_texts == config.get("data_sha256", {}).get("test")
-    if same and measured.get("latent_dim") == 0:
+    its = data.read_json(folder / "config.json")
+    texts = [(c.get("data_sha256") or {}).get("test") for c in (its, config)]
+    if texts[0] == texts[1] and measured.get("latent_dim") == 0:
         return measured["rec"]
     if named:
         raise InputError(f"--lm is {named}; it must be a finished --no-latent run on these texts")

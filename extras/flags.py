@@ -1,4 +1,4 @@
-"""The type of a number on the command line of an extra: `type=at_least(1)`."""
+"""The types of numbers on the command line of an extra: `type=at_least(1)`, `type=seed`."""
 
 import argparse
 import math
@@ -14,3 +14,6 @@ def at_least(low, kind=int, below=math.inf):
         raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
 
     return number
+
+
+seed = at_least(0, int, 2**63)  # what torch.manual_seed takes

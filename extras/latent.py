@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from data import tokenize
-from extras.flags import at_least
+from extras.flags import at_least, seed
 from vae import T5VAE
 
 
@@ -238,7 +238,7 @@ def parse_args(argv):
         devices = ("cuda", "cpu")[not torch.cuda.is_available() :]
         flag("--device", choices=devices, default=devices[0], help="Where to compute.")
         if decodes:
-            flag("--seed", type=int, default=0, help="Seed of everything random (0).")
+            flag("--seed", type=seed, default=0, help="Seed of everything random (0).")
             flag(
                 "--temperature",
                 type=at_least(1e-3, float),
@@ -350,6 +350,8 @@ def main(argv=None):
             model = T5VAE.from_pretrained(args.model).to(args.device)
             if model.tokenizer is None:
                 raise ValueError(f"{args.model} holds a model without a tokenizer")
+            if model.latent_dim == 0:
+                raise ValueError(f"{args.model} is a language model; it must be a VAE")
             torch.manual_seed(getattr(args, "seed", 0))
             for row in args.run(model, args):
                 print(show(row, args.json))

@@ -28,7 +28,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from extras import paper_tables
+from extras import paper_tables, study_tables
 from train import INCIDENTAL
 
 PANELS = {
@@ -46,7 +46,6 @@ METHODS = {
     "KL threshold": (r"threshold[\d.]+|recommended", "#009E73", "s"),
     "annealing": (r"linear\d*|cyclical|constant", "#CC79A7", "D"),
 }
-TEXTS = {"grammar": "grammar", "captions": "captions", "ptb": "PTB", "answers": "answers"}
 TEXT_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DEEP, DEEP_LM = "paper-deep", "lm-deep"  # has more layers than the other rows; its language model
 KL_TICKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -125,26 +124,13 @@ class Point:
     fair: bool  # whether the language model that it is compared with has as many layers
 
 
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-
-
 def read_results(folder):
     """{text: (runs, pairs)} of the study; runs: {row: {seed: measures}}, pairs: paired.json."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"there is no folder {folder}")
-    results = {}
-    for path in sorted(Path(folder).glob("*/*/*/metrics.json")):
-        text, row, seed = path.parts[-4:-1]
-        if text not in results:
-            paired = path.parents[2] / "paired.json"
-            results[text] = {}, read_json(paired) if paired.exists() else {}
-        results[text][0].setdefault(row, {})[seed] = read_json(path)
-    order = [*TEXTS, *results]
-    return dict(sorted(results.items(), key=lambda item: order.index(item[0])))
+    results, (runs, paired) = {}, study_tables.read(folder)
+    for text, rows in runs.items():
+        measures = {row: {seed: m for seed, (_, m) in seeds.items()} for row, seeds in rows.items()}
+        results[text] = measures, paired.get(text, {})
+    return results
 
 
 def points_of(runs, *keys):
@@ -190,7 +176,7 @@ def mean_nll(runs, row="lm"):
 def text_name(folder):
     """How figures call a folder: ptb-256 is PTB with a model of width 256."""
     text, _, width = folder.partition("-")
-    return TEXTS.get(text, text) + (f", width {width}" if width else "")
+    return {"ptb": "PTB"}.get(text, text) + (f", width {width}" if width else "")
 
 
 def names_of(points):
@@ -456,14 +442,17 @@ def parse_args(argv):
         flag("--results", default="results", metavar="DIR", help="The study's runs (results).")
         if kind == "plane":
             flag("--text", default="ptb", help="Folder of DIR, with those of other widths (ptb).")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not Path(args.out).suffix:  # matplotlib would write to another file
+        parser.error(f"--out is {args.out}; it must be a file whose name ends in .png, for instance")
+    return args
 
 
 def read_logs(runs):
     """{label: validation records} of run folders."""
     configs, logs = {}, {}
     for run in runs:
-        configs[run] = read_json(Path(run, "config.json"))
+        configs[run] = study_tables.read_dict(Path(run, "config.json"))
         records = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
         logs[run] = [record for record in records if record["split"] == "valid"]
         if not logs[run]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import data
 import metrics
+from extras.posteriors import posteriors, sample
 
 EDGES = (0, 5, 10, 20, 40, 80, 160, 320, 640, 10**9)  # of the rows, in tokens
 
@@ -29,24 +30,18 @@ def token_nats(model, z, labels):
 
 
 @torch.no_grad()
-def by_position(model, corpus, batch_size=32, seed=0):
+def by_position(model, corpus, batch_size=32):
     """Rows of {"start", "stop": positions [start, stop); "tokens": their number; "rec",
     "rec_other": nats per token, with a sample of the text's own posterior and of another's}.
     """
     model.eval()
-    batches = data.evaluation_order(corpus.lengths, batch_size)
-    z = torch.zeros(len(corpus), model.latent_dim)
-    for index in batches:
-        batch = data.make_batch(corpus, index).to(model.device)
-        mu, logvar = model.encode(batch.ids, batch.mask)
-        eps = data.latent_noise(model.latent_dim, seed, 0, batch.index, data.POSTERIOR)
-        z[batch.index] = model.reparameterize(mu, logvar, eps=eps.to(mu)).cpu()
-    cycle = np.random.default_rng(seed).permutation(len(corpus))  # each text gets another's z
+    z = sample(*posteriors(model, corpus, batch_size))
+    cycle = np.random.default_rng(0).permutation(len(corpus))  # that of metrics.measure
     other = np.empty_like(cycle)
     other[cycle] = np.roll(cycle, 1)
     longest = int(corpus.lengths.max())
     nats, counts = torch.zeros(2, longest, dtype=torch.float64), torch.zeros(longest)
-    for index in batches:
+    for index in data.evaluation_order(corpus.lengths, batch_size):
         batch = data.make_batch(corpus, index).to(model.device)
         length = batch.labels.shape[1]
         counts[:length] += batch.mask.sum(0).cpu()

@@ -22,10 +22,9 @@ import sys
 import torch
 from sklearn.mixture import GaussianMixture
 
-import data
 import metrics
 from data import InputError
-from extras.probe import posteriors
+from extras.posteriors import posteriors, sample
 from vae import kl_divergence
 
 LIMIT = 20_000  # training texts
@@ -34,12 +33,6 @@ MIXTURES = {  # name: number of Gaussians, covariances
     "8 Gaussians, full": (8, "full"),
     "32 Gaussians, diagonal": (32, "diag"),
 }
-
-
-def sample(mu, logvar):
-    """One z of each posterior (n, Z): (n, Z), a function of the number of the text alone."""
-    eps = data.latent_noise(mu.shape[1], 0, 0, torch.arange(len(mu)), data.POSTERIOR)
-    return mu + (logvar / 2).exp() * eps
 
 
 def compare_priors(train, test):

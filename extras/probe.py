@@ -55,8 +55,9 @@ from transformers.utils import logging
 import data
 import metrics
 from data import InputError
-from extras.flags import at_least
+from extras.flags import at_least, seed
 from extras.labels import format_rows, label_means, linear_classifier, probe_labels, read_parts
+from extras.posteriors import posteriors
 from vae import T5VAE
 
 TIMES = {time: tense for tense, times in data.TENSES.items() for time in times}
@@ -168,7 +169,7 @@ def probe_grammar(model, corpora, batch_size=64, moved=200):
     Returns: dicts of factor; accuracy and chance of `linear_probe`, %; and what `judge_edit` says
         of the sentences moved from `edit_of`'s first value to its second.
     """
-    mu = {split: posterior_means(model, corpus, batch_size) for split, corpus in corpora.items()}
+    mu = {split: posteriors(model, corpus, batch_size)[0] for split, corpus in corpora.items()}
     true = {
         split: list(map(in_words, itertools.islice(data.grammar_factors(split), len(mu[split]))))
         for split in corpora
@@ -207,22 +208,6 @@ def linear_probe(mu, classes, test_mu, test_classes):
     return 100 * accuracy, 100 * test_names.count(most) / len(test_names)
 
 
-@torch.no_grad()
-def posteriors(model, corpus, batch_size=64):
-    """mu and logvar of each text of a corpus: (n, Z) each, on the CPU."""
-    mu, logvar = torch.zeros(2, len(corpus), model.latent_dim)
-    for index in data.evaluation_order(corpus.lengths, batch_size):
-        batch = data.make_batch(corpus, index)
-        of_batch = model.encode(*batch.to(model.device)[:2])
-        mu[batch.index], logvar[batch.index] = (x.cpu() for x in of_batch)
-    return mu, logvar
-
-
-def posterior_means(model, corpus, batch_size=64):
-    """mu of each text of a corpus: (n, Z)."""
-    return posteriors(model, corpus, batch_size)[0]
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="probe.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
@@ -235,7 +220,7 @@ def parse_args(argv):
     flag("--k", type=step, nargs="+", default=[1, 2], help="lengths of the move of a label (1 2)")
     flag("--count", type=at_least(1), default=200, metavar="N", help="texts per row (200)")
     flag("--examples", type=at_least(0), default=3, metavar="N", help="first N test texts (3)")
-    flag("--seed", type=int, default=0, help="of the texts that are written (0)")
+    flag("--seed", type=seed, default=0, help="of the texts that are written (0)")
     args = parser.parse_args(argv)
     for texts, labels in ("texts", "labels"), ("test_texts", "test_labels"):
         if (getattr(args, texts) is None) != (getattr(args, labels) is None):

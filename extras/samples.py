@@ -102,9 +102,8 @@ def format_lines(measured, texts):
     heads = ["bleu", "distinct_1", "distinct_2", "words", "lm_nats"]
     yield f"{'':20}{'count':>8}" + "".join(f"{head:>12}" for head in heads)
     for kind, row in measured.items():
-        yield f"{kind:20}{len(texts[kind]):8,}" + "".join(
-            f"{metrics.cell(row, head):>12}" for head in heads
-        )
+        cells = [f"{row[head]:.2f}" if head in row else "-" for head in heads]
+        yield f"{kind:20}{len(texts[kind]):8,}" + "".join(f"{cell:>12}" for cell in cells)
     for i in range(3):
         yield f"text            {texts['test sentences'][i]}"
         yield f"reconstructed   {texts['reconstructions'][i]}"

@@ -122,6 +122,7 @@ ROWS = [  # the most informative first
     Row("lm-random", None, f"{BEST} --no-latent --epochs 8 --lr 2e-2", "random", wide=True),
     Row("r8-random", "autoencoder-random", f"{VAE} --epochs 5 --kl-target 8", wide=True),
     Row("r8-frozen", "autoencoder-frozen", f"{VAE} --epochs 5 --kl-target 8"),
+    Row("lm-deep", None, f"{BEST} --no-latent --epochs 8", "deep"),
     Row("paper-deep", "deletion0.4-deep", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
     Row("z64", "z64", f"{PAPER} --denoise 0.15"),
     Row("z128", "z128", f"{PAPER} --denoise 0.15"),

@@ -6,6 +6,7 @@ Nats are per sentence. ± is the standard error over sentences (of a difference:
 differences), or, where a row has several seeds, the standard deviation over them.
 """
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,17 @@ def read_dict(path, *keys):
     return content
 
 
+def check_numbers(path, measured):
+    """Raises InputError where a measure is no finite number, and not null for "there is none"."""
+    for name, value in measured.items():
+        numbers = [value] if name != "positions" else [x for at in value for x in at.values()]
+        for number in numbers:
+            if not (number is None or isinstance(number, int | float) and math.isfinite(number)):
+                raise data.InputError(f"{path} is damaged: {name} is {number!r}, no number")
+
+
 def read(results):
-    """({text: {row: [(config, measures) of each seed]}}, {text: paired.json}).
+    """({text: {row: {seed: (config, measures)}}}, {text: paired.json}), the texts as in TEXTS.
 
     Raises InputError where a file is damaged, or where there is no folder.
     """
@@ -82,15 +92,17 @@ def read(results):
         raise data.InputError(f"there is no folder {results}")
     runs, paired = {}, {}
     for path in sorted(Path(results).glob("*/*/*/metrics.json")):
-        text, row = path.parts[-4:-2]
+        text, row, seed = path.parts[-4:-1]
         config = read_dict(path.with_name("config.json"), "command")
-        measured = read_dict(path, "latent_dim", "rec")
+        measured = read_dict(path, "latent_dim", "kl", "rec")
+        check_numbers(path, measured)
         if measured["latent_dim"]:
             measured["active"] = measured["au"] / measured["latent_dim"]
-        runs.setdefault(text, {}).setdefault(row, []).append((config, measured))
+        runs.setdefault(text, {}).setdefault(row, {})[seed] = config, measured
     for path in Path(results).glob("*/paired.json"):
         paired[path.parent.name] = read_dict(path)
-    return {text: runs[text] for text in TEXTS if text in runs}, paired
+    order = [*TEXTS, *runs]
+    return {text: runs[text] for text in sorted(runs, key=order.index)}, paired
 
 
 def spread(values, error):
@@ -102,11 +114,11 @@ def spread(values, error):
 
 def number(runs, text, row, key):
     """(mean over seeds, ±) of a measure, or None where the row or the measure is missing."""
-    found = runs.get(text, {}).get(row, [])
-    values = [measured.get(key) for _, measured in found]
+    found = [measured for _, measured in runs.get(text, {}).get(row, {}).values()]
+    values = [measured.get(key) for measured in found]
     if not values or None in values:
         return None
-    return spread(values, found[0][1].get(key + "_se"))
+    return spread(values, found[0].get(key + "_se"))
 
 
 def difference(paired, text, a, b, key):
@@ -177,7 +189,8 @@ def systems_table(runs):
         printed = {row["name"]: row for row in paper_tables.reread(theirs)}
         unit = printed["Max pool"]["neg_elbo"]  # collapsed: the paper's own language model
         for row, name in SYSTEMS.items():
-            bound, lm = number(runs, text, row, "neg_elbo"), number(runs, text, "lm", "rec")
+            own = "lm-deep" if row == "paper-deep" else "lm"
+            bound, lm = number(runs, text, row, "neg_elbo"), number(runs, text, own, "rec")
             if bound is None or lm is None:
                 continue
             ratio = f"{bound[0] / lm[0]:.2f}"
@@ -200,7 +213,8 @@ def verdict(claim, runs, paired, text):
 
 def plateau(runs, text):
     """Claim (j), of phase 1 of the row `recommended`: its KL after the last two epochs."""
-    found = [config.get("phase1_kl") for config, _ in runs[text].get("recommended", [])]
+    seeds = runs[text].get("recommended", {})
+    found = [config.get("phase1_kl") for config, _ in seeds.values()]
     if not found or None in found:
         return "-"
     before, last = (statistics.fmean(kl[i] for kl in found) for i in (-2, -1))
@@ -240,7 +254,7 @@ def pretraining_table(runs, paired):
 def positions_table(runs):
     """What z explains of `answers`, by position: rec_other - rec, nats per token."""
     rows = {row: runs.get("answers", {}).get(row) for row in POSITIONS}
-    found = {row: seeds[0][1].get("positions") for row, seeds in rows.items() if seeds}
+    found = {row: seeds[min(seeds)][1].get("positions") for row, seeds in rows.items() if seeds}
     found = {row: places for row, places in found.items() if places}
     lines = []
     for i, place in enumerate(next(iter(found.values()), [])):

@@ -14,6 +14,7 @@ import data
 import metrics
 import train
 from extras import labels, latent, prior, probe, samples
+from extras.posteriors import sample
 from extras.test_extras import SHORT, home, one_thread, read_json, run
 from test_vae import TINY
 from vae import T5VAE
@@ -176,6 +177,7 @@ def test_flags_that_belong_together(capsys):
         (["--texts", "T", "--labels", "L", "--test-labels", "L"], "--test-texts and --test-labels"),
         (["--test-texts", "T", "--test-labels", "L"], "--test-texts needs --texts"),
         (["--k", "nan"], "argument --k: nan is not in"),
+        (["--seed", str(2**70)], f"argument --seed: {2**70} is not in"),
     ):
         with pytest.raises(SystemExit):
             probe.parse_args(["RUN", *flags])
@@ -335,7 +337,7 @@ def test_the_gaussian_of_texts_has_the_moments_of_their_mixture():
     torch.testing.assert_close(few[0, 0], plain[0, 0] + logvar[:6, 0].double().exp().mean())
 
 
-def test_sample_like_a_file(run, tmp_path, capsys):
+def test_sample_like_a_file(run, language_model, tmp_path, capsys):
     def lines(*flags):
         latent.main(["sample", run, "-n", "20", "--max-length", "8", *flags])
         return capsys.readouterr().out.splitlines()
@@ -352,6 +354,8 @@ def test_sample_like_a_file(run, tmp_path, capsys):
     for name, words in ("empty", "holds no text"), ("none", "No such file"):
         with pytest.raises(SystemExit, match=f"^latent.py: .*{words}"):
             lines("--like", str(tmp_path / name))
+    with pytest.raises(SystemExit, match=r"^latent.py: .* is a language model; it must be a VAE"):
+        latent.main(["sample", language_model])
 
 
 def test_samples_like_a_file_are_measured_beside_it(run, tmp_path, language_model, capsys):
@@ -389,7 +393,7 @@ def test_a_mixture_is_a_better_prior_where_the_posteriors_are_one():
     saved = rows["one Gaussian"][1]
     error = metrics.standard_error(saved - (closed - exact))
     assert kl["one Gaussian"] == pytest.approx(exact.mean().item(), abs=max(0.02, 4 * error))
-    mi = metrics.mutual_information(*test, prior.sample(*test)).item()
+    mi = metrics.mutual_information(*test, sample(*test)).item()
     assert mi < kl["8 Gaussians, full"] < mi + 0.5 < kl["one Gaussian"] - 1 < kl["N(0, I)"] - 2
 
 

@@ -133,7 +133,7 @@ def test_damaged_results_are_named(tmp_path):
     for name in "metrics.json", "config.json":
         path = tmp_path / "ptb" / "lm" / "0" / name
         whole = path.read_text()
-        for text in whole[:9], "[]", "{}":
+        for text in whole[:9], "[]", "{}", '{"latent_dim": 0, "kl": 0, "rec": NaN}':
             path.write_text(text)
             with pytest.raises(SystemExit, match=name):
                 study.main(["--tables", "--results", str(tmp_path)])
@@ -145,7 +145,7 @@ def test_damaged_results_are_named(tmp_path):
 def write_row(results, text, row, seed=0, **measures):
     folder = results / text / row / str(seed)
     folder.mkdir(parents=True)
-    measures = {"latent_dim": 32, "au": 32, "rec": 90.0} | measures
+    measures = {"latent_dim": 32, "au": 32, "kl": 8.0, "rec": 90.0} | measures
     data.write_json(folder / "metrics.json", measures)
     data.write_json(
         folder / "config.json", {"command": "", "phase1_kl": [0, 50.0, 90.0, 100.0, 101.0]}
