@@ -444,7 +444,7 @@ def parse_args(argv):
             flag("--text", default="ptb", help="Folder of DIR, with those of other widths (ptb).")
     args = parser.parse_args(argv)
     if not Path(args.out).suffix:  # matplotlib would write to another file
-        parser.error(f"--out is {args.out}; it must be a file whose name ends in .png, for instance")
+        parser.error(f"--out is {args.out}; it must name a file, for instance price.png")
     return args
 
 
