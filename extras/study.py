@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import statistics
@@ -38,13 +39,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Text:
-    """A data set, and how much of it is used. `width`: d_model of the T5s made for it."""
+    """A data set, and how much of it is used.
+
+    width: d_model of the T5s made for it. rows: the only ones that run on it (none: all but the
+    special ones). epochs: of phase 1, and of phase 2 or a language model (none: those of the row).
+    """
 
     dataset: str
     limit: int | None = None  # of training texts; here about 0.3 million tokens per epoch
     iw_samples: int = 10
     width: int = 128
     seeds: int = 2  # of the rows with more than one
+    rows: tuple = ()
+    epochs: tuple = ()
     positions: bool = False  # also measure where in a text z helps
 
 
@@ -53,7 +60,8 @@ TEXTS = {
     "ptb": Text("ptb", 10_000),
     "answers": Text("answers", 3_500, positions=True),
     "grammar": Text("grammar", iw_samples=100, seeds=3),
-    "ptb-256": Text("ptb", width=256),
+    "captions-all": Text("captions", seeds=1, rows=("lm", "r8", "r16", "r24"), epochs=(2, 3)),
+    "ptb-256": Text("ptb", width=256, rows=("lm", "r8", "r16", "lm-random", "r8-random")),
 }
 
 # What rows start from: flags of extras.pretrain. On `grammar` all start from random weights.
@@ -94,16 +102,17 @@ class Row:
     flags: str
     start: str = "small"
     several: bool = False  # seeds
-    wide: bool = False  # also at width 256
+    special: bool = False  # only for texts that name it
 
 
 ROWS = [  # the most informative first
-    Row("lm", None, f"{BEST} --no-latent --epochs 8", several=True, wide=True),
-    Row("r8", "autoencoder", f"{VAE} --epochs 5 --kl-target 8", several=True, wide=True),
+    Row("lm", None, f"{BEST} --no-latent --epochs 8", several=True),
+    Row("r8", "autoencoder", f"{VAE} --epochs 5 --kl-target 8", several=True),
     Row("paper-max", "no-deletion", f"{PAPER} --denoise 0 --kl-threshold 0"),
     Row("paper-denoise", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 0"),
     Row("paper-klt", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
-    Row("r16", "autoencoder", f"{VAE} --epochs 5 --kl-target 16", wide=True),
+    Row("r16", "autoencoder", f"{VAE} --epochs 5 --kl-target 16"),
+    Row("r24", "autoencoder", f"{VAE} --epochs 5 --kl-target 24", special=True),
     Row("r4", "autoencoder", f"{VAE} --epochs 5 --kl-target 4"),
     Row("recommended", "recommended", f"{PAPER} --denoise 0.15", several=True),
     Row("no-deletion", "no-deletion", f"{PAPER} --denoise 0"),
@@ -119,8 +128,8 @@ ROWS = [  # the most informative first
     Row("mean", "mean", f"{PAPER} --denoise 0.15"),
     Row("last", "last", f"{PAPER} --denoise 0.15"),
     Row("all-layers", "all-layers", f"{PAPER} --denoise 0.15"),
-    Row("lm-random", None, f"{BEST} --no-latent --epochs 8 --lr 2e-2", "random", wide=True),
-    Row("r8-random", "autoencoder-random", f"{VAE} --epochs 5 --kl-target 8", wide=True),
+    Row("lm-random", None, f"{BEST} --no-latent --epochs 8 --lr 2e-2", "random"),
+    Row("r8-random", "autoencoder-random", f"{VAE} --epochs 5 --kl-target 8"),
     Row("r8-frozen", "autoencoder-frozen", f"{VAE} --epochs 5 --kl-target 8"),
     Row("lm-deep", None, f"{BEST} --no-latent --epochs 8", "deep"),
     Row("paper-deep", "deletion0.4-deep", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
@@ -184,7 +193,7 @@ def row_job(row, name, seed, args):
     text = find_text(name, args)
     rest = [*text_flags(text, args), "--seed", str(seed), "--resume"]
     parent = Path(args.runs, name)
-    flags = shlex.split(row.flags)
+    flags = flags_of(row.flags, text.epochs[1:])
     if text.dataset == "grammar" and row.flags.startswith(BEST):
         flags += ["--dropout", "0"]  # its training texts are no sample to overfit
     if row.warm_up is None:
@@ -195,7 +204,8 @@ def row_job(row, name, seed, args):
         start_name, warm_flags = WARM_UPS[row.warm_up]
         start, needs = start_job(start_name, text, args)
         out = parent / row.warm_up / str(seed)
-        warm = ["train.py", "--phase", "1", "--model", start, *shlex.split(warm_flags), *rest]
+        warm = ["train.py", "--phase", "1", "--model", start]
+        warm += [*flags_of(warm_flags, text.epochs[:1]), *rest]
         warm += ["--layers", "4"] if start == "tiny" and start_name == "deep" else []
         needs = Job(out / "phase1", [*warm, "--out", str(out)], needs)
         flags += ["--init", str(needs.out)]
@@ -209,6 +219,11 @@ def row_job(row, name, seed, args):
     return Job(out / phase, command, needs, result, text.positions)
 
 
+def flags_of(text, epochs):
+    """The flags in a text, with a Text's own number of epochs if there is one."""
+    return shlex.split(re.sub(r"--epochs \d+", f"--epochs {epochs[0]}", text) if epochs else text)
+
+
 def find_text(name, args):
     """The Text of a name. With --model all of a data set is used."""
     return TEXTS[name] if name in TEXTS and not args.model else Text(name)
@@ -217,8 +232,10 @@ def find_text(name, args):
 def seeds_of(row, text, args):
     """How many seeds of a row run on a text; 0: the row is not for it."""
     start = WARM_UPS[row.warm_up][0] if row.warm_up else row.start
-    if text.width == 256:
-        return text.seeds if row.wide else 0
+    if text.rows:
+        return text.seeds if row.name in text.rows else 0
+    if row.special:
+        return 0
     if text.dataset == "grammar" and start == "random":  # there, all rows start from it
         return 0
     if args.model and start != "small" and not (start == "deep" and args.deep):
@@ -227,14 +244,14 @@ def seeds_of(row, text, args):
 
 
 def study_jobs(args):
-    """The jobs of all rows: seed 0 of all texts first, row by row; the wide ones last."""
+    """The jobs of all rows: seed 0 of all texts first, row by row; the long runs last."""
     jobs = []
-    for width in 128, 256:
+    for long in False, True:
         for seed in range(args.seeds):
             for row in ROWS if not args.rows else [r for r in ROWS if r.name in args.rows]:
                 for name in args.texts:
                     text = find_text(name, args)
-                    if text.width == width and seed < seeds_of(row, text, args):
+                    if bool(text.rows) == long and seed < seeds_of(row, text, args):
                         jobs.append(row_job(row, name, seed, args))
     return jobs
 

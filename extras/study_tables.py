@@ -14,8 +14,8 @@ from pathlib import Path
 import data
 from extras import paper_tables
 
-TEXTS = ("grammar", "captions", "ptb", "ptb-256", "answers", "snli", "yahoo", "yelp")
-TARGETS = ("r4", "r8", "r16")
+TEXTS = ("grammar", "captions", "captions-all", "ptb", "ptb-256", "answers")
+TARGETS = ("r4", "r8", "r16", "r24")
 POSITIONS = ("r8", "r16", "no-deletion", "deletion0.4", "mean")
 SYSTEMS = {  # row: its name in the paper's tables
     "paper-max": "Max pool",
