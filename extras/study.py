@@ -42,7 +42,8 @@ class Text:
     """A data set, and how much of it is used.
 
     width: d_model of the T5s made for it. rows: the only ones that run on it (none: all but the
-    special ones). epochs: of phase 1, and of phase 2 or a language model (none: those of the row).
+    special ones). epochs: of phases 1 and 2 of `best`, of both together for a language model (none:
+    those of the row).
     """
 
     dataset: str
@@ -73,13 +74,11 @@ STARTS = {
     "random": "--steps 0",
 }
 
-BEST = "--recipe best"
-VAE = f"{BEST} --lr 2e-2"  # of a T5 pretrained as shortly as these
+BEST = "--recipe best --lr 2e-2"  # of a T5 pretrained as shortly as these
 PAPER = "--recipe paper --dropout 0.1"  # t5-small's dropout
 WARM_UPS = {  # phase 1: what it starts from, flags
-    "autoencoder": ("small", f"{VAE} --epochs 3"),
-    "autoencoder-frozen": ("small", f"{VAE} --epochs 3 --freeze-decoder"),
-    "autoencoder-random": ("random", f"{VAE} --epochs 3"),
+    "autoencoder": ("small", f"{BEST} --epochs 3"),
+    "autoencoder-random": ("random", f"{BEST} --epochs 3"),
     "recommended": ("small", f"{PAPER} --denoise 0.15"),
     "no-deletion": ("small", f"{PAPER} --denoise 0"),
     "deletion0.4": ("small", f"{PAPER} --denoise 0.4"),
@@ -107,19 +106,19 @@ class Row:
 
 ROWS = [  # the most informative first
     Row("lm", None, f"{BEST} --no-latent --epochs 8", several=True),
-    Row("r8", "autoencoder", f"{VAE} --epochs 5 --kl-target 8", several=True),
+    Row("r8", "autoencoder", f"{BEST} --epochs 5 --kl-target 8", several=True),
     Row("paper-max", "no-deletion", f"{PAPER} --denoise 0 --kl-threshold 0"),
     Row("paper-denoise", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 0"),
     Row("paper-klt", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
-    Row("r16", "autoencoder", f"{VAE} --epochs 5 --kl-target 16"),
-    Row("r24", "autoencoder", f"{VAE} --epochs 5 --kl-target 24", special=True),
-    Row("r4", "autoencoder", f"{VAE} --epochs 5 --kl-target 4"),
+    Row("r16", "autoencoder", f"{BEST} --epochs 5 --kl-target 16"),
+    Row("r24", "autoencoder", f"{BEST} --epochs 5 --kl-target 24", special=True),
+    Row("r4", "autoencoder", f"{BEST} --epochs 5 --kl-target 4"),
     Row("recommended", "recommended", f"{PAPER} --denoise 0.15", several=True),
     Row("no-deletion", "no-deletion", f"{PAPER} --denoise 0"),
     Row("deletion0.4", "deletion0.4", f"{PAPER} --denoise 0.4"),
-    Row("threshold0.25", "autoencoder", f"{VAE} --epochs 5 --kl-threshold 0.25"),
-    Row("threshold0.5", "autoencoder", f"{VAE} --epochs 5 --kl-threshold 0.5"),
-    Row("linear", "autoencoder", f"{VAE} --epochs 5 --kl-schedule linear"),
+    Row("threshold0.25", "autoencoder", f"{BEST} --epochs 5 --kl-threshold 0.25"),
+    Row("threshold0.5", "autoencoder", f"{BEST} --epochs 5 --kl-threshold 0.5"),
+    Row("linear", "autoencoder", f"{BEST} --epochs 5 --kl-schedule linear"),
     Row("cold", None, f"{PAPER} --denoise 0.15 --kl-threshold 0"),
     Row("no-threshold", "recommended", f"{PAPER} --denoise 0.15 --kl-threshold 0"),
     Row("cyclical", "recommended", f"{PAPER} --kl-threshold 0 --kl-schedule cyclical"),
@@ -128,9 +127,8 @@ ROWS = [  # the most informative first
     Row("mean", "mean", f"{PAPER} --denoise 0.15"),
     Row("last", "last", f"{PAPER} --denoise 0.15"),
     Row("all-layers", "all-layers", f"{PAPER} --denoise 0.15"),
-    Row("lm-random", None, f"{BEST} --no-latent --epochs 8 --lr 2e-2", "random"),
-    Row("r8-random", "autoencoder-random", f"{VAE} --epochs 5 --kl-target 8"),
-    Row("r8-frozen", "autoencoder-frozen", f"{VAE} --epochs 5 --kl-target 8"),
+    Row("lm-random", None, f"{BEST} --no-latent --epochs 8", "random"),
+    Row("r8-random", "autoencoder-random", f"{BEST} --epochs 5 --kl-target 8"),
     Row("lm-deep", None, f"{BEST} --no-latent --epochs 8", "deep"),
     Row("paper-deep", "deletion0.4-deep", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
     Row("z64", "z64", f"{PAPER} --denoise 0.15"),
@@ -193,7 +191,9 @@ def row_job(row, name, seed, args):
     text = find_text(name, args)
     rest = [*text_flags(text, args), "--seed", str(seed), "--resume"]
     parent = Path(args.runs, name)
-    flags = flags_of(row.flags, text.epochs[1:])
+    epochs = text.epochs or (None, None)
+    total = sum(text.epochs) if "--no-latent" in row.flags else epochs[1]
+    flags = flags_of(row.flags, total)
     if text.dataset == "grammar" and row.flags.startswith(BEST):
         flags += ["--dropout", "0"]  # its training texts are no sample to overfit
     if row.warm_up is None:
@@ -205,7 +205,7 @@ def row_job(row, name, seed, args):
         start, needs = start_job(start_name, text, args)
         out = parent / row.warm_up / str(seed)
         warm = ["train.py", "--phase", "1", "--model", start]
-        warm += [*flags_of(warm_flags, text.epochs[:1]), *rest]
+        warm += [*flags_of(warm_flags, epochs[0]), *rest]
         warm += ["--layers", "4"] if start == "tiny" and start_name == "deep" else []
         needs = Job(out / "phase1", [*warm, "--out", str(out)], needs)
         flags += ["--init", str(needs.out)]
@@ -220,8 +220,8 @@ def row_job(row, name, seed, args):
 
 
 def flags_of(text, epochs):
-    """The flags in a text, with a Text's own number of epochs if there is one."""
-    return shlex.split(re.sub(r"--epochs \d+", f"--epochs {epochs[0]}", text) if epochs else text)
+    """The flags in a text, with this number of epochs if it is not None."""
+    return shlex.split(re.sub(r"--epochs \d+", f"--epochs {epochs}", text) if epochs else text)
 
 
 def find_text(name, args):
