@@ -13,6 +13,7 @@ The values per sentence are those that train.py and metrics.py write to sentence
 import argparse
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,11 @@ def load(run):
     measured = json.loads((path / "metrics.json").read_text())
     if not (path / "sentences.npz").is_file():
         raise ValueError(f"{run} has no sentences.npz: python metrics.py {run} writes it")
-    with np.load(path / "sentences.npz") as values:
-        columns = {name: torch.from_numpy(values[name]) for name in values.files}
+    try:
+        with np.load(path / "sentences.npz") as values:
+            columns = {name: torch.from_numpy(values[name]) for name in values.files}
+    except (EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path / 'sentences.npz'} is damaged") from None
     named = {"rec": columns["rec"], "kl": columns["kl"]}
     named["neg_elbo"] = columns["rec"] + columns["kl"]
     named["swap_cost"] = columns["rec_other"] - columns["rec"]
@@ -55,7 +59,9 @@ def paired(a, b):
 def compare(run_a, run_b):
     """`paired` of two run folders. Raises ValueError where they cannot be compared."""
     (config_a, measured_a, a), (config_b, measured_b, b) = load(run_a), load(run_b)
-    texts_a, texts_b = (config["data_sha256"]["test"] for config in (config_a, config_b))
+    texts_a, texts_b = (
+        (config["data_sha256"]["test"], config["max_length"]) for config in (config_a, config_b)
+    )
     if texts_a != texts_b or len(a["rec"]) != len(b["rec"]):
         raise ValueError(f"{run_a} and {run_b} were measured on different texts")
     samples_a, samples_b = measured_a["iw_samples"], measured_b["iw_samples"]

@@ -174,9 +174,11 @@ def mean_nll(runs, row="lm"):
 
 
 def text_name(folder):
-    """How figures call a folder: ptb-256 is PTB with a model of width 256."""
-    text, _, width = folder.partition("-")
-    return {"ptb": "PTB"}.get(text, text) + (f", width {width}" if width else "")
+    """How figures call a folder: ptb-256 is PTB with a model of width 256, captions-all all
+    captions."""
+    text, _, rest = folder.partition("-")
+    rest = f"width {rest}" if rest.isdigit() else rest
+    return {"ptb": "PTB"}.get(text, text) + (f", {rest}" if rest else "")
 
 
 def names_of(points):
@@ -354,7 +356,7 @@ def draw_buys(results):
 
 def published(text):
     """([(KL, rec, name)], {label: nats}): the corrected rows of the paper's table of a text, and
-    the language models that can be told from it."""
+    the language models that can be derived from it."""
     if text not in paper_tables.PAPER:
         return [], {}
     rows = {row["name"]: row for row in paper_tables.reread(text)}
@@ -385,7 +387,7 @@ def draw_plane(results, text):
     axes, handles = figure.subplots(), []
     named, lines = published(text)
     for kl, rec, name in named:
-        (cross,) = axes.plot(kl, rec, "x", color="0.3", label=name)
+        axes.plot(kl, rec, "x", color="0.3", label=name)
     for (folder, points), color in zip(folders.items(), itertools.cycle(TEXT_COLORS)):
         for point, name in zip(points, names_of(points), strict=True):
             axes.plot(point.measured["kl"], point.measured["rec"], **look(point, color))
@@ -441,7 +443,11 @@ def parse_args(argv):
             continue
         flag("--results", default="results", metavar="DIR", help="The study's runs (results).")
         if kind == "plane":
-            flag("--text", default="ptb", help="Folder of DIR, with those of other widths (ptb).")
+            flag(
+                "--text",
+                default="ptb",
+                help="Folder of DIR, and those that begin with it and - (ptb).",
+            )
     args = parser.parse_args(argv)
     if not Path(args.out).suffix:  # matplotlib would write to another file
         parser.error(f"--out is {args.out}; it must name a file, for instance price.png")

@@ -59,7 +59,8 @@ def by_position(model, corpus, batch_size=32):
 
 
 def of_run(run):
-    """`by_position` of a run's test split. Raises OSError or ValueError where it is none."""
+    """`by_position` of a run's test split. Raises OSError, ValueError or KeyError where it is no
+    run of a VAE."""
     _, model, read = metrics.load_run(run)
     if model.latent_dim == 0:
         raise data.InputError("it is a language model: it has no z")

@@ -1,4 +1,4 @@
-"""The posteriors of all texts of a corpus, for the extras that need them at once."""
+"""The posteriors of all texts of a corpus, for the extras that need them all at once."""
 
 import torch
 
@@ -16,8 +16,11 @@ def posteriors(model, corpus, batch_size=64):
     return mu, logvar
 
 
-def sample(mu, logvar):
-    """One z of each posterior (n, Z): (n, Z), a function of the number of the text alone. It is the
-    z of `metrics.measure` with seed 0."""
-    eps = data.latent_noise(mu.shape[1], 0, 0, torch.arange(len(mu)), data.POSTERIOR)
+def sample(mu, logvar, draw=0):
+    """One z of each posterior (n, Z): (n, Z), a function of the draw and the number of the text.
+
+    Draw 0 is the z of `metrics.measure` with seed 0. Texts of two splits that have the same number
+    have the same noise, unless their draws differ.
+    """
+    eps = data.latent_noise(mu.shape[1], 0, 0, torch.arange(len(mu)), data.POSTERIOR, draw)
     return mu + (logvar / 2).exp() * eps

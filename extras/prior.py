@@ -40,7 +40,7 @@ def compare_priors(train, test):
 
     train, test: (mu, logvar), (n, Z) each, float64.
     """
-    z_train, z, zero = sample(*train), sample(*test), torch.zeros_like(test[0])
+    z_train, z, zero = sample(*train, draw=1), sample(*test), torch.zeros_like(test[0])
     kl = kl_divergence(*test).sum(1)
     rows = [("N(0, I)", kl, torch.zeros_like(kl))]
     for name, (count, covariance) in MIXTURES.items():
@@ -69,7 +69,7 @@ def main(argv=None):
     print(f"{len(corpora[0]):,} training texts, {len(corpora[1]):,} test texts, nats per sentence")
     print(f"{'prior':24}{'KL':>14}{'saved':>16}")
     for name, *columns in compare_priors(train, test):
-        cells = [f"{x.mean():z.3f}±{metrics.standard_error(x) or math.nan:.3f}" for x in columns]
+        cells = [f"{x.mean():z.3f}±{x.std() / math.sqrt(len(x)):.3f}" for x in columns]
         print(f"{name:24}{cells[0]:>14}{cells[1] if name in MIXTURES else '-':>16}")
     mi, n = metrics.mutual_information(*test, sample(*test)), len(corpora[1])
     print(f"{'any prior, at least':24}{mi:8.3f} (MI; n {n:,}, at most ln n = {math.log(n):.3f})")

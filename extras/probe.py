@@ -141,13 +141,17 @@ def judge_edit(factor, new, before, after):
     """What an edit of a factor to the value `new` did: measures in % of the sentences.
 
     before, after: what `in_words` returns for each sentence decoded, None where it is not
-    grammatical. Returns: grammatical; changed: it has the new value; alone: and every other factor
-    as before; and the factor that changed most often with it, as text.
+    grammatical. Returns: grammatical; changed: it has the new value, which it did not have before;
+    alone: and every other factor as before; and the factor that changed most often with it, as
+    text.
     """
     changes = [
         other_changes(factor, a, b) if a and b else None for a, b in zip(before, after, strict=True)
     ]
-    changed = [b is not None and b[factor] == new for b in after]
+    changed = [
+        b is not None and b[factor] == new and (a is None or a[factor] != new)
+        for a, b in zip(before, after, strict=True)
+    ]
     hits = {
         "grammatical": [b is not None for b in after],
         "changed": changed,

@@ -33,6 +33,7 @@ import torch
 import data
 from extras import compare, positions, study_tables
 from extras.flags import at_least
+from extras.study_tables import read_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,9 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 class Text:
     """A data set, and how much of it is used.
 
-    width: d_model of the T5s made for it. rows: the only ones that run on it (none: all but the
-    special ones). epochs: of phases 1 and 2 of `best`, of both together for a language model (none:
-    those of the row).
+    width: d_model of the T5s made for it. rows: those that run on it; empty: all but the special
+    ones. epochs: of phases 1 and 2 of `best`, and their sum for a language model; empty: those of
+    the row.
     """
 
     dataset: str
@@ -140,8 +141,8 @@ ROWS = [  # the most informative first
 class Job:
     """One command, and the run folder that it writes.
 
-    A row is finished once its `result` holds metrics.json. (Where a run ended unseen, train.py
-    --resume finds it finished, and then it is kept.)
+    A row is finished once its `result` holds metrics.json. A run that ended after the study was
+    stopped is kept the next time: train.py --resume finds nothing to do.
     """
 
     out: Path
@@ -277,7 +278,8 @@ def next_job(jobs, tried):
 
 
 def keep(job):
-    """Copy what is kept of a finished run into results/. Its minutes include pauses."""
+    """Copy a finished run's settings and measures into results/, with the commit and the machine
+    of this moment. Its minutes include pauses."""
     config = json.loads((job.out / "config.json").read_text())
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
@@ -302,7 +304,9 @@ def machine():
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, 1 thread"
+    threads = torch.get_num_threads()
+    threads = "1 thread" if threads == 1 else f"{threads} threads"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
 
 
 def write_pairs(args):
@@ -311,26 +315,29 @@ def write_pairs(args):
     outs = {str(job.result): job.out for job in study_jobs(every)}
     for name in args.texts:
         path = Path(args.results, name, "paired.json")
-        pairs = study_tables.read_dict(path) if path.exists() else {}
+        pairs = read_dict(path) if path.exists() else {}
         for a, b in study_tables.pairs([row.name for row in ROWS]):
             for seed in range(3):
                 runs = [outs.get(str(path.parent / row / str(seed))) for row in (a, b)]
-                if all(out and (out / "sentences.npz").exists() for out in runs):
-                    pairs[f"{a}/{seed} - {b}/{seed}"] = compare.compare(runs[1], runs[0])
+                if all(out and (out / "metrics.json").exists() for out in runs):
+                    try:
+                        pairs[f"{a}/{seed} - {b}/{seed}"] = compare.compare(runs[1], runs[0])
+                    except (OSError, ValueError, KeyError) as error:
+                        print(f"not compared: {error}", file=sys.stderr)
         if pairs:
             data.write_json(path, dict(sorted(pairs.items())))
 
 
 def time_left(jobs, args):
-    """One line: how much is missing, and for how long at the pace of the rows in results/."""
+    """One line: how much is missing, and how long it takes at the pace of the rows in results/."""
     paths = Path(args.results).glob("*/*/*/config.json")
-    minutes = [study_tables.read_dict(path, "minutes")["minutes"] for path in paths]
+    minutes = [read_dict(path, "minutes")["minutes"] for path in paths]
     rows, left = sum(not job.finished() for job in jobs), len(commands_left(jobs))
     said = f"{rows} of {len(jobs)} rows are missing, {left} commands"
     if not minutes:
         return said
-    mean = statistics.fmean(minutes)
-    return f"{said}: {left * mean / 60 / args.jobs:.1f} h, at {mean:.0f} minutes per command"
+    usual = statistics.median(minutes)
+    return f"{said}: {left * usual / 60 / args.jobs:.1f} h, at {usual:.0f} minutes per command"
 
 
 def run(jobs, args):
@@ -338,7 +345,8 @@ def run(jobs, args):
     environment, tried, running, failed = dict(os.environ), set(), {}, []
     if not torch.cuda.is_available():  # more threads than cores would spin
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        threads = int(environment.setdefault("OMP_NUM_THREADS", str(threads)))
+        torch.set_num_threads(threads)  # for what this process measures itself
     logs = Path(args.runs, "logs")
     logs.mkdir(parents=True, exist_ok=True)
     write_pairs(args)
@@ -393,12 +401,16 @@ def parse_args(argv):
     for name in args.texts:
         if name in ("", "..") or name != Path(name).name:
             parser.error(f"--texts has {name!r}; it must be the name of a folder in --data-dir")
-        if args.model and name in ("grammar", "ptb-256"):
+        if name not in TEXTS and not args.model:
+            parser.error(f"--texts has {name}; without --model it must be of {', '.join(TEXTS)}")
+        if args.model and name in ("grammar", "captions-all", "ptb-256"):
             parser.error(f"--texts has {name}, whose rows do not start from --model")
     if args.deep and not args.model:
         parser.error(f"--deep is {args.deep}; it needs --model")
     if args.model:  # two models share neither run folders nor results
-        name = "-".join(Path(args.model).parts[-2:])
+        name = re.sub(r"\W+", "-", args.model).strip("-")
+        if not name:
+            parser.error(f"--model is {args.model}; it must have a name")
         args.runs = str(Path(args.runs, name))
         args.results = args.results or str(Path("results", name))
     args.results = args.results or "results"
@@ -414,10 +426,10 @@ def main(argv=None):
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         sys.exit(f"study.py: {error}")
     if failed:
-        sys.exit(f"study.py: {len(failed)} commands failed")
+        sys.exit(f"study.py: commands that failed: {len(failed)}")
 
 
 def run_command(args):

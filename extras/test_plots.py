@@ -14,7 +14,7 @@ def write(results, text, row, seed=0, **measured):
     """A run of the study with these numbers, all invented."""
     folder = results / text / row / str(seed)
     folder.mkdir(parents=True)
-    measured = {"latent_dim": 0, "nll_se": 0.3, "rec_se": 0.4, "entropy": None, **measured}
+    measured = {"latent_dim": 0, "au": 0, "nll_se": 0.3, "rec_se": 0.4, "entropy": None, **measured}
     (folder / "metrics.json").write_text(json.dumps(measured))
     (folder / "config.json").write_text('{"command": ""}')
 
@@ -167,7 +167,7 @@ def test_pictures_are_written_and_mistakes_are_one_line(results, tmp_path):
             plots.main([kind, "--out", "x.png", "--results", str(folder), *flags])
     with pytest.raises(SystemExit):
         plots.parse_args(["curves", "--out", f"{tmp_path}/", "run"])
-    for damage in '{"rec": 1', '{"latent_dim": 0, "kl": 0, "rec": "110"}':
+    for damage in '{"rec": 1', '{"latent_dim": 0, "kl": 0, "rec": "110", "au": 0}':
         (results / "ptb" / "lm" / "0" / "metrics.json").write_text(damage)
         with pytest.raises(SystemExit, match=r"metrics\.json is damaged"):
             plots.main(["price", "--out", "x.png", "--results", str(results)])

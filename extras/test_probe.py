@@ -81,11 +81,16 @@ def test_what_an_edit_of_grammar_changed_besides(factor, after, changes):
 
 def test_ungrammatical_edits_count_for_nothing():
     assert probe.grammar_parse(BEFORE.replace("king", "queen")) is None, "with his friend"
-    whole = probe.in_words(probe.grammar_parse(BEFORE))
-    found = probe.judge_edit(
-        "who", "king", [whole, None, whole, whole], [whole, whole, None, whole]
-    )
+    king = probe.in_words(probe.grammar_parse(BEFORE))
+    queen = king | {"who": "queen"}
+    found = probe.judge_edit("who", "queen", [king, None, king, king], [queen, queen, None, queen])
     assert (found["grammatical"], found["changed"], found["alone"]) == (75, 75, 50)
+
+
+def test_a_decoder_that_does_not_hear_z_edits_nothing():
+    king = probe.in_words(probe.grammar_parse(BEFORE))
+    found = probe.judge_edit("who", "king", [king], [king])
+    assert (found["grammatical"], found["changed"], found["alone"]) == (100, 0, 0)
 
 
 def test_a_time_moves_within_its_tense():
@@ -407,6 +412,11 @@ def test_nothing_is_saved_where_the_posteriors_are_n01():
     for _, _, saved in rows[1:]:
         assert abs(saved.mean()) < 0.06, "a mixture of 32 fits a little noise"
         assert saved.mean() < 3 * metrics.standard_error(saved)
+    # Collapsed posteriors: all that there is to fit is noise, which is other noise in other texts.
+    collapsed = torch.zeros(2, 300, 16, dtype=torch.float64)
+    rows = {name: saved for name, _, saved in prior.compare_priors(collapsed, collapsed)}
+    assert rows["one Gaussian"].mean() < -3 * metrics.standard_error(rows["one Gaussian"])
+    assert rows["8 Gaussians, full"].mean() < -1
 
 
 def test_the_kl_to_n01_is_that_of_the_run(run, language_model, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Tests of the study: its commands, what it keeps, and its tables."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,24 @@ def test_rows_of_a_random_start_are_not_repeated_where_all_start_from_it():
     rows = {str(job.result) for job in study.study_jobs(args)}
     assert "nowhere/captions/r8-random/0" in rows
     assert not any(row.startswith("nowhere/grammar/") and "random" in row for row in rows)
+    assert not any("r24" in row for row in rows)
     assert {f"nowhere/grammar/r8/{seed}" for seed in range(3)} <= rows
     assert "nowhere/captions/r8/2" not in rows
+
+
+def test_a_text_may_have_rows_and_epochs_of_its_own():
+    jobs = study.study_jobs(settings("--texts", "captions-all", "--results", "nowhere"))
+    epochs = {}
+    for job in jobs:
+        while job and "train.py" in job.command:
+            epochs[str(job.out)] = job.command[job.command.index("--epochs") + 1]
+            job = job.needs
+    home = "runs/study/captions-all"
+    assert epochs == {
+        f"{home}/lm/0/lm": "5",
+        f"{home}/autoencoder/0/phase1": "2",
+        **{f"{home}/r{target}/0/phase2": "3" for target in (8, 16, 24)},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +86,11 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
     results, runs = tmp_path / "results", tmp_path / "runs"
     flags = ["--model", str(tiny_t5), "--texts", home.name, "--data-dir", str(home.parent)]
     flags += ["--results", str(results), "--runs", str(runs), "--rows", "lm", "r4", "--jobs", "2"]
-    foreign = runs / "t5-model" / home.name / "r4" / "0" / "phase2" / "mine.txt"
+    name = re.sub(r"\W+", "-", str(tiny_t5)).strip("-")
+    foreign = runs / name / home.name / "r4" / "0" / "phase2" / "mine.txt"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("not a run's")
-    with pytest.raises(SystemExit, match="1 commands failed"):
+    with pytest.raises(SystemExit, match="commands that failed: 1"):
         study.main(flags)
     assert "mine.txt" in capsys.readouterr().out  # the reason
     kept = results / home.name
@@ -91,11 +109,14 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
         "config.json",
         "metrics.json",
     ]
-    folder = runs / "t5-model" / home.name
+    folder = runs / name / home.name
     expected = compare.compare(folder / "lm" / "0" / "lm", folder / "r4" / "0" / "phase2")
     assert read(kept / "paired.json")["r4/0 - lm/0"]["nll"] == list(expected["nll"])
-    study.main(flags)
-    assert "0 of 3 rows are missing" in capsys.readouterr().out  # lm has two seeds
+    (folder / "lm" / "0" / "lm" / "sentences.npz").write_bytes(b"")
+    study.main(flags)  # what cannot be compared stops nothing
+    out, err = capsys.readouterr()
+    assert "0 of 3 rows are missing" in out  # lm has two seeds
+    assert re.search("not compared: .*sentences.npz is damaged", err)
 
 
 def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
@@ -121,7 +142,10 @@ def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
 
 def test_mistakes_are_refused(capsys):
     with_grammar = ["--model", "t5-small", "--texts", "grammar"]
-    for flags in (["--texts", ".."], with_grammar, ["--deep", "t5-base"], ["--rows", "r5"]):
+    nameless = ["--model", "."]
+    unknown = ["--texts", "captoins"]
+    texts = (["--texts", ".."], unknown, with_grammar, nameless)
+    for flags in (*texts, ["--deep", "t5-base"], ["--rows", "r5"]):
         with pytest.raises(SystemExit):
             settings(*flags)
     assert "r5" in capsys.readouterr().err
@@ -133,11 +157,16 @@ def test_damaged_results_are_named(tmp_path):
     for name in "metrics.json", "config.json":
         path = tmp_path / "ptb" / "lm" / "0" / name
         whole = path.read_text()
-        for text in whole[:9], "[]", "{}", '{"latent_dim": 0, "kl": 0, "rec": NaN}':
+        measures = '{"latent_dim": 0, "kl": 0, "rec": NaN, "au": 0}'
+        for text in whole[:9], "[]", "{}", measures, measures.replace("NaN", "null"):
             path.write_text(text)
             with pytest.raises(SystemExit, match=name):
                 study.main(["--tables", "--results", str(tmp_path)])
         path.write_text(whole)
+    for pairs in '{"a": 1}', '{"a": {"nll": 1}}':
+        (tmp_path / "ptb" / "paired.json").write_text(pairs)
+        with pytest.raises(SystemExit, match="paired.json is damaged"):
+            study.main(["--tables", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="no folder"):
         study.main(["--tables", "--results", str(tmp_path / "none")])
 
@@ -165,17 +194,27 @@ def test_tables_say_what_the_results_hold(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [(2.0, "no"), (-2.0, "yes"), (0.15, "even"), (-0.15, "even")]
+    ("change", "said"),
+    [([2.0], "no"), ([-2.0], "yes"), ([0.15], "even"), ([-0.15], "even"), ([], "?")]
+    + [([2.0, 3.0], "no"), ([2.0, 0.15], "even"), ([2.0, -2.0], "even")],
 )
 def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
-    write_row(tmp_path, "answers", "cold", swap_cost=5.0 + change, swap_cost_se=1.0)
-    write_row(tmp_path, "answers", "no-threshold", swap_cost=5.0, swap_cost_se=1.0)
+    seeds = max(1, len(change))
+    for seed in range(seeds):
+        write_row(tmp_path, "answers", "cold", seed, swap_cost=5.0 + seed, swap_cost_se=1.0)
+    for seed in range(3):
+        write_row(tmp_path, "answers", "no-threshold", seed, swap_cost=3.0 + seed)
     write_row(tmp_path, "ptb", "cold", swap_cost=5.0)
-    pairs = {"cold/0 - no-threshold/0": {"swap_cost": [change, 0.1]}}
-    data.write_json(tmp_path / "answers" / "paired.json", pairs)
+    pairs = {
+        f"cold/{seed} - no-threshold/{seed}": {"swap_cost": [mean, 0.1]}
+        for seed, mean in enumerate(change)
+    }
+    data.write_json(tmp_path / "answers" / "paired.json", pairs or {"lm/0 - lm/0": {}})
     runs, paired = study_tables.read(tmp_path)
     claim = study_tables.CLAIMS[0]  # cold < no-threshold
-    assert study_tables.verdict(claim, runs, paired, "answers").startswith(f"{said}: {5 + change}")
+    middle = (seeds - 1) / 2  # the numbers are those of the seeds that both rows have
+    shown = f"{said}: {5 + middle:.2f}, {3 + middle:.2f}"
+    assert study_tables.verdict(claim, runs, paired, "answers") == shown
     assert study_tables.verdict(claim, runs, paired, "ptb") == "-"
 
 
