@@ -4,8 +4,7 @@
 
 mu and logvar descend from the encoder's along the gradient of the sentence's own -ELBO, the decoder
 as it is. What this takes from the gap between -ELBO and NLL was the encoder's part; what it leaves
-is that of a diagonal Gaussian (Cremer et al. 2018). Writes metrics-refined.json into the run
-folder.
+is that of a diagonal Gaussian (Cremer et al. 2018). Writes RUN-refined.json beside RUN.
 """
 
 import argparse
@@ -73,7 +72,8 @@ def main(argv=None):
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"refine.py: cannot use {args.run}: {error}")
     measured["refine"] = args.steps
-    Path(args.run, "metrics-refined.json").write_text(json.dumps(measured, indent=2) + "\n")
+    run = Path(args.run).resolve()
+    run.with_name(f"{run.name}-refined.json").write_text(json.dumps(measured, indent=2) + "\n")
     print(metrics.format_table({f"{args.run}, refined": measured}))
 
 

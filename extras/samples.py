@@ -18,7 +18,7 @@ Prior: z from N(0, I), then the most likely words (greedy), or words drawn from 
 model's own distribution of texts). Interpolations: greedy texts on the straight line between the
 posterior means of two test sentences, by their place on it; those in the middle should be as much
 language as the ends. Like: z from the Gaussian of `extras.latent sample --like`, beside the first
-texts of that file. Writes samples.json.
+texts of that file. Writes RUN-samples.json beside RUN.
 """
 
 import argparse
@@ -147,12 +147,13 @@ def main(argv=None):
     if not lm:
         print("lm_nats needs a language model: train.py --no-latent, then --lm RUN")
     content = {
-        "count": args.count,
+        "count": min(args.count, len(corpus)),
         "measures": measured,
         "texts": {kind: of[:20] for kind, of in texts.items()},
     }
     content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    Path(args.run, "samples.json").write_text(content, encoding="utf-8")
+    run = Path(args.run).resolve()
+    run.with_name(f"{run.name}-samples.json").write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -369,10 +369,10 @@ def test_samples_like_a_file_are_measured_beside_it(run, tmp_path, language_mode
     write_files(tmp_path, like=texts)
     flags = [str(own), "--lm", language_model, "--count", "4"]
     samples.main(flags)
-    plain = read_json(own, "samples.json")["measures"]
+    plain = read_json(f"{own}-samples.json", "")["measures"]
     assert "like" not in capsys.readouterr().out
     samples.main([*flags, "--like", str(tmp_path / "like")])
-    measured = read_json(own, "samples.json")["measures"]
+    measured = read_json(f"{own}-samples.json", "")["measures"]
     assert plain == {kind: measured[kind] for kind in plain}, "the other rows are as without it"
     assert set(measured) - set(plain) == {"like: the texts", "like, greedy", "like, sampled"}
     lm = T5VAE.from_pretrained(language_model)
