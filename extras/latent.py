@@ -300,7 +300,8 @@ def parse_args(argv):
         help="Texts of the first group, one per line.",
     )
     flag("--to", required=True, dest="target", metavar="FILE", help="Texts of the second group.")
-    flag("--k", type=float, default=1.0, help="Add the difference this many times (1).")
+    step = at_least(-1e6, float, 1e6)
+    flag("--k", type=step, default=1.0, help="Add the difference this many times (1).")
     flag = command(
         run_neighbors, "Print the lines of FILE nearest to TEXT, by posterior mean.", decodes=False
     )

@@ -11,8 +11,8 @@ of each:
     distinct_1   share of the words that are different from each other, %; distinct_2: of the pairs
                  of words. Compare rows of the same count only: the more texts, the fewer new words
     words        per text, mean
-    lm_nats      -log p per token of a language model's run, </s> included: what is much below that
-                 of test sentences is bland, what is much above is no language
+    lm_nats      -log p per token of a language model's run, </s> included. Texts far below test
+                 sentences are bland, those far above are not language
 
 Prior: z from N(0, I), then the most likely words (greedy), or words drawn from p(x|z) (sampled: the
 model's own distribution of texts). Interpolations: greedy texts on the straight line between the
@@ -79,7 +79,7 @@ def judge(model, lm, corpus, count, seed=0, like=None):
     z = torch.randn(count, model.latent_dim)
     texts["prior, greedy"] = model.decode_texts(z, **longest)
     texts["prior, sampled"] = model.decode_texts(z, do_sample=True, **longest)
-    half = max(1, min(count // 10, count // 2))
+    half = max(1, count // 10)
     paths = torch.stack(
         [interpolate(a, b, STEPS) for a, b in zip(mu[:half], mu[half:], strict=False)], 1
     )
@@ -136,7 +136,7 @@ def main(argv=None):
             else None
         )
         if lm and lm.latent_dim:
-            raise ValueError(f"--lm {args.lm} is a VAE; it must be a run of --no-latent")
+            raise ValueError(f"{args.lm or beside} is a VAE; --lm must be a run of --no-latent")
         if len(corpus := read("test")) < 3:
             raise ValueError(f"its test split has {len(corpus)} texts; it must have at least 3")
         like = read_group(args.like) if args.like else None
