@@ -63,7 +63,9 @@ TEXTS = {
     "answers": Text("answers", 3_500, positions=True),
     "grammar": Text("grammar", iw_samples=100, seeds=3),
     "captions-all": Text("captions", seeds=1, rows=("lm", "r8", "r16", "r24"), epochs=(2, 3)),
-    "ptb-256": Text("ptb", width=256, rows=("lm", "r8", "r16", "lm-random", "r8-random")),
+    "ptb-256": Text(
+        "ptb", width=256, rows=("lm", "r8", "r16", "lm-random", "r8-random", "r16-random")
+    ),
 }
 
 # What rows start from: flags of extras.pretrain. On `grammar` all start from random weights.
@@ -130,6 +132,7 @@ ROWS = [  # the most informative first
     Row("all-layers", "all-layers", f"{PAPER} --denoise 0.15"),
     Row("lm-random", None, f"{BEST} --no-latent --epochs 8", "random"),
     Row("r8-random", "autoencoder-random", f"{BEST} --epochs 5 --kl-target 8"),
+    Row("r16-random", "autoencoder-random", f"{BEST} --epochs 5 --kl-target 16", special=True),
     Row("lm-deep", None, f"{BEST} --no-latent --epochs 8", "deep"),
     Row("paper-deep", "deletion0.4-deep", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
     Row("z64", "z64", f"{PAPER} --denoise 0.15"),
