@@ -4,7 +4,8 @@
     python -m extras.study --data-dir data         runs that, one process per core
     python -m extras.study --tables                the tables of RESULTS.md, from results/
 
-It can be stopped at any moment: the same command continues. Runs are written to runs/study/, what
+It can be stopped at any moment: the same command continues. Two of them may run side by side, on
+different --texts, once the T5s that they start from are made. Runs are written to runs/study/, what
 is kept of them to results/<text>/<row>/<seed>/: metrics.json, and config.json with the machine, the
 commit and the minutes. results/<text>/paired.json has the differences of pairs of rows over the
 same test texts, with their standard errors.
@@ -195,9 +196,10 @@ def row_job(row, name, seed, args):
     text = find_text(name, args)
     rest = [*text_flags(text, args), "--seed", str(seed), "--resume"]
     parent = Path(args.runs, name)
-    epochs = text.epochs or (None, None)
-    total = sum(text.epochs) if "--no-latent" in row.flags else epochs[1]
-    flags = flags_of(row.flags, total)
+    warm_epochs, epochs = text.epochs or (None, None)
+    if text.epochs and "--no-latent" in row.flags:
+        epochs = sum(text.epochs)
+    flags = flags_of(row.flags, epochs)
     if text.dataset == "grammar" and row.flags.startswith(BEST):
         flags += ["--dropout", "0"]  # its training texts are no sample to overfit
     if row.warm_up is None:
@@ -209,7 +211,7 @@ def row_job(row, name, seed, args):
         start, needs = start_job(start_name, text, args)
         out = parent / row.warm_up / str(seed)
         warm = ["train.py", "--phase", "1", "--model", start]
-        warm += [*flags_of(warm_flags, epochs[0]), *rest]
+        warm += [*flags_of(warm_flags, warm_epochs), *rest]
         warm += ["--layers", "4"] if start == "tiny" and start_name == "deep" else []
         needs = Job(out / "phase1", [*warm, "--out", str(out)], needs)
         flags += ["--init", str(needs.out)]
