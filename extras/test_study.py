@@ -55,6 +55,18 @@ def test_rows_of_a_random_start_are_not_repeated_where_all_start_from_it():
     assert "nowhere/captions/r8/2" not in rows
 
 
+def test_a_language_model_has_the_learning_rate_of_its_text():
+    jobs = study.study_jobs(settings("--texts", "ptb", "captions", "--results", "nowhere"))
+    rates = {}
+    for job in jobs:
+        text, row = job.result.parts[1:3]
+        if row in ("lm", "lm-random", "r8", "r8-random"):
+            rates[f"{text}/{row}"] = job.command[job.command.index("--lr") + 1]
+    assert {name for name, rate in rates.items() if rate == "5e-3"} == {"ptb/lm", "ptb/lm-random"}
+    assert len(rates) == 8
+    assert set(rates.values()) == {"5e-3", "2e-2"}
+
+
 def test_a_text_may_have_rows_and_epochs_of_its_own():
     jobs = study.study_jobs(settings("--texts", "captions-all", "--results", "nowhere"))
     epochs = {}
