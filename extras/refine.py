@@ -8,7 +8,6 @@ is that of a diagonal Gaussian (Cremer et al. 2018). Writes RUN-refined.json bes
 """
 
 import argparse
-import json
 import sys
 import zlib
 from pathlib import Path
@@ -73,7 +72,7 @@ def main(argv=None):
         sys.exit(f"refine.py: cannot use {args.run}: {error}")
     measured["refine"] = args.steps
     run = Path(args.run).resolve()
-    run.with_name(f"{run.name}-refined.json").write_text(json.dumps(measured, indent=2) + "\n")
+    data.write_json(run.with_name(f"{run.name}-refined.json"), measured)
     print(metrics.format_table({f"{args.run}, refined": measured}))
 
 
