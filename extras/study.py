@@ -103,7 +103,7 @@ WARM_UPS = {  # phase 1: what it starts from, flags
 
 @dataclass(frozen=True)
 class Row:
-    """Phase 2 of a run: from a phase 1, or without one (`cold`) from `start`."""
+    """Phase 2 of a run: from a phase 1, or without one (`cold-...`, `lm`) from `start`."""
 
     name: str
     warm_up: str | None
@@ -129,6 +129,7 @@ ROWS = [  # the most informative first
     Row("threshold0.5", "autoencoder", f"{BEST} --epochs 5 --kl-threshold 0.5"),
     Row("linear", "autoencoder", f"{BEST} --epochs 5 --kl-schedule linear"),
     Row("cold", None, f"{PAPER} --denoise 0.15 --kl-threshold 0"),
+    Row("cold-constant", None, f"{PAPER} --kl-threshold 0 --kl-schedule constant"),
     Row("no-threshold", "recommended", f"{PAPER} --denoise 0.15 --kl-threshold 0"),
     Row("cyclical", "recommended", f"{PAPER} --kl-threshold 0 --kl-schedule cyclical"),
     Row("constant", "recommended", f"{PAPER} --kl-threshold 0 --kl-schedule constant"),

@@ -66,7 +66,7 @@ def hidden_rows(runs, paired):
         (text, row)
         for text, rows in runs.items()
         for row in rows
-        if (text, row) not in claims and f"| {text}: {row} |" not in shown
+        if (text, row) not in claims and not re.search(rf"\| {text}: {row}( \||, \d seeds)", shown)
         if row not in named or named[row] not in shown
     ]
 

@@ -195,6 +195,8 @@ def write_row(results, text, row, seed=0, **measures):
 
 def test_tables_say_what_the_results_hold(tmp_path):
     write_row(tmp_path, "ptb", "lm", rec=100.0, rec_se=0.5, latent_dim=0)
+    write_row(tmp_path, "ptb", "threshold0.25", kl=8.5, kl_se=0.1)
+    write_row(tmp_path, "ptb", "r4", kl=9.0)
     for seed, nll in enumerate((101.0, 103.0)):
         write_row(tmp_path, "ptb", "r8", seed, nll=nll, nll_se=0.5, kl=8.0, efficiency=0.9)
     pairs = {f"r8/{seed} - lm/{seed}": {"nll": [1.0 + 2 * seed, 0.1]} for seed in range(2)}
@@ -202,7 +204,10 @@ def test_tables_say_what_the_results_hold(tmp_path):
     lines = study_tables.tables(tmp_path)["price"].splitlines()
     assert lines[2] == "| ptb: language model | 0 | NLL 100.00±0.50 | - | - | - |"
     # Several seeds: the mean, and the standard deviation over them.
-    assert lines[3] == "| ptb: r8 | 8.00±0.00 | +2.00±1.41 | 0.90±0.00 | - | - |"
+    assert lines[3] == "| ptb: r8, 2 seeds | 8.00±0.00 | +2.00±1.41 | 0.90±0.00 | - | - |"
+    # By KL, so that rows of the same KL stand together, whatever led to it.
+    assert lines[4] == "| ptb: threshold0.25 | 8.50±0.10 | - | - | - | - |"
+    assert lines[5] == "| ptb: r4 | 9.00 | - | - | - | - |"
 
 
 @pytest.mark.parametrize(
@@ -234,4 +239,4 @@ def test_claims_and_pairs_name_rows_of_the_study():
     rows = {row.name for row in study.ROWS}
     for a, b in study_tables.pairs(rows):
         assert {a, b} <= rows
-    assert set(study_tables.SYSTEMS) | set(study_tables.TARGETS) <= rows
+    assert set(study_tables.SYSTEMS) | set(study_tables.METHODS) <= rows
