@@ -40,7 +40,7 @@ class Labelled(NamedTuple):
         return self.where([other == label for other in self.labels])
 
 
-def read_lines(path):
+def read_column(path):
     """The stripped lines of a UTF-8 file, at least one, none of them empty; else InputError."""
     raw = Path(path).read_bytes()
     try:
@@ -57,7 +57,7 @@ def read_lines(path):
 
 
 def read_labelled(texts_path, labels_path):
-    texts, labels = read_lines(texts_path), read_lines(labels_path)
+    texts, labels = read_column(texts_path), read_column(labels_path)
     if len(texts) != len(labels):
         counts = f"{texts_path} has {len(texts):,} lines, {labels_path} {len(labels):,}"
         raise InputError(f"{counts}; there must be one label per text")
