@@ -2,10 +2,13 @@
 
     python -m extras.compare A B
 
-Prints B - A for rec, KL, NLL, -ELBO and swap_cost, in nats per sentence, with the standard error of
-the mean of the differences, and whether it is beyond two of them. Both runs are measured on the
-same texts, so most of what makes one sentence harder than another cancels: the error is far smaller
-than that of the difference of two independent means.
+Prints B - A for rec, KL, -ELBO, the NLL and its two bounds, and swap_cost, in nats per sentence,
+with the standard error of the mean of the differences, and whether it is beyond two of them. Both
+runs are measured on the same texts, so most of what makes one sentence harder than another cancels:
+the error is far smaller than that of the difference of two independent means.
+
+nll is each run's tighter bound (see metrics.smaller_bound). Where the runs' are not the same one,
+look at both: rec_prior favours a run that uses z little.
 
 The values per sentence are those that train.py and metrics.py write to sentences.npz.
 """
@@ -21,7 +24,7 @@ import torch
 
 import metrics
 
-MEASURES = ("rec", "kl", "nll", "neg_elbo", "swap_cost")
+MEASURES = ("rec", "kl", "neg_elbo", "nll", "nll_iw", "rec_prior", "swap_cost")
 
 
 def load(run):
@@ -42,6 +45,7 @@ def load(run):
     named["neg_elbo"] = columns["rec"] + columns["kl"]
     named["swap_cost"] = columns["rec_other"] - columns["rec"]
     if "nll_iw" in columns:  # phase 1 has none
+        named |= {"nll_iw": columns["nll_iw"], "rec_prior": columns["rec_prior"]}
         named["nll"] = metrics.smaller_bound(columns)
     return config, measured, named
 

@@ -46,7 +46,7 @@ class Text:
     width: d_model of the T5s made for it. rows: those that run on it; empty: all but the special
     ones. epochs: of phases 1 and 2 of `best`, and their sum for a language model; empty: those of
     the row. lm_lr: the learning rate of its language model, whichever of 5e-3 and 2e-2 had the
-    lower rec on validation texts.
+    lower rec on validation texts, from the pretrained start.
     """
 
     dataset: str
@@ -119,6 +119,7 @@ ROWS = [  # the most informative first
     Row("paper-max", "no-deletion", f"{PAPER} --denoise 0 --kl-threshold 0"),
     Row("paper-denoise", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 0"),
     Row("paper-klt", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
+    Row("lm-paper", None, f"{PAPER} --no-latent"),  # the paper's phase 2 without z
     Row("r16", "autoencoder", f"{BEST} --epochs 5 --kl-target 16"),
     Row("r24", "autoencoder", f"{BEST} --epochs 5 --kl-target 24", special=True),
     Row("r4", "autoencoder", f"{BEST} --epochs 5 --kl-target 4"),
@@ -204,8 +205,8 @@ def row_job(row, name, seed, args):
     parent = Path(args.runs, name)
     warm_epochs, epochs = text.epochs or (None, None)
     if "--no-latent" in row.flags:
-        epochs = sum(text.epochs)
-        flags = flags_of(row.flags.replace("--lr 2e-2", f"--lr {text.lm_lr}"), epochs)
+        lr = "2e-2" if row.start == "random" else text.lm_lr  # chosen with a pretrained start
+        flags = flags_of(row.flags.replace("--lr 2e-2", f"--lr {lr}"), sum(text.epochs))
     else:
         flags = flags_of(row.flags, epochs)
     if text.dataset == "grammar" and row.flags.startswith(BEST):
@@ -250,8 +251,8 @@ def seeds_of(row, text, args):
         return text.seeds if row.name in text.rows else 0
     if row.special:
         return 0
-    if text.dataset == "grammar" and start == "random":  # there, all rows start from it
-        return 0
+    if text.dataset == "grammar" and (start == "random" or row.name == "lm-paper"):
+        return 0  # all its rows start from random weights; the table of systems is of real texts
     if args.model and start != "small" and not (start == "deep" and args.deep):
         return 0
     return text.seeds if row.several else 1

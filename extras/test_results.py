@@ -58,6 +58,7 @@ def hidden_rows(runs, paired):
         for claim in study_tables.CLAIMS
         if study_tables.verdict(claim, runs, paired, text) != "-"
         for row in (claim.a, claim.b)
+        if row
     ]
     named = {"lm": "language model", "lm-random": "LM, random", "lm-deep": "paper-deep"}
     named["r8-random"] = "R = 8, random"

@@ -62,7 +62,7 @@ def test_a_language_model_has_the_learning_rate_of_its_text():
         text, row = job.result.parts[1:3]
         if row in ("lm", "lm-random", "r8", "r8-random"):
             rates[f"{text}/{row}"] = job.command[job.command.index("--lr") + 1]
-    assert {name for name, rate in rates.items() if rate == "5e-3"} == {"ptb/lm", "ptb/lm-random"}
+    assert {name for name, rate in rates.items() if rate == "5e-3"} == {"ptb/lm"}
     assert len(rates) == 8
     assert set(rates.values()) == {"5e-3", "2e-2"}
 
@@ -228,11 +228,44 @@ def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
     }
     data.write_json(tmp_path / "answers" / "paired.json", pairs or {"lm/0 - lm/0": {}})
     runs, paired = study_tables.read(tmp_path)
-    claim = study_tables.CLAIMS[0]  # cold < no-threshold
+    claim = study_tables.Claim("", "swap_cost", "cold", "<", "no-threshold")
     middle = (seeds - 1) / 2  # the numbers are those of the seeds that both rows have
     shown = f"{said}: {5 + middle:.2f}, {3 + middle:.2f}"
     assert study_tables.verdict(claim, runs, paired, "answers") == shown
     assert study_tables.verdict(claim, runs, paired, "ptb") == "-"
+
+
+@pytest.mark.parametrize(("cost", "said"), [(0.9, "yes"), (1.1, "no")])
+def test_a_claim_of_one_row_shows_its_swap_cost_and_kl(tmp_path, cost, said):
+    write_row(tmp_path, "ptb", "cold", swap_cost=cost, kl=7.0)
+    claim = study_tables.Claim("z is lost", "swap_cost", "cold")
+    assert (
+        study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
+        == f"{said}: {cost:.2f}, 7.00"
+    )
+    table = study_tables.tables(tmp_path)["claims"]
+    assert f"| `swap_cost`: cold < 1 nat; `kl` | {said}: {cost:.2f}, 7.00 |" in table
+
+
+@pytest.mark.parametrize(("au", "same", "fewer"), [(64, "yes", "no"), (62, "no", "yes")])
+def test_claims_of_active_dimensions_compare_shares(tmp_path, au, same, fewer):
+    write_row(tmp_path, "ptb", "recommended")  # 32 of 32
+    write_row(tmp_path, "ptb", "z64", latent_dim=64, au=au)
+    runs = study_tables.read(tmp_path)
+    for expected, said in ("=", same), ("<", fewer):
+        claim = study_tables.Claim("", "active", "z64", expected, "recommended")
+        assert study_tables.verdict(claim, *runs, "ptb") == f"{said}: {au / 64:.2f}, 1.00"
+
+
+def test_systems_are_shown_beside_the_same_training_without_z(tmp_path):
+    write_row(tmp_path, "ptb", "lm", rec=100.0, neg_elbo=100.0, latent_dim=0)
+    write_row(tmp_path, "ptb", "lm-paper", kl=0.0, rec=110.0, neg_elbo=110.0, latent_dim=0)
+    write_row(tmp_path, "ptb", "paper-max", rec=107.0, neg_elbo=115.0, swap_cost=6.0)
+    pairs = {"paper-max/0 - lm-paper/0": {"rec": [-3.0, 0.1]}}
+    data.write_json(tmp_path / "ptb" / "paired.json", pairs)
+    lines = study_tables.tables(tmp_path)["systems"].splitlines()
+    assert lines[2] == "| ptb: lm-paper | 0 | - | - | 1.10 | - |"
+    assert lines[3] == "| ptb: paper-max | 8.00 | -3.00±0.10 | 6.00 | 1.15 | 0.09, 1.00 |"
 
 
 def test_claims_and_pairs_name_rows_of_the_study():
