@@ -13,8 +13,8 @@ import json
 import math
 import os
 import re
+import sys
 import urllib.request
-from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,11 +28,16 @@ from torch import distributed
 from transformers import T5Tokenizer
 
 SPLITS = ("train", "valid", "test")
-SHARES = {"train": 0.9, "valid": 0.95}  # of a one-file data set, cumulative; the rest is test
 
 
 class InputError(ValueError):
     """A mistake that a user can mend: shown in one line, without a traceback."""
+
+
+def replace_unprintable():
+    """Print `?` for what stdout cannot encode: a redirected one on Windows has 250 characters."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def one_line(error):
@@ -107,8 +112,8 @@ def read_texts(dataset, split, data_dir="data"):
 def split_of(text):
     """The split of a text in a one-file data set. Its hash decides, so no text is in two."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    rank = int.from_bytes(digest, "big") / 2**64
-    return next((split for split, share in SHARES.items() if rank < share), "test")
+    rank = int.from_bytes(digest, "big") / 2**64  # in [0, 1)
+    return "train" if rank < 0.9 else "valid" if rank < 0.95 else "test"
 
 
 def train_tokenizer(texts, vocab_size):
@@ -118,8 +123,10 @@ def train_tokenizer(texts, vocab_size):
     """
     # The trainer accepts as pieces only strings that occur in two different words. So it sees each
     # word twice, bare and with a mark: whole words can become pieces. Marked pieces are dropped.
-    mark, model = "\u0298", io.BytesIO()  # a letter: the trainer would split the word at a symbol
+    # The mark is a letter (the trainer would split the word at a symbol) that no text has.
     texts = [text.replace("<unk>", " ") for text in texts]  # a special token, not letters to learn
+    mark = min(set(map(chr, range(0x250, 0x2AF))) - set().union(*texts))
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(f"{text} {text.replace(' ', mark + ' ')}" for text in texts),
@@ -205,20 +212,19 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
     lines = read_texts(dataset, split, data_dir)
     texts = [line for line in lines if line]
     skipped, texts = len(lines) - len(texts), texts[:limit]
-    ids, offsets, words, truncated = array("i"), array("q", [0]), array("q"), 0
+    rows, words, truncated = [], [], 0
     for start in range(0, len(texts), 1000):  # lists of all ids would take ten times the memory
         part = texts[start : start + 1000]
         for text, row in zip(part, tokenize(part, tokenizer), strict=True):
             if len(row) >= max_length:
                 row, truncated = row[: max_length - 1], truncated + 1
                 text = detokenize([row], tokenizer)[0]
-            ids.extend([*row, tokenizer.eos_token_id])
-            offsets.append(len(ids))
+            rows.append(np.array([*row, tokenizer.eos_token_id], np.int32))
             words.append(len(text.split()) + 1)
     return Corpus(
-        ids=np.frombuffer(ids, np.int32),
-        offsets=np.frombuffer(offsets, np.int64),
-        words=np.frombuffer(words, np.int64),
+        ids=np.concatenate(rows),
+        offsets=np.cumsum([0, *map(len, rows)]),
+        words=np.array(words),
         truncated=truncated,
         skipped=skipped,
         pad_id=tokenizer.pad_token_id,
@@ -273,8 +279,8 @@ def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0)
     drawn = torch.from_numpy(drawn).to(input_ids.device)  # (B, T)
     real = attention_mask.bool()
     end = real.cumsum(1) == real.sum(1, keepdim=True)  # and the padding after it
-    may_go = drawn.masked_fill(~real | end, -1)
-    largest = may_go == may_go.amax(1, keepdim=True)  # all of them where there is only </s>
+    draws = drawn.masked_fill(~real | end, -1)
+    largest = draws == draws.amax(1, keepdim=True)  # all of them where there is only </s>
     keep = real & (end | largest | (drawn >= prob))
     order = (~keep).int().argsort(dim=1, stable=True)  # kept tokens to the left, in their order
     mask = keep.gather(1, order)[:, : keep.sum(1).max()]
@@ -318,8 +324,8 @@ def training_batch(corpus, epoch, index, *, denoise, latent_dim, seed):
     A process without a share gets a dummy sentence, so that every rank joins the all-reduce.
     """
     rank, world = processes()
-    batch = make_batch(corpus, index[rank::world] if rank < len(index) else index[:1])
-    ids, mask, labels, index, _ = batch
+    share = index[rank::world] if rank < len(index) else index[:1]
+    ids, mask, labels, index, _ = make_batch(corpus, share)
     if denoise > 0:
         ids, mask = delete_tokens(ids, mask, denoise, seed, epoch, index, corpus.pad_id)
     return Batch(ids, mask, labels, index, latent_noise(latent_dim, seed, epoch, index))
@@ -358,9 +364,9 @@ def prefetch(function, items):
         ahead = None
         for item in items:
             ready, ahead = ahead, thread.submit(function, item)
-            if ready:
+            if ready is not None:
                 yield ready.result()
-        if ahead:
+        if ahead is not None:
             yield ahead.result()
 
 

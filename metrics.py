@@ -65,15 +65,15 @@ def sample_posterior(model, batch, num_samples, seed=0):
     eq. 8). In expectation it is above -log p(x), and falls towards it with K.
     """
     mu, logvar = model.encode(batch.ids, batch.mask)
-    zero, first, recs, log_weights = torch.zeros_like(mu), None, [], []
+    zero, zs, recs, log_weights = torch.zeros_like(mu), [], [], []
     for draw in range(num_samples):
         eps = data.latent_noise(mu.shape[1], seed, 0, batch.index, data.POSTERIOR, draw)
         z = model.reparameterize(mu, logvar, eps=eps.to(mu))
-        first = z if first is None else first
+        zs.append(z)
         recs.append(model.rec(z, batch.labels).double())
         log_weights.append(log_normal(z, zero, zero) - log_normal(z, mu, logvar) - recs[-1])
     nll = math.log(num_samples) - torch.stack(log_weights).logsumexp(0)
-    return mu, logvar, first, torch.stack(recs).mean(0), nll
+    return mu, logvar, zs[0], torch.stack(recs).mean(0), nll
 
 
 def other_latents(model, batch, mu, other, seed):
@@ -95,7 +95,7 @@ def other_latents(model, batch, mu, other, seed):
 @torch.no_grad()
 def measure(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off", seed=0):
     """What `evaluate` summarizes, a row per sentence: {name: (n,)}, and mu, logvar, z: (n, Z)."""
-    training, device, (rank, world) = model.training, model.device, data.processes()
+    device, (rank, world) = model.device, data.processes()
     samples = max(1, iw_samples) if model.latent_dim else 1  # without a latent all are one
     # One cycle through all sentences in random order: each gets the z of another.
     cycle = np.random.default_rng(seed).permutation(len(corpus))
@@ -104,6 +104,7 @@ def measure(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off
     batches, columns = data.evaluation_order(corpus.lengths, batch_size), {}
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file gets a line each time
     bar = {"leave": False, "disable": rank > 0, "delay": 5, "mininterval": interval}
+    training = model.training
     model.eval()
     for index in tqdm(batches[rank::world] or batches[:1], "evaluating", **bar):
         batch = data.make_batch(corpus, index).to(device)
@@ -160,8 +161,8 @@ def summarize(columns, corpus, iw_samples):
     measured = means_and_errors(columns)
     if "hits" in columns:
         measured["token_accuracy"] = 100 * columns["hits"].sum().item() / tokens
-    bounds = {"": columns["rec"] + columns["kl"], "_iw": columns.get("nll_iw")}
-    for suffix, nats in bounds.items():
+    neg_elbo = columns["rec"] + columns["kl"]
+    for suffix, nats in ("", neg_elbo), ("_iw", columns.get("nll_iw")):
         if nats is not None:
             measured["ppl_token" + suffix] = perplexity(nats, tokens)
             measured["ppl_word" + suffix] = perplexity(nats, words)
@@ -232,7 +233,7 @@ def cell(measured, key):
     return f"{digits}±?" if error is None else f"{digits}±{error:.2f}"
 
 
-def format_table(runs, spread="standard error of the mean over sentences"):
+def format_table(runs):
     """{name: measures} -> text: a row per measure, called as in metrics.json, a column per run."""
     width = max(14, *map(len, runs))
     lines = [" " * 19 + "".join(f"  {run:>{width}}" for run in runs)]
@@ -241,7 +242,7 @@ def format_table(runs, spread="standard error of the mean over sentences"):
         if not key.endswith("_se") and set(cells) != {"-"}:
             label = f"{key}, at most" if key in ("gain", "efficiency") else key
             lines.append(f"{label:19}" + "".join(f"  {text:>{width}}" for text in cells))
-    return "\n".join([*lines, f"Nats per sentence, MI in nats. ±: {spread}; ±?: not estimated."])
+    return "\n".join([*lines, "Nats per sentence; ±: standard error over sentences, ±?: unknown."])
 
 
 def verdict(measured, target=0.0, lm_nll=None):
@@ -336,6 +337,7 @@ def main(argv=None):
     flag("--amp", choices=HALF, default="off", help="precision of matrix products (off: float32)")
     flag("--lm", metavar="RUN", help="language model to compare with (lm/ beside the run, if any)")
     args = parser.parse_args(argv)
+    data.replace_unprintable()
     if args.iw_samples is not None and args.iw_samples < 1:
         parser.error(f"--iw-samples is {args.iw_samples}; it must be at least 1")
     if args.device == "cuda" and device == "cpu":

@@ -982,7 +982,7 @@ def test_saved_runs_are_measured_again(whole_run, home, tmp_path, capsys):
 # A call of a function of train.py: in a step, within the write of a checkpoint, in an evaluation,
 # in the last one, before the model is saved, before and between the two files of measures.
 CALLS = {"seed_dropout": 7, "os.replace": 7, "os.fsync": 7, "metrics.evaluate": 2}
-CALLS |= {"T5VAE.save_pretrained": 1, "metrics.measure": 4, "report": 1}
+CALLS |= {"T5VAE.save_pretrained": 1, "metrics.measure": 4, "write_samples": 1}
 CALLS = [*CALLS.items(), ("metrics.write_measures", 1), ("os.replace", 13)]
 
 

@@ -47,7 +47,7 @@ RECIPES = {
     "demo": {1: BEST | {"epochs": 2}, 2: BEST | {"epochs": 4, "kl_target": 10.0}},
 }
 TINY = {"d_model": 128, "layers": 2, "heads": 4, "vocab_size": 4000}  # the shape of --model tiny
-VAE = ("latent_dim", "pooling", "pool_layers")  # what a saved model fixes
+FIXED = ("latent_dim", "pooling", "pool_layers")  # by a saved model
 # Settings that may differ when a run resumes: they name places, or change only how numbers round.
 INCIDENTAL = {"command", "versions", "processes", "device", "amp", "out", "data_dir", "overwrite"}
 INCIDENTAL |= {"resume", "save_every", "iw_samples", "start"}
@@ -86,20 +86,20 @@ class KLController:
 
     def __init__(self, target, anneal_steps):
         self.target, self.anneal_steps = target, max(1, anneal_steps)
-        self.integral, self.ratio = 0.0, 1.0
+        self.integral, self.ratio, self.weight = 0.0, 1.0, 0.0
 
     def update(self, kl):
-        """The weight of the next step, in [0, 2], from the mean KL of this one."""
+        """Sets the weight of the next step, in [0, 2], from the mean KL of this one."""
         error = min(1.0, (kl * self.ratio - self.target) / self.target)
         change = max(-1.0, min(1.0, 2 * error)) / self.anneal_steps
         self.integral = max(0.0, min(2.0, self.integral + change))
-        return max(0.0, self.integral - 0.2 * (1 - error))
+        self.weight = max(0.0, self.integral - 0.2 * (1 - error))
 
     def state_dict(self):
-        return {"integral": self.integral, "ratio": self.ratio}
+        return {"integral": self.integral, "ratio": self.ratio, "weight": self.weight}
 
     def load_state_dict(self, state):
-        self.integral, self.ratio = state["integral"], state["ratio"]
+        vars(self).update(state)
 
 
 class RelativeAdamW(torch.optim.AdamW):
@@ -120,8 +120,7 @@ class RelativeAdamW(torch.optim.AdamW):
         torch._foreach_add_(steps, 1)
         settings = {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
         settings |= {"weight_decay": group["weight_decay"], "amsgrad": False, "maximize": False}
-        for name in "grad_scale", "found_inf":  # of the loss scaler
-            settings[name] = getattr(self, name, None)
+        settings["found_inf"] = getattr(self, "found_inf", None)  # of the loss scaler
         # torch's kernel takes one rate for all weights that it is given: a call per weight.
         for w, g, m, s, t, lr in zip(weights, grads, means, squares, steps, rates, strict=True):
             torch._fused_adamw_([w], [g], [m], [s], [], [t], lr=lr, **settings)
@@ -154,9 +153,7 @@ def train(model, corpora, args, out, log):
     controller = KLController(args.kl_target, anneal_steps) if args.kl_target else None
     # 4 resume
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "controller": controller}
-    weight = float(args.phase == 2 and args.kl_schedule == "constant")  # all others start at 0
-    step, weight = load_checkpoint(out, log, parts, weight)
-    saved_at = time.monotonic()
+    step, weight, saved_at = load_checkpoint(out, log, parts), 0.0, time.monotonic()
     left = partial(time_left, step, total_steps, saved_at)
     # 5 loop
     for epoch in range(step // steps_per_epoch, args.epochs):
@@ -169,13 +166,17 @@ def train(model, corpora, args, out, log):
             seed_dropout(args.seed, step, rank)
             if args.lr_schedule == "linear":
                 optimizer.param_groups[0]["lr"] = args.lr * (1 - step / total_steps)
+            if args.phase == 2:
+                scheduled = kl_weight(step, args.kl_schedule, anneal_steps)
+                weight = controller.weight if controller else scheduled
             batch = batch.to(args.device)
             with torch.autocast(args.device, metrics.HALF[args.amp], enabled=args.amp != "off"):
                 rec, kl = parallel(batch)  # (B,), (B, Z)
             loss = rec
             if weight > 0:
                 loss = loss + weight * kl.clamp(min=args.kl_threshold).sum(1)  # Eq. 1 and 2
-            terms = torch.stack([loss, rec, kl.sum(1)])[:, : len(index[rank::world])].sum(1)
+            own = len(index[rank::world])  # 0: the process has a dummy sentence
+            terms = torch.stack([loss, rec, kl.sum(1)])[:, :own].sum(1)
             # DistributedDataParallel takes the mean over processes: undone here.
             scaler.scale(terms[0] * world / len(index)).backward()
             scaler.unscale_(optimizer)
@@ -187,13 +188,11 @@ def train(model, corpora, args, out, log):
             optimizer.zero_grad()
             step, means["kl_weight"] = step + 1, weight
             if controller:
-                weight = controller.update(means["kl"])
-            elif args.phase == 2:
-                weight = kl_weight(step, args.kl_schedule, anneal_steps)
+                controller.update(means["kl"])
             if step % args.log_every == 0 or step == total_steps or "scale" in means:
                 record(log, step, "train", means, left(step))
             if step % steps_per_epoch == 0 or time.monotonic() > saved_at + 60 * args.save_every:
-                save_checkpoint(out, log, parts, step, weight)
+                save_checkpoint(out, log, parts, step)
                 saved_at = time.monotonic()
     record(log, step, "valid", validate(model, corpora, controller, noise, step))
 
@@ -218,23 +217,17 @@ def read_means(terms, norm, count):
 def check_finite(means, step, index, scaler):
     """FloatingPointError before a NaN or an infinity reaches the weights.
 
-    In float16 a gradient that overflows is no error (the step is skipped and the scale halved)
-    until the scale falls below 1.
+    In float16 a gradient that overflows is no error until the scale has fallen to 1: the step is
+    skipped, recorded, and the scale halved. Without float16 the scale is always 1.
     """
-    loss, norm, advice = means["loss"], means["grad_norm"], "try a smaller --lr"
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    if scaler.is_enabled():
-        advice = "--resume with --amp off (or bf16): float16 overflows"
-        if math.isfinite(loss):
-            means["scale"] = scaler.get_scale()  # with it the step is recorded
-            if means["scale"] >= 1:
-                means["grad_norm"] = 0.0
-                return
-    raise FloatingPointError(
-        f"step {step}: the loss is {loss}, the norm of its gradient {norm}, "
-        f"in the batch of texts {sorted(index.tolist())}; {advice}"
-    )
+    loss, norm = means["loss"], means["grad_norm"]
+    if math.isfinite(loss) and not math.isfinite(norm) and scaler.get_scale() > 1:
+        means |= {"grad_norm": 0.0, "scale": scaler.get_scale()}
+    elif not math.isfinite(loss + norm):
+        raise FloatingPointError(
+            f"step {step}: the loss is {loss}, the norm of its gradient {norm}, in the batch of "
+            f"texts {sorted(index.tolist())}; try a smaller --lr, or --resume with --amp off"
+        )
 
 
 def validate(model, corpora, controller, noise, step):
@@ -247,14 +240,16 @@ def validate(model, corpora, controller, noise, step):
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}; try a smaller --lr") from error
     if controller:
+        rank, world = data.processes()
         torch.manual_seed(noise["seed"])
         some = np.linspace(0, len(corpora["train"]) - 1, 3000, dtype=int).reshape(-1, 50)
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         for index in some:
             batch = data.training_batch(corpora["train"], 0, index, **noise).to(model.device)
             with torch.no_grad():
-                total += kl_divergence(*model.encode(batch.ids, batch.mask)).sum()
-        if data.processes()[1] > 1:
+                kl = kl_divergence(*model.encode(batch.ids, batch.mask))  # (B, Z)
+            total += kl[: len(index[rank::world])].sum()
+        if world > 1:
             distributed.all_reduce(total)
         if total > 0:
             controller.ratio = measured["kl"] * some.size / total.item()
@@ -275,18 +270,18 @@ def record(log, step, split, values, more=""):
     print(f"step {step} {split}: {shown}{more}", flush=True)
 
 
-def save_checkpoint(out, log, parts, step, weight):
+def save_checkpoint(out, log, parts, step):
     """Write checkpoint.pt; a kill or a full disk leaves the one before."""
     if data.processes()[0] == 0:
         os.fsync(log.fileno())
         state = {name: part.state_dict() if part else {} for name, part in parts.items()}
-        state |= {"step": step, "kl_weight": weight, "log_bytes": log.tell()}
+        state |= {"step": step, "log_bytes": log.tell()}
         data.write_atomically(out / "checkpoint.pt", partial(torch.save, state))
 
 
-def load_checkpoint(out, log, parts, weight):
-    """(step, KL weight) of the checkpoint, else (0, weight). log.jsonl is cut to its length."""
-    path, state = out / "checkpoint.pt", {"step": 0, "kl_weight": weight, "log_bytes": 0}
+def load_checkpoint(out, log, parts):
+    """The step of the checkpoint, else 0. log.jsonl is cut to its length."""
+    path, state = out / "checkpoint.pt", {"step": 0, "log_bytes": 0}
     if path.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -299,12 +294,12 @@ def load_checkpoint(out, log, parts, weight):
         print(f"{out} resumes from step {state['step']}")
     if data.processes()[0] == 0:
         log.truncate(log.seek(state["log_bytes"]))
-    return state["step"], state["kl_weight"]
+    return state["step"]
 
 
 def run_folder(args, phase):
     """DIR/phase<k>, or DIR/lm for a language model, where DIR is --out or runs/<dataset>."""
-    parent = Path("runs", Path(args.dataset).name) if args.out is None else args.out
+    parent = Path("runs", Path(args.dataset).resolve().name) if args.out is None else args.out
     return Path(parent, "lm" if args.latent_dim == 0 else f"phase{phase}")
 
 
@@ -313,8 +308,7 @@ def find_files(out, mark, own):
 
     InputError where one is not in `own`, or where config.json lacks the key `mark` of such a run.
     """
-    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    found = {name for name in found if name[0] != "." and not name.endswith(".partial")}
+    found = {path.name for path in out.glob("[!.]*") if path.suffix != ".partial"}
     foreign = found - own if mark in data.read_json(out / "config.json") else found
     if foreign:
         raise InputError(f"{out} holds {min(foreign)}, which no run wrote: give another --out")
@@ -369,7 +363,7 @@ def load_start(args):
         start = args.init
     elif args.phase == 2 and args.latent_dim != 0:
         start = str(run_folder(args, 1))
-    asked = {name: getattr(args, name) for name in VAE if getattr(args, name) is not None}
+    asked = {name: getattr(args, name) for name in FIXED if getattr(args, name) is not None}
     args.start, made = start, data.read_json(Path(start, "config.json"))
     try:
         if start == "tiny":
@@ -392,13 +386,13 @@ def load_start(args):
     kinds = ["a language model" if z == 0 else "a VAE" for z in (model.latent_dim, args.latent_dim)]
     if kinds[0] != kinds[1]:
         raise InputError(f"{start} is {kinds[0]}: {kinds[1]} cannot start from it")
-    inherit(args, {"model": start} | made | {name: getattr(model, name) for name in VAE})
+    inherit(args, {"model": start} | made | {name: getattr(model, name) for name in FIXED})
     return model
 
 
 def inherit(args, made):
     """Flags that were not given become those of the start, `made`. InputError where one differs."""
-    for name in (*VAE, *TINY, "model", "dataset"):
+    for name in (*FIXED, *TINY, "model", "dataset"):
         ours, theirs = getattr(args, name), made.get(name)
         if ours is None:
             setattr(args, name, theirs)
@@ -421,10 +415,12 @@ def prepare(model, args):
         encoder = model.t5.encoder
         for module in (encoder.block, encoder.final_layer_norm, model.w_mu, model.w_logvar):
             module.requires_grad_(False)
-    for module in model.modules() if args.dropout is not None else ():
+    if args.dropout is None:
+        return
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
-        elif isinstance(getattr(module, "dropout", None), float):  # T5's attention has a number
+        elif isinstance(getattr(module, "dropout", None), int | float):  # T5's attention: a number
             module.dropout = args.dropout
 
 
@@ -475,31 +471,32 @@ def run_phase(args, later=()):
     columns = metrics.measure(model, corpora["test"], iw_samples=iw_samples, thorough=True)
     if first:
         measured = metrics.summarize(columns, corpora["test"], iw_samples)
-        report(model, corpora["test"], measured, args, out)
+        samples = write_samples(model, corpora["test"], columns["mu"], out)
         metrics.write_measures(out, measured, columns)
         (out / "checkpoint.pt").unlink(missing_ok=True)
+        lm_nll = metrics.language_model_nll(out, config)
+        print(metrics.format_table({str(out): measured}))
+        print(metrics.verdict(measured, args.kl_target, lm_nll), *samples, sep="\n")
     if distributed.is_initialized():
         distributed.barrier()  # the next phase reads what the first process wrote
 
 
-def report(model, corpus, measured, args, out):
-    """Show what the run measured, and write samples.txt: reconstructions, texts from the prior."""
+def write_samples(model, corpus, mu, out):
+    """Write samples.txt: texts from mu (N, Z) and from the prior. Returns its lines."""
     longest = {"max_new_tokens": int(corpus.lengths.max())}
     lines, model = [], model.eval()
     if model.latent_dim:
         rows = [corpus.row(i).tolist() for i in range(min(3, len(corpus)))]
         texts = data.detokenize(rows, model.tokenizer)
-        mu, _ = model.encode_texts(texts, max_length=args.max_length)
-        for text, output in zip(texts, model.decode_texts(mu, **longest), strict=True):
+        outputs = model.decode_texts(mu[: len(rows)], **longest)
+        for text, output in zip(texts, outputs, strict=True):
             lines += [f"text           {text}", f"reconstructed  {output}"]
     torch.manual_seed(0)
     z = torch.randn(3, model.latent_dim)
     for text in model.decode_texts(z, do_sample=model.latent_dim == 0, **longest):
         lines.append(f"sampled        {text}")
     (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    lm_nll = metrics.language_model_nll(out, data.read_json(out / "config.json"))
-    print(metrics.format_table({str(out): measured}))
-    print(metrics.verdict(measured, args.kl_target, lm_nll), *lines, sep="\n")
+    return lines
 
 
 def make_parser():
@@ -600,8 +597,7 @@ def phase_settings(args, phase):
         if args.recipe == "paper" and args.kl_schedule == "linear" and not args.kl_target:
             args.kl_anneal_epochs = 50.0
     if args.amp is None:  # all GPUs have float16
-        half = "bf16" if args.device == "cuda" and has_bf16() else "fp16"
-        args.amp = half if args.device == "cuda" else "off"
+        args.amp = "off" if args.device == "cpu" else "bf16" if has_bf16() else "fp16"
     return args
 
 
@@ -645,6 +641,7 @@ def describe_device(args):
 
 def main(argv=None):
     settings = parse_args(sys.argv[1:] if argv is None else [str(word) for word in argv])
+    data.replace_unprintable()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network

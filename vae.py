@@ -361,21 +361,12 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
                 where = f"neither a folder here nor available from the hub ({one_line(error)})"
                 raise FileNotFoundError(f"{name_or_path} is {where}") from error
         folder = folder / "model" if (folder / "model").is_dir() else folder
-        foreign = f"{folder} holds no T5VAE: its config.json or {WEIGHTS}"
         try:
-            config = json.loads((folder / "config.json").read_text())
-            saved = safetensors.torch.load_file(folder / WEIGHTS)
+            vae = cls(**json.loads((folder / "config.json").read_text()))
+            safetensors.torch.load_model(vae, folder / WEIGHTS)  # it knows of tied weights
         except Exception as error:  # whatever missing, damaged or foreign files lead to
-            raise InputError(f"{foreign}: {one_line(error)}") from error
-        if config.get("t5_config", {}).get("model_type") not in FAMILY:
-            raise InputError(f"{foreign}: there is no t5_config of a T5")
-        vae = cls(**config)
-        expected = {(name, weight.shape) for name, weight in vae.named_parameters()}
-        wrong = expected ^ {(name, weight.shape) for name, weight in saved.items()}
-        if wrong:
-            names = ", ".join(sorted({name for name, _ in wrong}))
-            raise InputError(f"{foreign}: missing, not expected or of another shape: {names}")
-        vae.load_state_dict(saved, strict=False)  # a tied weight is there under one of its names
+            message = f"{folder} holds no T5VAE: its config.json or {WEIGHTS}: {one_line(error)}"
+            raise InputError(message) from error
         if (folder / "tokenizer_config.json").is_file():
             vae.tokenizer = AutoTokenizer.from_pretrained(folder)
         return vae.eval()

@@ -95,6 +95,7 @@ def main(argv=None):
         help="Texts are cut here (256).",
     )
     args = parser.parse_args(argv)
+    data.replace_unprintable()
     transformers.utils.logging.set_verbosity_error()
     try:
         if args.dataset in TERMS:

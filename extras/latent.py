@@ -17,6 +17,7 @@ an empty text and keeps its place.
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -345,6 +346,8 @@ def show(row, as_json):
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
     logging.set_verbosity_error()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as what it reads
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"latent.py: {message}", file=sys.stderr)
         try:

@@ -77,7 +77,7 @@ def pretrain(t5, corpora, make_batch, args, out, log):
     total_steps = args.epochs * steps_per_epoch if args.steps is None else args.steps
     optimizer = train.RelativeAdamW(t5.parameters(), lr=args.lr, eps=1e-8, fused=True)
     parts = {"model": t5, "optimizer": optimizer}
-    step, _ = train.load_checkpoint(out, log, parts, 0.0)
+    step = train.load_checkpoint(out, log, parts)
     saved_at = time.monotonic()
     left = partial(train.time_left, step, total_steps, saved_at)
     while step < total_steps:
@@ -105,7 +105,7 @@ def pretrain(t5, corpora, make_batch, args, out, log):
                 train.record(log, step, "train", values, left(step))
             late = time.monotonic() > saved_at + 60 * args.save_every
             if late or step % steps_per_epoch == 0 or step == total_steps:
-                train.save_checkpoint(out, log, parts, step, 0.0)
+                train.save_checkpoint(out, log, parts, step)
                 saved_at = time.monotonic()
     measured = validate(t5, corpora["valid"], make_batch, args)
     train.record(log, step, "valid", measured)

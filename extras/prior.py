@@ -22,6 +22,7 @@ import sys
 import torch
 from sklearn.mixture import GaussianMixture
 
+import data
 import metrics
 from data import InputError
 from extras.posteriors import posteriors, sample
@@ -55,6 +56,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="prior.py", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="run folder of train.py, of phase 2")
     args = parser.parse_args(argv)
+    data.replace_unprintable()
     try:
         config, model, read = metrics.load_run(args.run)
         if model.latent_dim == 0:

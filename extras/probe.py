@@ -258,6 +258,7 @@ def load(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    data.replace_unprintable()
     logging.set_verbosity_error()
     try:
         files = args.texts, args.labels, args.test_texts, args.test_labels

@@ -62,6 +62,7 @@ def main(argv=None):
     flag("--steps", type=at_least(1), default=50, metavar="N", help="steps per sentence (50)")
     flag("--iw-samples", type=at_least(1), default=100, metavar="K", help="samples per sentence")
     args = parser.parse_args(argv)
+    data.replace_unprintable()
     try:
         _, model, read = metrics.load_run(args.run)
         if model.latent_dim == 0:

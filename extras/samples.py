@@ -125,6 +125,7 @@ def main(argv=None):
     flag("--count", type=at_least(3), default=1000, metavar="N", help="Texts of each kind (1000).")
     flag("--like", metavar="FILE", help="Texts, one per line: also write texts of their kind.")
     args = parser.parse_args(argv)
+    data.replace_unprintable()
     beside = Path(args.run).parent / "lm"
     try:
         _, model, read = metrics.load_run(args.run)

@@ -433,6 +433,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    data.replace_unprintable()
     try:
         failed = run_command(args)
     except KeyboardInterrupt:

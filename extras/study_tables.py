@@ -44,7 +44,8 @@ class Claim:
 
 CLAIMS = (
     Claim("(a) without phase 1 z is lost", "swap_cost", "cold"),
-    Claim("(a) at a KL weight of 1", "swap_cost", "cold-constant"),
+    Claim("(a) the same at a KL weight of 1", "swap_cost", "cold-constant"),
+    Claim("(a) with phase 1, at a KL weight of 1", "swap_cost", "constant"),
     Claim("(b) phase 1 needs a frozen decoder", "swap_cost", "recommended", ">", "unfrozen"),
     Claim("(b) phase 1 needs a frozen decoder", "neg_elbo", "recommended", "<", "unfrozen"),
     Claim("(c) max informs more than mean", "swap_cost", "recommended", ">", "mean"),

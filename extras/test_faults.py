@@ -2,6 +2,8 @@
 mistakes."""
 
 # ruff: noqa: F811  # pytest hands fixtures over by name
+import argparse
+import io
 import json
 import math
 import os
@@ -10,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +41,7 @@ from test_vae import (  # noqa: F401
     saved_state,
     send,
     start,
+    tiny_config,
     tiny_vae,
     train_run,
     whole_run,
@@ -322,21 +326,25 @@ def test_the_controller_anneals_rests_and_leads_the_kl_to_its_target():
         made.integral = integral
         return made
 
+    def weight_after(controller, kl):
+        controller.update(kl)
+        return controller.weight
+
     far, near = controller(0.3), controller(0.3)
-    assert far.update(80.0) == pytest.approx(0.31), "far above the target: linear annealing"
-    assert near.update(8.0) == pytest.approx(0.1), "at the target the integral rests"
+    assert weight_after(far, 80.0) == pytest.approx(0.31), "far above the target: linear annealing"
+    assert weight_after(near, 8.0) == pytest.approx(0.1), "at the target the integral rests"
     assert (far.integral, near.integral) == (pytest.approx(0.31), pytest.approx(0.3))
-    assert (controller(0.0).update(1.0), controller(2.0).update(80.0)) == (0, 2)
+    assert (weight_after(controller(0.0), 1.0), weight_after(controller(2.0), 80.0)) == (0, 2)
     half = controller(0.3)
     half.ratio = 0.5  # KL of held-out texts is half of that in training
-    assert half.update(16.0) == pytest.approx(0.1)
+    assert weight_after(half, 16.0) == pytest.approx(0.1)
 
     def lowest_kl(
         brake,
     ):  # of a latent whose KL answers the weight late and steeply, as in training
         made, kl, low = controller(0.0, 400), 100.0, 100.0
         for _ in range(8000):
-            weight = made.update(kl)
+            weight = weight_after(made, kl)
             weight = weight if brake else made.integral
             kl += (min(100, 8 * (0.95 / max(weight, 0.01)) ** 10) - kl) / 50
             low = min(low, kl)
@@ -351,8 +359,8 @@ def test_the_controller_leads_the_kl_of_held_out_texts(tmp_path, command, monkey
     seen, update = [], train.KLController.update
 
     def watched(self, kl):
-        seen.append((kl, self.ratio, update(self, kl)))
-        return seen[-1][-1]
+        update(self, kl)
+        seen.append((kl, self.ratio, self.weight))
 
     monkeypatch.setattr(train.KLController, "update", watched)
     train.main([*map(str, command), "--log-every", "1", "--out", str(tmp_path)])
@@ -714,3 +722,59 @@ def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path,
     init = ["--init", "runs/x/phase1"]
     assert train_run(main, "--dataset", "b/x", "--phase", 2, *init, *flags) == 0
     assert train_run(main, "--dataset", "a/x", "--phase", 2, *flags) == 0
+
+
+def test_a_run_ends_where_its_texts_cannot_be_printed(tmp_path, monkeypatch):
+    """Redirected output on Windows has 250 characters."""
+    written = io.BytesIO()
+    for split in data.SPLITS:
+        (tmp_path / f"{split}.txt").write_text("\u4e2d a\n\u4e2d b\n" * 5, encoding="utf-8")
+    flags = [*TINY, "--dataset", tmp_path, "--phase", "1", "--epochs", "0", "--device", "cpu"]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+        train.main([*flags, "--out", tmp_path / "out"])
+        metrics.main([str(tmp_path / "out" / "phase1")])
+        sys.stdout.flush()
+        assert "text           ? " in written.getvalue().decode("cp1252")
+    assert "\u4e2d" in (tmp_path / "out" / "phase1" / "samples.txt").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "phase1" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("letter", ["\u0250", "\u0298"])
+def test_a_vocabulary_has_all_letters_of_its_texts(letter):
+    texts = [f"a {letter} b {letter}c", f"c{letter} d"] * 5
+    tokenizer = data.train_tokenizer(texts, 200)
+    assert data.detokenize(data.tokenize(texts, tokenizer), tokenizer) == texts
+
+
+@pytest.mark.parametrize("rate", [0, 0.0])  # an int, too, where JSON has one
+def test_dropout_reaches_attention_whatever_the_checkpoint_has(rate):
+    model = T5VAE(tiny_config(dropout_rate=rate).to_dict(), 4)
+    args = argparse.Namespace(phase=2, device="cpu", dropout=0.3)
+    train.prepare(model, args)
+    attention = model.t5.encoder.block[0].layer[0].SelfAttention
+    assert attention.dropout == 0.3
+    assert model.t5.decoder.dropout.p == 0.3
+
+
+def test_the_folder_of_a_run_has_the_name_of_its_texts(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(dataset=".", out=None, latent_dim=4)
+    assert train.run_folder(args, 1) == Path("runs", tmp_path.name, "phase1")
+
+
+def test_a_process_without_a_text_adds_nothing_to_the_kl(monkeypatch):
+    """Of more processes than texts in a batch, the last have a dummy sentence."""
+    model = tiny_vae()
+    ids = np.tile(np.array([5, 6, 7, 1], np.int32), 60)
+    corpus = data.Corpus(ids, np.arange(0, 241, 4), np.full(60, 4), 0, 0, 0, 2, "")
+    noise = {"denoise": 0.0, "latent_dim": 4, "seed": 0}
+    monkeypatch.setattr(metrics, "evaluate", lambda *_: {"kl": 1.0})
+    sums = []
+    monkeypatch.setattr(train.distributed, "all_reduce", lambda total: sums.append(total.item()))
+    for rank in 0, 60:
+        monkeypatch.setattr(data, "processes", lambda rank=rank: (rank, 64))
+        controller = train.KLController(8.0, 1)
+        train.validate(model, {"train": corpus, "valid": corpus}, controller, noise, 0)
+    assert sums[0] > 0
+    assert sums[1] == 0

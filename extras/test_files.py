@@ -65,7 +65,7 @@ def break_config(folder, change):
         (lambda f: break_config(f, lambda c: c.pop("t5_config")), "t5_config"),
         (
             lambda f: break_config(f, lambda c: c.update(latent_dim=6)),
-            "another shape: w_logvar.weight",
+            "size mismatch for w_logvar",
         ),
         (
             lambda f: break_config(f, lambda c: c["t5_config"].update(model_type="bart")),
