@@ -208,22 +208,17 @@ def systems_table(runs, paired):
     for text, theirs in OF_ITS_KIND.items():
         printed = {row["name"]: row for row in paper_tables.reread(theirs)}
         unit = printed["Max pool"]["neg_elbo"]  # collapsed: the paper's own language model
-        for row in "lm-paper", *SYSTEMS:
+        for row, name in SYSTEMS.items():
             own = "lm-deep" if row == "paper-deep" else "lm"
             bound = number(runs, text, row, "neg_elbo", beside=own)
             lm = number(runs, text, own, "rec", beside=row)
             if bound is None or lm is None:
                 continue
-            cells = [label(runs, text, row, row)]
-            cells.append(cell(number(runs, text, row, "kl")) if row in SYSTEMS else "0")
+            cells = [label(runs, text, row, row), cell(number(runs, text, row, "kl"))]
             cells.append(cell(difference(paired, text, row, "lm-paper", "rec"), "+"))
             cells += [cell(number(runs, text, row, "swap_cost")), f"{bound[0] / lm[0]:.2f}"]
-            if row in SYSTEMS:
-                paper = printed[SYSTEMS[row]]
-                cells.append(f"{paper['kl']}, {paper['neg_elbo'] / unit:.2f}")
-            else:
-                cells.append("-")
-            rows.append(cells)
+            paper = printed[name]
+            rows.append([*cells, f"{paper['kl']}, {paper['neg_elbo'] / unit:.2f}"])
     return table(heads, rows)
 
 
@@ -257,7 +252,7 @@ def verdict(claim, runs, paired, text):
         said = "no"
     else:
         said = "even"
-    return f"{said}: {a[0]:.2f}, {b[0]:.2f}"
+    return f"{said}: {a[0]:z.2f}, {b[0]:z.2f}"
 
 
 def plateau(runs, text):

@@ -264,8 +264,7 @@ def test_systems_are_shown_beside_the_same_training_without_z(tmp_path):
     pairs = {"paper-max/0 - lm-paper/0": {"rec": [-3.0, 0.1]}}
     data.write_json(tmp_path / "ptb" / "paired.json", pairs)
     lines = study_tables.tables(tmp_path)["systems"].splitlines()
-    assert lines[2] == "| ptb: lm-paper | 0 | - | - | 1.10 | - |"
-    assert lines[3] == "| ptb: paper-max | 8.00 | -3.00±0.10 | 6.00 | 1.15 | 0.09, 1.00 |"
+    assert lines[2] == "| ptb: paper-max | 8.00 | -3.00±0.10 | 6.00 | 1.15 | 0.09, 1.00 |"
 
 
 def test_claims_and_pairs_name_rows_of_the_study():
