@@ -203,7 +203,7 @@ def price_table(runs, paired):
 
 def systems_table(runs, paired):
     """The paper's four systems, and its corrected tables: -ELBO in units of a language model's."""
-    heads = ["text: system", "KL", "rec - lm-paper's", "swap cost", "-ELBO / LM", "paper"]
+    heads = ["text: system", "KL", "rec - lm-paper's", "swap cost", "-ELBO", "paper: KL, -ELBO"]
     rows = []
     for text, theirs in OF_ITS_KIND.items():
         printed = {row["name"]: row for row in paper_tables.reread(theirs)}
