@@ -112,7 +112,7 @@ def read_texts(dataset, split, data_dir="data"):
 def split_of(text):
     """The split of a text in a one-file data set. Its hash decides, so no text is in two."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    rank = int.from_bytes(digest, "big") / 2**64  # in [0, 1)
+    rank = int.from_bytes(digest, "big") / 2**64
     return "train" if rank < 0.9 else "valid" if rank < 0.95 else "test"
 
 

@@ -242,7 +242,7 @@ def format_table(runs):
         if not key.endswith("_se") and set(cells) != {"-"}:
             label = f"{key}, at most" if key in ("gain", "efficiency") else key
             lines.append(f"{label:19}" + "".join(f"  {text:>{width}}" for text in cells))
-    return "\n".join([*lines, "Nats per sentence; ±: standard error over sentences, ±?: unknown."])
+    return "\n".join([*lines, "Nats per sentence; ±: standard error over sentences, ±?: none."])
 
 
 def verdict(measured, target=0.0, lm_nll=None):

@@ -99,7 +99,7 @@ class KLController:
         return {"integral": self.integral, "ratio": self.ratio, "weight": self.weight}
 
     def load_state_dict(self, state):
-        vars(self).update(state)
+        self.integral, self.ratio, self.weight = state["integral"], state["ratio"], state["weight"]
 
 
 class RelativeAdamW(torch.optim.AdamW):
@@ -285,12 +285,12 @@ def load_checkpoint(out, log, parts):
     if path.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged zip file or pickle leads to
+            for name, part in parts.items():
+                if state[name]:  # a loss scaler that was off has no state
+                    part.load_state_dict(state[name])
+        except Exception as error:  # damaged, or of an older version
             advice = f"({type(error).__name__}): start over with --overwrite"
             raise InputError(f"{path} is damaged {advice}") from error
-        for name, part in parts.items():
-            if state[name]:  # a loss scaler that was off has no state
-                part.load_state_dict(state[name])
         print(f"{out} resumes from step {state['step']}")
     if data.processes()[0] == 0:
         log.truncate(log.seek(state["log_bytes"]))

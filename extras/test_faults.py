@@ -157,7 +157,15 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, comma
     def halve(path):
         os.truncate(path, path.stat().st_size // 2)
 
-    for harm in halve, lambda path: torch.save(Bomb(), path), lambda path: path.write_bytes(b""):
+    def make_old(path):  # the controller's weight was a value of its own
+        state = torch.load(path)
+        state["kl_weight"] = state["controller"].pop("weight")
+        torch.save(state, path)
+
+    def explode(path):
+        torch.save(Bomb(), path)
+
+    for harm in halve, explode, make_old, lambda path: path.write_bytes(b""):
         shutil.copytree(stopped, out)
         harm(out / "phase2" / "checkpoint.pt")
         assert train_run(main, *flags, report=report) == 1
