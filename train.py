@@ -288,7 +288,7 @@ def load_checkpoint(out, log, parts):
             for name, part in parts.items():
                 if state[name]:  # a loss scaler that was off has no state
                     part.load_state_dict(state[name])
-        except Exception as error:  # damaged, or of an older version
+        except Exception as error:  # damaged, or an older version
             advice = f"({type(error).__name__}): start over with --overwrite"
             raise InputError(f"{path} is damaged {advice}") from error
         print(f"{out} resumes from step {state['step']}")
