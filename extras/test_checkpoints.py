@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import data
 import train
 from data import InputError
-from test_vae import FORK
+from extras.test_faults import run_all
 from vae import T5VAE, Float32Activation, Float32Output
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -314,30 +314,11 @@ def test_fp16_reaches_as_far_as_a_pretrained_t5(config):
     assert not half(torch.float16)[0].isfinite().all(), "the control"
 
 
-def one_of(rank, world, port, argv, errors):
-    """What torchrun does for a process; its standard error goes to `errors`, a file."""
+def into(errors, argv):
+    """train.main in a process of its own, whose standard error goes to `errors`, a file."""
+    torch.set_num_threads(1)
     sys.stderr = open(errors, "a", buffering=1)  # noqa: SIM115
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     train.main(argv)
-
-
-def run_all(world, argv, errors):
-    """The exit codes of a group of processes, which write to the file `errors`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [
-        FORK.Process(target=one_of, args=(i, world, port, argv, errors)) for i in range(world)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(20)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    return codes
 
 
 def training(tmp_path, vae, *more):
@@ -361,7 +342,7 @@ def training(tmp_path, vae, *more):
 )
 def test_training_in_fp16(config, world, epochs, tmp_path):
     flags, steps = training(tmp_path, overflowing(config)[0], "--epochs", epochs)
-    assert run_all(world, flags, tmp_path / "errors") == [0] * world
+    assert run_all(*[(into, tmp_path / "errors", flags)] * world) == [0] * world
     recs = [step["rec"] for step in steps()]
     assert len(recs) == 20 * epochs
     assert np.mean(recs[-4:]) < np.mean(recs[:4])
@@ -376,7 +357,7 @@ def test_overflow_in_every_step_stops_with_advice_that_works(world, tmp_path):
         weight *= 3e3 if "lm_head" in name else 1 if "norm" in name else 1e-2
     with torch.enable_grad():
         flags, steps = training(tmp_path, vae, "--epochs", 2, "--save-every", 0)
-        assert run_all(world, flags, tmp_path / "errors") == [1] * world
+        assert run_all(*[(into, tmp_path / "errors", flags)] * world) == [1] * world
         said = (tmp_path / "errors").read_text().splitlines()
         assert [line[:9] for line in said if "--amp off" in line] == ["train.py:"] * world
         assert "Traceback" not in "".join(said)
@@ -384,7 +365,7 @@ def test_overflow_in_every_step_stops_with_advice_that_works(world, tmp_path):
         assert len(scales) <= 20
         assert scales[0] > scales[-1]
         flags[flags.index("fp16")] = "off"
-        assert run_all(world, [*flags, "--resume"], tmp_path / "errors") == [0] * world
+        assert run_all(*[(into, tmp_path / "errors", [*flags, "--resume"])] * world) == [0] * world
         assert len(steps()) == 40
 
 
