@@ -74,6 +74,8 @@ TEXTS = {
     ),
 }
 
+MOST_SEEDS = max(text.seeds for text in TEXTS.values())
+
 # What rows start from: flags of extras.pretrain. On `grammar` all start from random weights.
 PRETRAINING_TEXTS = ("general", "captions", "ptb", "answers")
 PRETRAINING = "--lm-share 0.5 --batch-size 64"
@@ -244,29 +246,33 @@ def find_text(name, args):
     return TEXTS[name] if name in TEXTS and not args.model else Text(name)
 
 
-def seeds_of(row, text, args):
-    """How many seeds of a row run on a text; 0: the row is not for it."""
+def runs_on(row, text, args):
+    """Whether a row is one of a text."""
     start = WARM_UPS[row.warm_up][0] if row.warm_up else row.start
     if text.rows:
-        return text.seeds if row.name in text.rows else 0
+        return row.name in text.rows
     if row.special:
-        return 0
+        return False
     if text.dataset == "grammar" and (start == "random" or row.name == "lm-paper"):
-        return 0  # all its rows start from random weights; the table of systems is of real texts
-    if args.model and start != "small" and not (start == "deep" and args.deep):
-        return 0
-    return text.seeds if row.several else 1
+        return False  # all its rows start from random weights; the systems are of real texts
+    return not args.model or start == "small" or start == "deep" and bool(args.deep)
+
+
+def seeds_of(row, text, args):
+    """How many seeds a row of a text has."""
+    return args.seeds or (text.seeds if row.several or text.rows else 1)
 
 
 def study_jobs(args):
     """The jobs of all rows: seed 0 of all texts first, row by row; the long runs last."""
     jobs = []
     for long in False, True:
-        for seed in range(args.seeds):
+        for seed in range(args.seeds or MOST_SEEDS):
             for row in ROWS if not args.rows else [r for r in ROWS if r.name in args.rows]:
                 for name in args.texts:
                     text = find_text(name, args)
-                    if bool(text.rows) == long and seed < seeds_of(row, text, args):
+                    wanted = runs_on(row, text, args) and seed < seeds_of(row, text, args)
+                    if wanted and bool(text.rows) == long:
                         jobs.append(row_job(row, name, seed, args))
     return jobs
 
@@ -325,13 +331,14 @@ def machine():
 
 def write_pairs(args):
     """paired.json of each text: the pairs of study_tables of which both runs are there."""
-    every = argparse.Namespace(**vars(args) | {"rows": None, "seeds": 3})
+    seeds = max(args.seeds or 0, MOST_SEEDS)
+    every = argparse.Namespace(**vars(args) | {"rows": None, "seeds": seeds})
     outs = {str(job.result): job.out for job in study_jobs(every)}
     for name in args.texts:
         path = Path(args.results, name, "paired.json")
         pairs = read_dict(path) if path.exists() else {}
         for a, b in study_tables.pairs([row.name for row in ROWS]):
-            for seed in range(3):
+            for seed in range(seeds):
                 runs = [outs.get(str(path.parent / row / str(seed))) for row in (a, b)]
                 if all(out and (out / "metrics.json").exists() for out in runs):
                     try:
@@ -399,7 +406,7 @@ def parse_args(argv):
     flag = parser.add_argument
     flag("--texts", nargs="+", help=f"({' '.join(TEXTS)}; with --model: captions ptb answers)")
     flag("--rows", nargs="+", choices=[r.name for r in ROWS], metavar="ROW", help="only these")
-    flag("--seeds", type=at_least(1), default=3, help="at most so many per row (3)")
+    flag("--seeds", type=at_least(1), help="so many of each row (1; of some 2, on grammar 3)")
     flag("--model", help="start of all rows: a T5 of the hub, or a folder (pretrained here)")
     flag("--deep", help="that of the row paper-deep, with --model; without it the row is left out")
     flag("--data-dir", default="data", help="where the folders of the texts are (data)")

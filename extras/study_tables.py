@@ -7,6 +7,7 @@ differences), or, where a row has several seeds, the standard deviation over the
 """
 
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,9 +148,9 @@ def number(runs, text, row, key, beside=None):
 
 def differences(paired, text, a, b, key):
     """[(mean, its standard error)] of the paired differences a - b of a measure, by seed."""
-    names = [f"{a}/{seed} - {b}/{seed}" for seed in range(3)]
-    found = [paired.get(text, {}).get(name, {}).get(key) for name in names]
-    return [pair for pair in found if pair]
+    name = re.compile(rf"{re.escape(a)}/(\d+) - {re.escape(str(b))}/\1")
+    kept = paired.get(text, {}).items()
+    return [measures[key] for pair, measures in kept if name.fullmatch(pair) and key in measures]
 
 
 def difference(paired, text, a, b, key):

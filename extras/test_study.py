@@ -55,6 +55,16 @@ def test_rows_of_a_random_start_are_not_repeated_where_all_start_from_it():
     assert "nowhere/captions/r8/2" not in rows
 
 
+@pytest.mark.parametrize("text", ["captions", "captions-all"])
+def test_any_row_can_be_remade_with_another_seed(text):
+    flags = ["--texts", text, "--rows", "r16", "r8", "r4", "--results", "nowhere"]
+    rows = ["r8", "r16"] if text == "captions-all" else ["r8", "r16", "r4"]
+    for seeds in 1, 2, 5:
+        jobs = study.study_jobs(settings(*flags, "--seeds", str(seeds)))
+        found = [job.result.parts[2:] for job in jobs]
+        assert found == [(row, str(seed)) for seed in range(seeds) for row in rows]
+
+
 def test_a_language_model_has_the_learning_rate_of_its_text():
     jobs = study.study_jobs(settings("--texts", "ptb", "captions", "--results", "nowhere"))
     rates = {}
@@ -213,13 +223,18 @@ def test_tables_say_what_the_results_hold(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [([2.0], "no"), ([-2.0], "yes"), ([0.15], "even"), ([-0.15], "even"), ([], "?")]
-    + [([2.0, 3.0], "no"), ([2.0, 0.15], "even"), ([2.0, -2.0], "even")],
+    + [
+        ([2.0, 3.0], "no"),
+        ([-2.0, -3.0, -4.0, -0.1], "even"),
+        ([2.0, 0.15], "even"),
+        ([2.0, -2.0], "even"),
+    ],
 )
 def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
     seeds = max(1, len(change))
     for seed in range(seeds):
         write_row(tmp_path, "answers", "cold", seed, swap_cost=5.0 + seed, swap_cost_se=1.0)
-    for seed in range(3):
+    for seed in range(seeds + 1):
         write_row(tmp_path, "answers", "no-threshold", seed, swap_cost=3.0 + seed)
     write_row(tmp_path, "ptb", "cold", swap_cost=5.0)
     pairs = {
