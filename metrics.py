@@ -97,12 +97,12 @@ def measure(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off
     """What `evaluate` summarizes, a row per sentence: {name: (n,)}, and mu, logvar, z: (n, Z)."""
     device, (rank, world) = model.device, data.processes()
     samples = max(1, iw_samples) if model.latent_dim else 1  # without a latent all are one
-    # One cycle through all sentences in random order: each gets the z of another.
+    # One random cycle through all sentences: each gets the z of another.
     cycle = np.random.default_rng(seed).permutation(len(corpus))
     other = np.empty_like(cycle)
     other[cycle] = np.roll(cycle, 1)
     batches, columns = data.evaluation_order(corpus.lengths, batch_size), {}
-    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file gets a line each time
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file gets lines
     bar = {"leave": False, "disable": rank > 0, "delay": 5, "mininterval": interval}
     training = model.training
     model.eval()
@@ -120,7 +120,7 @@ def measure(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off
             if thorough:
                 others = data.make_batch(corpus, other[index]).to(device)
                 values |= other_latents(model, batch, mu, others, seed)
-        place = batch.index.to(device, non_blocking=True)  # the CPU waits for nothing here
+        place = batch.index.to(device, non_blocking=True)  # the CPU does not wait
         for name, value in values.items():
             if name not in columns:
                 columns[name] = value.new_zeros(len(corpus), *value.shape[1:], dtype=torch.float64)
@@ -312,14 +312,14 @@ def write_measures(run, measured, columns):
 
 
 def language_model_nll(run, config, named=None):
-    """NLL of the language model of the same test texts, `named` or lm/ beside the run; or None.
+    """NLL of a language model of the same test texts, cut alike, or None.
 
-    Raises InputError where `named` is no such run.
+    named: its run, else it is lm/ beside `run`. Raises InputError where `named` is no such run.
     """
     folder = Path(named or Path(run).parent / "lm")
     measured = data.read_json(folder / "metrics.json")
     its = data.read_json(folder / "config.json")
-    texts = [(c.get("data_sha256") or {}).get("test") for c in (its, config)]
+    texts = [((c.get("data_sha256") or {}).get("test"), c.get("max_length")) for c in (its, config)]
     if texts[0] == texts[1] and measured.get("latent_dim") == 0:
         return measured["rec"]
     if named:

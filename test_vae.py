@@ -961,14 +961,17 @@ def test_saved_runs_are_measured_again(whole_run, home, tmp_path, capsys):
     assert {"nll", "gain", "efficiency_se", "swap_cost", "exact_match"} < again.keys()
     assert again == pytest.approx({name: after[name] for name in again}, rel=1e-9)
     lm = tmp_path / "lm"
-    for latent_dim, texts, shown in (0, "same", True), (0, "other", False), (3, "same", False):
+    config = json.loads((run / "config.json").read_text())
+    sha256, length = config["data_sha256"]["test"], config["max_length"]
+    other = {"max_length": length + 1}, {"data_sha256": {"test": "other"}}, {"data_sha256": None}
+    for latent_dim, change in [(0, {}), (3, {}), *[(0, change) for change in other]]:
         lm.mkdir(exist_ok=True)
-        sha256 = json.loads((run / "config.json").read_text())["data_sha256"]["test"]
-        config = {"data_sha256": {"test": sha256 if texts == "same" else texts}}
-        data.write_json(lm / "config.json", config)
+        same = {"data_sha256": {"test": sha256}, "max_length": length}
+        data.write_json(lm / "config.json", same | change)
         data.write_json(lm / "metrics.json", {"rec": 12.34, "latent_dim": latent_dim})
         metrics.main([str(run), "--iw-samples", "1"])
-        assert ("12.34" in capsys.readouterr().out) == shown
+        shown = "12.34" in capsys.readouterr().out
+        assert shown == (latent_dim == 0 and not change)
         if not shown:
             with pytest.raises(SystemExit, match="--lm is"):
                 metrics.main([str(run), "--lm", str(lm)])

@@ -6,8 +6,8 @@
     python train.py --dataset ptb --phase 1      then --phase 2; without --phase, both
     python train.py                              a demonstration: no download, a few minutes
 
-A run is a folder. Cut short, it resumes with --resume added to its command, to the same weights and
-log. `torchrun --nproc_per_node=N train.py ...` trains with N processes, to the same result.
+A run is a folder. Cut short, it resumes with --resume added to its command. `torchrun
+--nproc_per_node=N train.py ...` trains with N processes, to the same result but for dropout.
 """
 
 import argparse
@@ -288,9 +288,9 @@ def load_checkpoint(out, log, parts):
             for name, part in parts.items():
                 if state[name]:  # a loss scaler that was off has no state
                     part.load_state_dict(state[name])
-        except Exception as error:  # damaged, or an older version
+        except Exception as error:
             advice = f"({type(error).__name__}): start over with --overwrite"
-            raise InputError(f"{path} is damaged {advice}") from error
+            raise InputError(f"{path} is damaged or of another version {advice}") from error
         print(f"{out} resumes from step {state['step']}")
     if data.processes()[0] == 0:
         log.truncate(log.seek(state["log_bytes"]))
