@@ -37,14 +37,14 @@ PANELS = {
     "KL, nats per sentence": "kl",
     "PPL/word, of -ELBO": "ppl_word",
 }
-NOT_IN_LABELS = INCIDENTAL | {"start", "init", "data_sha256", "pool", "phases", "pooling"}
+NOT_IN_LABELS = INCIDENTAL | {"init", "data_sha256"}
 
 # The study's rows by method, with the color and the marker of each. Other rows are not drawn.
 METHODS = {
     "KL target": (r"r\d+", "#0072B2", "o"),
-    "the paper's systems": (r"paper-.+", "#D55E00", "^"),
-    "KL threshold": (r"threshold[\d.]+|recommended", "#009E73", "s"),
-    "annealing": (r"linear\d*|cyclical|constant", "#CC79A7", "D"),
+    "the paper's recipe": (r"paper-.+|recommended|cyclical|constant", "#D55E00", "^"),
+    "KL threshold": (r"threshold[\d.]+", "#009E73", "s"),
+    "annealing": (r"linear\d*", "#CC79A7", "D"),
 }
 TEXT_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DEEP, DEEP_LM = "paper-deep", "lm-deep"  # has more layers than the other rows; its language model
@@ -211,7 +211,7 @@ def legend_handles(points, color=None, hollow=True):
             style = {"marker": marker, "color": color or own, "linestyle": ""}
             handles.append(Line2D([], [], label=method, **style))
     if hollow and not all(point.fair for point in points):
-        style = {"marker": METHODS["the paper's systems"][2], "color": "0.3", "linestyle": ""}
+        style = {"marker": METHODS["the paper's recipe"][2], "color": "0.3", "linestyle": ""}
         label = "hollow: deeper than the language model"
         handles.append(Line2D([], [], label=label, markerfacecolor="white", **style))
     return handles
@@ -276,7 +276,7 @@ def draw_price(results):
     low = min(axes.dataLim.y0 for axes in named)  # with the ends of the error bars
     high = max(axes.dataLim.y1 for axes in named)
     first, points = grid[0, 0], sum(panels.values(), [])
-    first.set_yscale("symlog", linthresh=0.1, linscale=0.5)
+    first.set_yscale("symlog", linthresh=0.1, linscale=0.3)
     first.set_ylim(min(-0.15, 1.5 * low), max(1, 2 * high))
     first.yaxis.set_major_formatter("{x:g}")
     set_kl_axis(first, max(point.measured["kl"] for point in points))
@@ -284,12 +284,12 @@ def draw_price(results):
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(first.get_xlabel())
     for row in grid:
-        row[0].set_ylabel("NLL above it, nats per sentence")
+        row[0].set_ylabel("NLL above the title's, nats per sentence")
     handles = legend_handles(points)
     handles.append(Line2D([], [], **LM_LINE, label="the language model"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
     figure.suptitle(
-        "What KL costs: NLL above the language model's, or above the known entropy", fontsize=11
+        "What KL costs: NLL (a bound) above the language model's, or the known entropy", fontsize=11
     )
     for axes, names in named.items():
         name_points(axes, names)
@@ -334,8 +334,6 @@ def draw_buys(results):
         handles.append(Patch(color=color, label=text_name(text)))
     shown = sum(texts.values(), [])
     highest = max(point.measured["kl"] for point in shown)
-    line = [*range(4), *(2**i for i in range(2, 9))]
-    (as_much,) = swap.plot(line, line, **LM_LINE, label="as much as its KL")
     costs = [point.measured["rec_other"] - point.measured["rec"] for point in shown]
     swap.set_yscale("symlog", **KL_SCALE)
     low, high = min(-0.35, 1.35 * min(costs)), max(20, 1.35 * max(costs))
@@ -348,9 +346,9 @@ def draw_buys(results):
         set_kl_axis(axes, highest)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.25)
-    handles += [*legend_handles(shown, "0.3", hollow=False), as_much]
+    handles += legend_handles(shown, "0.3", hollow=False)
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)
-    figure.suptitle("What KL buys: exact sentences, and how much the decoder needs z", fontsize=11)
+    figure.suptitle("What depends on z: exact sentences (from mu, without noise), swap cost")
     return figure
 
 
@@ -395,7 +393,7 @@ def draw_plane(results, text):
         runs = results[folder][0]
         for row, style in ("lm", "-"), (DEEP_LM, "--"):
             if row in runs:
-                label = f"language model of {text_name(folder)}{', deep' * (row == DEEP_LM)}"
+                label = f"our language model of {text_name(folder)}{', deep' * (row == DEEP_LM)}"
                 handles += diagonal(axes, label, mean_nll(runs, row), color, style)
     entropy = next(iter(folders.values()))[0].measured.get("entropy")
     if entropy is not None:
@@ -414,7 +412,8 @@ def draw_plane(results, text):
     axes.set_ylabel("rec: what is left to say, nats per sentence")
     axes.grid(alpha=0.25)
     axes.set_title(
-        f"{text_name(text)}: rate and distortion; on a line, -ELBO is that model's NLL", fontsize=11
+        f"{text_name(text)}: rate and distortion; on a curve, rec + KL is that model's NLL",
+        fontsize=11,
     )
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
     name_points(axes, named)

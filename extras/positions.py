@@ -1,10 +1,10 @@
-"""Where in a text does z help? rec by position, with a text's own z and with another text's.
+"""Where in a text does z matter? rec by position, with a text's own z and with another text's.
 
     python -m extras.positions RUN
 
-The difference is what z explains of the tokens there. One z is the only thing that the decoder
-reads of a text; the words it has already written are the rest of what it knows. So z may help at
-the beginning alone, or to the end.
+The difference is the swap cost of the tokens there. One z is the only thing that the decoder reads
+of a text; the words it has already written are the rest of what it knows. So z may matter at the
+beginning alone, or to the end. Late positions are those of long texts only.
 """
 
 import argparse
@@ -75,15 +75,15 @@ def main(argv=None):
         found = of_run(args.run)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"positions.py: cannot use {args.run}: {error}")
-    print("tokens of a text    number     rec  rec_other  explained")
+    print("tokens of a text    number     rec  rec_other  swap cost")
     for row in found:
         place = f"{row['start'] + 1} to {row['stop']}"
-        explained = row["rec_other"] - row["rec"]
+        swap_cost = row["rec_other"] - row["rec"]
         print(
             f"{place:16}{row['tokens']:10,}{row['rec']:8.3f}"
-            f"{row['rec_other']:11.3f}{explained:11.3f}"
+            f"{row['rec_other']:11.3f}{swap_cost:11.3f}"
         )
-    print("Nats per token; explained: rec_other - rec.")
+    print("Nats per token; swap cost: rec_other - rec.")
 
 
 if __name__ == "__main__":

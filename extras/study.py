@@ -45,8 +45,8 @@ class Text:
 
     width: d_model of the T5s made for it. rows: those that run on it; empty: all but the special
     ones. epochs: of phases 1 and 2 of `best`, and their sum for a language model; empty: those of
-    the row. lm_lr: the learning rate of its language model, whichever of 5e-3 and 2e-2 had the
-    lower rec on validation texts, from the pretrained start.
+    the row. lr: the learning rate of the rows of `best`; lm_lr: of the language model, whichever of
+    5e-3 and 2e-2 had the lower rec on validation texts, from the pretrained start.
     """
 
     dataset: str
@@ -56,6 +56,7 @@ class Text:
     seeds: int = 2  # of the rows with more than one
     rows: tuple = ()
     epochs: tuple = ()
+    lr: str = "2e-2"
     lm_lr: str = "2e-2"
     positions: bool = False  # also measure where in a text z helps
 
@@ -85,21 +86,21 @@ STARTS = {
     "random": "--steps 0",
 }
 
-BEST = "--recipe best --lr 2e-2"  # of a T5 pretrained as shortly as these
-PAPER = "--recipe paper --dropout 0.1"  # t5-small's dropout
+BEST_FLAGS = "--recipe best"  # and --lr, of the text
+PAPER_FLAGS = "--recipe paper --dropout 0.1"  # t5-small's dropout
 WARM_UPS = {  # phase 1: what it starts from, flags
-    "autoencoder": ("small", f"{BEST} --epochs 3"),
-    "autoencoder-random": ("random", f"{BEST} --epochs 3"),
-    "recommended": ("small", f"{PAPER} --denoise 0.15"),
-    "no-deletion": ("small", f"{PAPER} --denoise 0"),
-    "deletion0.4": ("small", f"{PAPER} --denoise 0.4"),
-    "deletion0.4-deep": ("deep", f"{PAPER} --denoise 0.4"),
-    "unfrozen": ("small", f"{PAPER} --denoise 0.15 --no-freeze-decoder"),
-    "mean": ("small", f"{PAPER} --denoise 0.15 --pool mean"),
-    "last": ("small", f"{PAPER} --denoise 0.15 --pool last"),
-    "all-layers": ("small", f"{PAPER} --denoise 0.15 --pool-layers all"),
-    "z64": ("small", f"{PAPER} --denoise 0.15 --latent-dim 64"),
-    "z128": ("small", f"{PAPER} --denoise 0.15 --latent-dim 128"),
+    "autoencoder": ("small", f"{BEST_FLAGS} --epochs 3"),
+    "autoencoder-random": ("random", f"{BEST_FLAGS} --epochs 3"),
+    "recommended": ("small", f"{PAPER_FLAGS} --denoise 0.15"),
+    "no-deletion": ("small", f"{PAPER_FLAGS} --denoise 0"),
+    "deletion0.4": ("small", f"{PAPER_FLAGS} --denoise 0.4"),
+    "deletion0.4-deep": ("deep", f"{PAPER_FLAGS} --denoise 0.4"),
+    "unfrozen": ("small", f"{PAPER_FLAGS} --denoise 0.15 --no-freeze-decoder"),
+    "mean": ("small", f"{PAPER_FLAGS} --denoise 0.15 --pool mean"),
+    "last": ("small", f"{PAPER_FLAGS} --denoise 0.15 --pool last"),
+    "all-layers": ("small", f"{PAPER_FLAGS} --denoise 0.15 --pool-layers all"),
+    "z64": ("small", f"{PAPER_FLAGS} --denoise 0.15 --latent-dim 64"),
+    "z128": ("small", f"{PAPER_FLAGS} --denoise 0.15 --latent-dim 128"),
 }
 
 
@@ -116,37 +117,39 @@ class Row:
 
 
 ROWS = [  # the most informative first
-    Row("lm", None, f"{BEST} --no-latent --epochs 8", several=True),
-    Row("r8", "autoencoder", f"{BEST} --epochs 5 --kl-target 8", several=True),
-    Row("paper-max", "no-deletion", f"{PAPER} --denoise 0 --kl-threshold 0"),
-    Row("paper-denoise", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 0"),
-    Row("paper-klt", "deletion0.4", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
-    Row("lm-paper", None, f"{PAPER} --no-latent"),  # the paper's phase 2 without z
-    Row("r16", "autoencoder", f"{BEST} --epochs 5 --kl-target 16"),
-    Row("r24", "autoencoder", f"{BEST} --epochs 5 --kl-target 24", special=True),
-    Row("r4", "autoencoder", f"{BEST} --epochs 5 --kl-target 4"),
-    Row("recommended", "recommended", f"{PAPER} --denoise 0.15", several=True),
-    Row("no-deletion", "no-deletion", f"{PAPER} --denoise 0"),
-    Row("deletion0.4", "deletion0.4", f"{PAPER} --denoise 0.4"),
-    Row("threshold0.25", "autoencoder", f"{BEST} --epochs 5 --kl-threshold 0.25"),
-    Row("threshold0.5", "autoencoder", f"{BEST} --epochs 5 --kl-threshold 0.5"),
-    Row("linear", "autoencoder", f"{BEST} --epochs 5 --kl-schedule linear"),
-    Row("cold", None, f"{PAPER} --denoise 0.15 --kl-threshold 0"),
-    Row("cold-constant", None, f"{PAPER} --kl-threshold 0 --kl-schedule constant"),
-    Row("no-threshold", "recommended", f"{PAPER} --denoise 0.15 --kl-threshold 0"),
-    Row("cyclical", "recommended", f"{PAPER} --kl-threshold 0 --kl-schedule cyclical"),
-    Row("constant", "recommended", f"{PAPER} --kl-threshold 0 --kl-schedule constant"),
-    Row("unfrozen", "unfrozen", f"{PAPER} --denoise 0.15"),
-    Row("mean", "mean", f"{PAPER} --denoise 0.15"),
-    Row("last", "last", f"{PAPER} --denoise 0.15"),
-    Row("all-layers", "all-layers", f"{PAPER} --denoise 0.15"),
-    Row("lm-random", None, f"{BEST} --no-latent --epochs 8", "random"),
-    Row("r8-random", "autoencoder-random", f"{BEST} --epochs 5 --kl-target 8"),
-    Row("r16-random", "autoencoder-random", f"{BEST} --epochs 5 --kl-target 16", special=True),
-    Row("lm-deep", None, f"{BEST} --no-latent --epochs 8", "deep"),
-    Row("paper-deep", "deletion0.4-deep", f"{PAPER} --denoise 0.4 --kl-threshold 3"),
-    Row("z64", "z64", f"{PAPER} --denoise 0.15"),
-    Row("z128", "z128", f"{PAPER} --denoise 0.15"),
+    Row("lm", None, f"{BEST_FLAGS} --no-latent --epochs 8", several=True),
+    Row("r8", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 8", several=True),
+    Row("paper-max", "no-deletion", f"{PAPER_FLAGS} --denoise 0 --kl-threshold 0"),
+    Row("paper-denoise", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 0"),
+    Row("paper-klt", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 3"),
+    Row("lm-paper", None, f"{PAPER_FLAGS} --no-latent"),  # the paper's phase 2 without z
+    Row("r16", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 16"),
+    Row("r24", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 24", special=True),
+    Row("r4", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 4"),
+    Row("recommended", "recommended", f"{PAPER_FLAGS} --denoise 0.15", several=True),
+    Row("no-deletion", "no-deletion", f"{PAPER_FLAGS} --denoise 0"),
+    Row("deletion0.4", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4"),
+    Row("threshold0.25", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-threshold 0.25"),
+    Row("threshold0.5", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-threshold 0.5"),
+    Row("linear", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-schedule linear"),
+    Row("cold", None, f"{PAPER_FLAGS} --denoise 0.15 --kl-threshold 0"),
+    Row("cold-constant", None, f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule constant"),
+    Row("no-threshold", "recommended", f"{PAPER_FLAGS} --denoise 0.15 --kl-threshold 0"),
+    Row("cyclical", "recommended", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule cyclical"),
+    Row("constant", "recommended", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule constant"),
+    Row("unfrozen", "unfrozen", f"{PAPER_FLAGS} --denoise 0.15"),
+    Row("mean", "mean", f"{PAPER_FLAGS} --denoise 0.15"),
+    Row("last", "last", f"{PAPER_FLAGS} --denoise 0.15"),
+    Row("all-layers", "all-layers", f"{PAPER_FLAGS} --denoise 0.15"),
+    Row("lm-random", None, f"{BEST_FLAGS} --no-latent --epochs 8", "random"),
+    Row("r8-random", "autoencoder-random", f"{BEST_FLAGS} --epochs 5 --kl-target 8"),
+    Row(
+        "r16-random", "autoencoder-random", f"{BEST_FLAGS} --epochs 5 --kl-target 16", special=True
+    ),
+    Row("lm-deep", None, f"{BEST_FLAGS} --no-latent --epochs 8", "deep"),
+    Row("paper-deep", "deletion0.4-deep", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 3"),
+    Row("z64", "z64", f"{PAPER_FLAGS} --denoise 0.15"),
+    Row("z128", "z128", f"{PAPER_FLAGS} --denoise 0.15"),
 ]
 
 
@@ -207,11 +210,11 @@ def row_job(row, name, seed, args):
     parent = Path(args.runs, name)
     warm_epochs, epochs = text.epochs or (None, None)
     if "--no-latent" in row.flags:
-        lr = "2e-2" if row.start == "random" else text.lm_lr  # chosen with a pretrained start
-        flags = flags_of(row.flags.replace("--lr 2e-2", f"--lr {lr}"), sum(text.epochs))
+        lr = text.lr if row.start == "random" else text.lm_lr  # chosen with a pretrained start
+        flags = flags_of(row.flags, sum(text.epochs), lr)
     else:
-        flags = flags_of(row.flags, epochs)
-    if text.dataset == "grammar" and row.flags.startswith(BEST):
+        flags = flags_of(row.flags, epochs, text.lr)
+    if text.dataset == "grammar" and row.flags.startswith(BEST_FLAGS):
         flags += ["--dropout", "0"]  # its training texts are no sample to overfit
     if row.warm_up is None:
         start, needs = start_job(row.start, text, args)
@@ -222,7 +225,7 @@ def row_job(row, name, seed, args):
         start, needs = start_job(start_name, text, args)
         out = parent / row.warm_up / str(seed)
         warm = ["train.py", "--phase", "1", "--model", start]
-        warm += [*flags_of(warm_flags, warm_epochs), *rest]
+        warm += [*flags_of(warm_flags, warm_epochs, text.lr), *rest]
         warm += ["--layers", "4"] if start == "tiny" and start_name == "deep" else []
         needs = Job(out / "phase1", [*warm, "--out", str(out)], needs)
         flags += ["--init", str(needs.out)]
@@ -236,14 +239,17 @@ def row_job(row, name, seed, args):
     return Job(out / phase, command, needs, result, text.positions)
 
 
-def flags_of(text, epochs):
-    """The flags in a text, with this number of epochs unless it is 0 or None."""
-    return shlex.split(re.sub(r"--epochs \d+", f"--epochs {epochs}", text) if epochs else text)
+def flags_of(text, epochs, lr):
+    """The flags in a text: with this number of epochs unless it is 0 or None, and, in the recipe
+    `best`, with this learning rate."""
+    if epochs:
+        text = re.sub(r"--epochs \d+", f"--epochs {epochs}", text)
+    return shlex.split(text.replace(BEST_FLAGS, f"{BEST_FLAGS} --lr {lr}"))
 
 
 def find_text(name, args):
-    """The Text of a name. With --model all of a data set is used."""
-    return TEXTS[name] if name in TEXTS and not args.model else Text(name)
+    """The Text of a name. With --model all of a data set is used, at a checkpoint's own rate."""
+    return TEXTS[name] if name in TEXTS and not args.model else Text(name, lr="5e-3", lm_lr="5e-3")
 
 
 def runs_on(row, text, args):
@@ -337,7 +343,12 @@ def write_pairs(args):
     for name in args.texts:
         path = Path(args.results, name, "paired.json")
         pairs = read_dict(path) if path.exists() else {}
-        for a, b in study_tables.pairs([row.name for row in ROWS]):
+        wanted = study_tables.pairs([row.name for row in ROWS])
+        rows = {pair: tuple(re.findall(r"(\S+)/\d+", pair)) for pair in pairs}
+        pairs = {
+            pair: pairs[pair] for pair in pairs if rows[pair] in wanted
+        }  # else of a past study
+        for a, b in wanted:
             for seed in range(seeds):
                 runs = [outs.get(str(path.parent / row / str(seed))) for row in (a, b)]
                 if all(out and (out / "metrics.json").exists() for out in runs):

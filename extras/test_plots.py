@@ -125,8 +125,8 @@ def test_the_plane_has_both_widths_and_the_published_rows(results):
     assert {"paper: KLT", "Li et al. (lambda 3)"} <= {text.get_text() for text in axes.texts}
     lines = {line.get_label(): line for line in axes.get_lines() if len(line.get_xdata()) > 1}
     assert list(lines) == [
-        "language model of PTB: 110.00",
-        "language model of PTB, width 256: 100.50",
+        "our language model of PTB: 110.00",
+        "our language model of PTB, width 256: 100.50",
         "the paper's T5-small without z: 104.32",
         "GPT-2, from its perplexity: 89.54",
     ]

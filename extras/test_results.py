@@ -59,8 +59,7 @@ def hidden_rows(runs, paired):
         for row in (claim.a, claim.b)
         if row
     ]
-    named = {"lm": "language model", "lm-random": "LM, random", "lm-deep": "paper-deep"}
-    named |= {"r8-random": "R = 8, random", "lm-paper": "rec - lm-paper's"}
+    named = {"lm": "language model", "lm-deep": "paper-deep", "lm-paper": "rec - lm-paper's"}
     shown = "\n".join(TABLES.values())
     return [
         (text, row)

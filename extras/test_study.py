@@ -139,6 +139,10 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
     out, err = capsys.readouterr()
     assert "0 of 3 rows are missing" in out  # lm has two seeds
     assert re.search("not compared: .*sentences.npz is damaged", err)
+    old = read(kept / "paired.json") | {"cold/0 - r4/0": {}, "lm-gone/1 - lm/1": {}}
+    data.write_json(kept / "paired.json", old)
+    study.main(flags)
+    assert read(kept / "paired.json").keys() == {"r4/0 - lm/0"}, "no pair of an earlier study"
 
 
 def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
@@ -208,13 +212,14 @@ def test_tables_say_what_the_results_hold(tmp_path):
     write_row(tmp_path, "ptb", "threshold0.25", kl=8.5, kl_se=0.1)
     write_row(tmp_path, "ptb", "r4", kl=9.0)
     for seed, nll in enumerate((101.0, 103.0)):
-        write_row(tmp_path, "ptb", "r8", seed, nll=nll, nll_se=0.5, kl=8.0, efficiency=0.9)
+        measures = {"kl": 8.0 + seed / 50, "kl_se": 0.04, "efficiency": 0.9}
+        write_row(tmp_path, "ptb", "r8", seed, nll=nll, nll_se=0.5, **measures)
     pairs = {f"r8/{seed} - lm/{seed}": {"nll": [1.0 + 2 * seed, 0.1]} for seed in range(2)}
     data.write_json(tmp_path / "ptb" / "paired.json", pairs)
     lines = study_tables.tables(tmp_path)["price"].splitlines()
     assert lines[2] == "| ptb: language model | 0 | NLL 100.00±0.50 | - | - | - |"
-    # Several seeds: the mean, and the standard deviation over them.
-    assert lines[3] == "| ptb: r8, 2 seeds | 8.00±0.00 | +2.00±1.41 | 0.90±0.00 | - | - |"
+    # Several seeds: the mean, and the standard deviation over them, if it is the larger error.
+    assert lines[3] == "| ptb: r8, 2 seeds | 8.01±0.04 | +2.00±1.41 | 0.90±0.00 | - | - |"
     # By KL, so that rows of the same KL stand together, whatever led to it.
     assert lines[4] == "| ptb: threshold0.25 | 8.50±0.10 | - | - | - | - |"
     assert lines[5] == "| ptb: r4 | 9.00 | - | - | - | - |"
@@ -222,38 +227,53 @@ def test_tables_say_what_the_results_hold(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [([2.0], "no"), ([-2.0], "yes"), ([0.15], "even"), ([-0.15], "even"), ([], "?")]
-    + [
-        ([2.0, 3.0], "no"),
-        ([-2.0, -3.0, -4.0, -0.1], "even"),
-        ([2.0, 0.15], "even"),
-        ([2.0, -2.0], "even"),
-    ],
+    [([2.0], "no"), ([-2.0], "yes"), ([0.15], "unclear"), ([-0.15], "unclear"), ([], "?")]
+    + [([2.0, 3.0], "no"), ([2.0, 0.15], "unclear"), ([2.0, -2.0], "unclear")]
+    + [([-2.0, -3.0, -4.0, -0.1], "unclear"), ([None], "?")],
 )
 def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
     seeds = max(1, len(change))
     for seed in range(seeds):
-        write_row(tmp_path, "answers", "cold", seed, swap_cost=5.0 + seed, swap_cost_se=1.0)
+        write_row(tmp_path, "answers", "cold", seed, swap_cost=5.0 + seed / 4, swap_cost_se=1.0)
     for seed in range(seeds + 1):
-        write_row(tmp_path, "answers", "no-threshold", seed, swap_cost=3.0 + seed)
+        write_row(tmp_path, "answers", "no-threshold", seed, swap_cost=3.0 + seed / 4)
     write_row(tmp_path, "ptb", "cold", swap_cost=5.0)
     pairs = {
-        f"cold/{seed} - no-threshold/{seed}": {"swap_cost": [mean, 0.1]}
+        f"cold/{seed} - no-threshold/{seed}": {"swap_cost": [mean or 9.0, mean and 0.1]}
         for seed, mean in enumerate(change)
     }
     data.write_json(tmp_path / "answers" / "paired.json", pairs or {"lm/0 - lm/0": {}})
     runs, paired = study_tables.read(tmp_path)
     claim = study_tables.Claim("", "swap_cost", "cold", "<", "no-threshold")
-    middle = (seeds - 1) / 2  # the numbers are those of the seeds that both rows have
+    middle = (seeds - 1) / 8  # the numbers are those of the seeds that both rows have
     shown = f"{said}: {5 + middle:.2f}, {3 + middle:.2f}"
     assert study_tables.verdict(claim, runs, paired, "answers") == shown
     assert study_tables.verdict(claim, runs, paired, "ptb") == "-"
 
 
-@pytest.mark.parametrize(("cost", "said"), [(0.9, "yes"), (1.1, "no")])
-def test_a_claim_of_one_row_shows_its_swap_cost_and_kl(tmp_path, cost, said):
+@pytest.mark.parametrize(("apart", "said"), [(1.9, "yes"), (2.1, "unclear")])
+@pytest.mark.parametrize("row", ["mean", "recommended"])
+def test_a_verdict_needs_more_than_the_difference_of_two_seeds(tmp_path, row, apart, said):
+    """Of one of the rows, else of `recommended`: the errors over sentences do not have it."""
+    write_row(tmp_path, "ptb", "mean", swap_cost=3.0)
+    write_row(tmp_path, "ptb", "last", swap_cost=5.0)
+    if row != "mean":
+        write_row(tmp_path, "ptb", row, swap_cost=3.0)
+    write_row(tmp_path, "ptb", row, 1, swap_cost=3.0 - apart)
+    pairs = {"last/0 - mean/0": {"swap_cost": [2.0, 0.1]}}
+    data.write_json(tmp_path / "ptb" / "paired.json", pairs)
+    claim = study_tables.Claim("", "swap_cost", "last", ">", "mean")
+    verdict = study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
+    assert verdict == f"{said}: 5.00, 3.00"
+
+
+@pytest.mark.parametrize(("cost", "lost"), [(0.9, True), (1.1, False)])
+def test_a_claim_of_one_row_shows_its_swap_cost_and_kl(tmp_path, cost, lost):
     write_row(tmp_path, "ptb", "cold", swap_cost=cost, kl=7.0)
-    claim = study_tables.Claim("z is lost", "swap_cost", "cold")
+    kept, said = ("no", "yes") if lost else ("yes", "no")
+    claim = study_tables.Claim("z is kept", "swap_cost", "cold", ">")
+    assert study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")[:3].startswith(kept)
+    claim = study_tables.Claim("z is lost", "swap_cost", "cold", "<")
     assert (
         study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
         == f"{said}: {cost:.2f}, 7.00"
