@@ -230,7 +230,7 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
         pad_id=tokenizer.pad_token_id,
         unk_id=tokenizer.unk_token_id,
         sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-        entropy=GRAMMAR_ENTROPY if dataset == "grammar" else None,
+        entropy=GRAMMAR_ENTROPY if dataset == "grammar" and not truncated else None,
     )
 
 

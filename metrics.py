@@ -7,7 +7,6 @@ sentences. No number depends on the batch size.
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -127,6 +126,8 @@ def measure(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off
             if rank < len(batches):  # else the batch is another's: it is measured to keep step
                 columns[name][place] = value.double()
     model.train(training)
+    if len(corpus) == 1:  # no other
+        columns.pop("rec_other", None)
     return {name: gather(name, column.cpu()) for name, column in columns.items()}
 
 
@@ -277,9 +278,9 @@ def load_run(run, device="cpu"):
 
     Raises OSError or InputError where it is no run, or its texts have changed.
     """
-    config = json.loads(Path(run, "config.json").read_text())
-    if "data_sha256" not in config:
-        raise InputError("its config.json is not that of a run")
+    config = data.read_json(Path(run, "config.json"))
+    if not isinstance(config.get("data_sha256"), dict) or "phase" not in config:
+        raise InputError("it has no config.json of a run")
     model = T5VAE.from_pretrained(run).to(device).requires_grad_(False)
 
     def read(split, limit=None):
@@ -316,7 +317,7 @@ def language_model_nll(run, config, named=None):
 
     named: its run, else it is lm/ beside `run`. Raises InputError where `named` is no such run.
     """
-    folder = Path(named or Path(run).parent / "lm")
+    folder = Path(named or Path(run).resolve().parent / "lm")
     measured = data.read_json(folder / "metrics.json")
     its = data.read_json(folder / "config.json")
     texts = [((c.get("data_sha256") or {}).get("test"), c.get("max_length")) for c in (its, config)]

@@ -633,9 +633,6 @@ def describe_device(args):
             torch.cuda.init()
         except Exception as error:  # no build for CUDA, no driver or an old one, no GPU
             said += f" (no CUDA: {data.one_line(error)})"
-    able = torch.cpu.get_capabilities()
-    if args.amp == "bf16" and not (able.get("avx512_bf16") or able.get("amx_bf16")):
-        said += "; this CPU has no units for bf16, and --amp off will be faster"
     return said
 
 

@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
-from data import InputError, detokenize, one_line, pad, tokenize
+from data import InputError, detokenize, one_line, pad, tokenize, write_atomically
 
 PAPER = "https://aclanthology.org/2021.insights-1.5/"
 FAMILY = ("t5", "mt5", "umt5")  # supported `model_type`s; v1.1, flan, ByT5, UL2 are "t5" too
@@ -342,7 +342,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
 
     def _save_pretrained(self, save_directory):  # ModelHubMixin writes config.json
         # `named_parameters` names a tied weight once, always by the same name.
-        safetensors.torch.save_file(dict(self.named_parameters()), save_directory / WEIGHTS)
+        weights = safetensors.torch.save(dict(self.named_parameters()))
+        write_atomically(save_directory / WEIGHTS, lambda file: file.write(weights))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
 

@@ -14,7 +14,6 @@ The values per sentence are those that train.py and metrics.py write to sentence
 """
 
 import argparse
-import json
 import sys
 import zipfile
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import data
 import metrics
 
 MEASURES = ("rec", "kl", "neg_elbo", "nll", "nll_iw", "rec_prior", "swap_cost")
@@ -30,10 +30,11 @@ MEASURES = ("rec", "kl", "neg_elbo", "nll", "nll_iw", "rec_prior", "swap_cost")
 def load(run):
     """(config.json, metrics.json, {name: (n,) nats}) of a run. Raises OSError, ValueError."""
     path = Path(run)
-    config = json.loads((path / "config.json").read_text())
-    if "data_sha256" not in config:
-        raise ValueError(f"{run} is no run: its config.json has no data_sha256")
-    measured = json.loads((path / "metrics.json").read_text())
+    config, measured = (data.read_json(path / f"{name}.json") for name in ("config", "metrics"))
+    if not isinstance(config.get("data_sha256"), dict) or "max_length" not in config:
+        raise ValueError(f"{run} is no run: it has no config.json of one")
+    if "iw_samples" not in measured:
+        raise ValueError(f"{run} is not finished: it has no metrics.json of a finished run")
     if not (path / "sentences.npz").is_file():
         raise ValueError(f"{run} has no sentences.npz: python metrics.py {run} writes it")
     try:
@@ -43,7 +44,8 @@ def load(run):
         raise ValueError(f"{path / 'sentences.npz'} is damaged") from None
     named = {"rec": columns["rec"], "kl": columns["kl"]}
     named["neg_elbo"] = columns["rec"] + columns["kl"]
-    named["swap_cost"] = columns["rec_other"] - columns["rec"]
+    if "rec_other" in columns:  # a single text has no other
+        named["swap_cost"] = columns["rec_other"] - columns["rec"]
     if "nll_iw" in columns:  # phase 1 has none
         named |= {"nll_iw": columns["nll_iw"], "rec_prior": columns["rec_prior"]}
         named["nll"] = metrics.smaller_bound(columns)

@@ -77,6 +77,8 @@ def read_lines(path):
     """The stripped lines of a UTF-8 file, "-" for standard input; bytes that are not UTF-8 become
     U+FFFD."""
     if path == "-":
+        if sys.stdin is None:
+            raise ValueError("there are no texts: standard input is closed")
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         return [line.strip() for line in sys.stdin]
     with open(path, encoding="utf-8", errors="replace") as lines:

@@ -126,7 +126,7 @@ def main(argv=None):
     flag("--like", metavar="FILE", help="Texts, one per line: also write texts of their kind.")
     args = parser.parse_args(argv)
     data.replace_unprintable()
-    beside = Path(args.run).parent / "lm"
+    beside = Path(args.run).resolve().parent / "lm"
     try:
         _, model, read = metrics.load_run(args.run)
         if model.latent_dim == 0:

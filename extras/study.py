@@ -31,6 +31,11 @@ from pathlib import Path
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import data
 from extras import compare, positions, study_tables
 from extras.flags import at_least
@@ -314,12 +319,24 @@ def keep(job):
     if job.needs and job.needs.out.name == "phase1":  # how its KL went, epoch by epoch: claim (j)
         records = map(json.loads, (job.needs.out / "log.jsonl").read_text().splitlines())
         config["phase1_kl"] = [r["kl"] for r in records if r["split"] == "valid"]
+    forget_pairs(job)
     job.result.mkdir(parents=True, exist_ok=True)
     data.write_json(job.result / "config.json", config)
     measured = json.loads((job.out / "metrics.json").read_text())
     if measured["latent_dim"] and job.positions:
         measured["positions"] = positions.of_run(job.out)
     data.write_json(job.result / "metrics.json", measured)
+
+
+def forget_pairs(job):
+    """Drop the paired differences of a row that is made again. Where the other run of a pair is not
+    here, write_pairs cannot replace them."""
+    path = job.result.parent.parent / "paired.json"
+    if path.exists():
+        name = f"{job.result.parent.name}/{job.result.name}"
+        pairs = read_dict(path)
+        pairs = {pair: pairs[pair] for pair in pairs if name not in pair.split()}
+        data.write_json(path, pairs) if pairs else path.unlink()
 
 
 def machine():
@@ -363,7 +380,8 @@ def write_pairs(args):
 def time_left(jobs, args):
     """One line: how much is missing, and how long it takes at the pace of the rows in results/."""
     paths = Path(args.results).glob("*/*/*/config.json")
-    minutes = [read_dict(path, "minutes")["minutes"] for path in paths]
+    minutes = [data.read_json(path).get("minutes") for path in paths]
+    minutes = [value for value in minutes if study_tables.is_number(value)]
     rows, left = sum(not job.finished() for job in jobs), len(commands_left(jobs))
     said = f"{rows} of {len(jobs)} rows are missing, {left} commands"
     if not minutes:
@@ -372,9 +390,36 @@ def time_left(jobs, args):
     return f"{said}: {left * usual / 60 / args.jobs:.1f} h, at {usual:.0f} minutes per command"
 
 
+def start(job, log, environment):
+    """The process of a job, which writes to `log`; None where another process writes there.
+
+    The process inherits the lock of its log, and holds it until it ends: also where its study is
+    killed, so that the same command does not start a second one in the same run folder.
+    """
+    print(f"{time.strftime('%H:%M')} python {shlex.join(job.command)}", flush=True)
+    with open(log, "a") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+        command = [sys.executable, *job.command]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+
+
+def reason(process, log):
+    """Why a run failed."""
+    if process is None:
+        return "another process writes there"
+    if process.returncode < 0:
+        return f"ended by {signal.Signals(-process.returncode).name}"
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no message"
+
+
 def run(jobs, args):
     """Run what is missing, `args.jobs` processes at a time. Returns the commands that failed."""
-    environment, tried, running, failed = dict(os.environ), set(), {}, []
+    environment, tried, running, failed = dict(os.environ), set(), [], []
     if not torch.cuda.is_available():  # more threads than cores would spin
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         threads = int(environment.setdefault("OMP_NUM_THREADS", str(threads)))
@@ -387,29 +432,26 @@ def run(jobs, args):
             while len(running) < args.jobs and (job := next_job(jobs, tried)):
                 tried.add(str(job.out))
                 log = logs / ("-".join(job.out.relative_to(args.runs).parts) + ".txt")
-                print(f"{time.strftime('%H:%M')} python {shlex.join(job.command)}", flush=True)
-                command = [sys.executable, *job.command]
-                with open(log, "a") as file:
-                    process = subprocess.Popen(
-                        command, cwd=ROOT, env=environment, stdout=file, stderr=file
-                    )
-                running[process] = job, log
+                running.append((start(job, log, environment), job, log))
             if not running:
                 return failed
             time.sleep(1)
-            for process in [process for process in running if process.poll() is not None]:
-                job, log = running.pop(process)
-                if process.returncode:
+            ended = [entry for entry in running if not entry[0] or entry[0].poll() is not None]
+            for process, job, log in ended:
+                running.remove((process, job, log))
+                if process is None or process.returncode:
                     failed.append(job)
-                    last = log.read_text().strip().splitlines()[-1:] or ["no message"]
-                    print(f"FAILED, see {log}: {last[0]}", flush=True)
+                    print(f"FAILED, see {log}: {reason(process, log)}", flush=True)
                 elif job.result:
                     keep(job)
                     write_pairs(args)
                     print(f"{job.result}: {time_left(jobs, args)}", flush=True)
     finally:
-        for process in running:
+        processes = [process for process, _, _ in running if process]
+        for process in processes:
             process.terminate()
+        for process in processes:  # the same command may come at once
+            process.wait()
 
 
 def parse_args(argv):
@@ -430,6 +472,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.texts is None:
         args.texts = ["captions", "ptb", "answers"] if args.model else list(TEXTS)
+    args.texts = list(dict.fromkeys(args.texts))
     for name in args.texts:
         if name in ("", "..") or name != Path(name).name:
             parser.error(f"--texts has {name!r}; it must be the name of a folder in --data-dir")
@@ -437,12 +480,13 @@ def parse_args(argv):
             parser.error(f"--texts has {name}; without --model it must be of {', '.join(TEXTS)}")
         if args.model and name in ("grammar", "captions-all", "ptb-256"):
             parser.error(f"--texts has {name}, whose rows do not start from --model")
-    if args.deep and not args.model:
+    if args.deep is not None and not args.model:
         parser.error(f"--deep is {args.deep}; it needs --model")
+    for flag, name in ("--model", args.model), ("--deep", args.deep):
+        if name is not None and not name.strip("./"):
+            parser.error(f"{flag} is {name!r}; it must have a name")
     if args.model:  # two models share neither run folders nor results
-        name = re.sub(r"\W+", "-", args.model).strip("-")
-        if not name:
-            parser.error(f"--model is {args.model}; it must have a name")
+        name = Path(args.model).as_posix().strip("/").replace("/", "--")
         args.runs = str(Path(args.runs, name))
         args.results = args.results or str(Path("results", name))
     args.results = args.results or "results"

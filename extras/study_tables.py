@@ -7,7 +7,6 @@ differences), or, where a row has several seeds, the standard deviation over the
 """
 
 import math
-import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +81,13 @@ def read_dict(path, *keys):
     content = data.read_json(path)
     missing = [key for key in keys if key not in content]
     if missing or not content:
-        raise data.InputError(f"{path} is damaged: it must hold a dict with {', '.join(keys)}")
+        needed = f" with {', '.join(keys)}" if keys else ""
+        raise data.InputError(f"{path} is damaged: it must hold a dict{needed}")
     return content
+
+
+def is_number(value):
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def check_numbers(path, measured):
@@ -92,16 +96,26 @@ def check_numbers(path, measured):
     for name, value in measured.items():
         if name == "positions" or value is None and name not in needed:
             continue
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_number(value):
             raise data.InputError(f"{path} is damaged: {name} is {value!r}, no number")
 
 
 def check_pairs(path, pairs):
     """Raises InputError where paired.json does not hold {pair: {measure: [mean, error]}}."""
     for name, measures in pairs.items():
-        found = list(measures.values()) if isinstance(measures, dict) else [measures]
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in found):
-            raise data.InputError(f"{path} is damaged: {name} is {str(measures)[:80]}")
+        for pair in measures.values() if isinstance(measures, dict) else [measures]:
+            mean, error = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+            if not is_number(mean) or not (error is None or is_number(error)):
+                raise data.InputError(f"{path} is damaged: {name} is {str(measures)[:80]}")
+
+
+def check_positions(path, places):
+    """Raises InputError where `positions` of a metrics.json is not what extras.positions finds."""
+    for place in places if isinstance(places, list) else [places]:
+        values = place.values() if isinstance(place, dict) else []
+        if not {"start", "stop", "rec", "rec_other"} <= set(place if values else []):
+            raise data.InputError(f"{path} is damaged: positions has {str(place)[:80]}")
+        check_numbers(path, {"kl": 0, **place})
 
 
 def read(results):
@@ -114,9 +128,12 @@ def read(results):
     runs, paired = {}, {}
     for path in sorted(Path(results).glob("*/*/*/metrics.json")):
         text, row, seed = path.parts[-4:-1]
+        if not seed.isdecimal():
+            raise data.InputError(f"{path.parent} is no seed: its name must be a number")
         config = read_dict(path.with_name("config.json"), "command")
         measured = read_dict(path, "latent_dim", "kl", "rec", "au")
         check_numbers(path, measured)
+        check_positions(path, measured.get("positions", []))
         if measured["latent_dim"]:
             measured["active"] = measured["au"] / measured["latent_dim"]
         runs.setdefault(text, {}).setdefault(row, {})[seed] = config, measured
@@ -148,16 +165,18 @@ def number(runs, text, row, key, beside=None):
     return spread(values, found[0].get(key + "_se"))
 
 
-def differences(paired, text, a, b, key):
-    """[(mean, its standard error)] of the paired differences a - b of a measure, by seed."""
-    name = re.compile(rf"{re.escape(a)}/(\d+) - {re.escape(str(b))}/\1")
-    kept = paired.get(text, {}).items()
-    return [measures[key] for pair, measures in kept if name.fullmatch(pair) and key in measures]
+def differences(runs, paired, text, a, b, key):
+    """[(mean, its standard error)] of the paired differences a - b of a measure, by seed: of all
+    seeds that both rows have, or none."""
+    rows = runs[text]
+    names = [f"{a}/{seed} - {b}/{seed}" for seed in rows.get(a, {}) if seed in rows.get(b, {})]
+    found = [paired.get(text, {}).get(name, {}).get(key) for name in names]
+    return found if all(found) else []
 
 
-def difference(paired, text, a, b, key):
+def difference(runs, paired, text, a, b, key):
     """(mean over seeds, ±) of the paired differences a - b of a measure, or None."""
-    found = differences(paired, text, a, b, key)
+    found = differences(runs, paired, text, a, b, key)
     if not found:
         return None
     return spread([pair[0] for pair in found], found[0][1])
@@ -195,8 +214,8 @@ def price_table(runs, paired):
             name = label(runs, text, "lm", "language model")
             rows.append([name, "0", f"NLL {cell(lm)}", "-", "-", "-"])
         found = [row for row in METHODS if row in runs[text]]
-        for row in sorted(found, key=lambda row: number(runs, text, row, "kl")):
-            against = cell(difference(paired, text, row, "lm", "nll"), "+")
+        for row in sorted(found, key=lambda row: number(runs, text, row, "kl")[0]):
+            against = cell(difference(runs, paired, text, row, "lm", "nll"), "+")
             cells = [label(runs, text, row, row), cell(number(runs, text, row, "kl")), against]
             for key in "efficiency", "exact_match", "swap_cost":
                 cells.append(cell(number(runs, text, row, key)))
@@ -218,7 +237,7 @@ def systems_table(runs, paired):
             if bound is None or lm is None:
                 continue
             cells = [label(runs, text, row, row), cell(number(runs, text, row, "kl"))]
-            cells.append(cell(difference(paired, text, row, "lm-paper", "rec"), "+"))
+            cells.append(cell(difference(runs, paired, text, row, "lm-paper", "rec"), "+"))
             cells += [cell(number(runs, text, row, "swap_cost")), f"{bound[0] / lm[0]:.2f}"]
             paper = printed[name]
             rows.append([*cells, f"{paper['kl']}, {paper['neg_elbo'] / unit:.2f}"])
@@ -246,11 +265,11 @@ def holds(claim, runs, paired, text, a, b):
     if claim.b is None:
         return "yes" if (a < 1) == (claim.expected == "<") else "no"
     if claim.expected == "=":
-        return "yes" if abs(a / b - 1) < 0.02 else "no"
+        return "yes" if abs(a - b) <= 0.02 * b else "no"
     key, side = claim.measure, 1 if claim.expected == ">" else -1
     if key == "active":
         return "yes" if side * (a - b) > 0 else "no"
-    found = differences(paired, text, claim.a, claim.b, key)
+    found = differences(runs, paired, text, claim.a, claim.b, key)
     if not found or any(error is None for _, error in found):
         return "?"
     rows = [row for row in (claim.a, claim.b) if len(runs[text][row]) > 1] or ["recommended"]
@@ -280,8 +299,10 @@ def plateau(runs, text):
     found = [config.get("phase1_kl") for config, _ in seeds.values()]
     if not found or not all(isinstance(kl, list) and len(kl) > 1 for kl in found):
         return "-"
+    if not all(is_number(value) for kl in found for value in kl):
+        return "-"
     before, last = (statistics.fmean(kl[i] for kl in found) for i in (-2, -1))
-    return f"{'yes' if abs(last / before - 1) < 0.02 else 'no'}: {before:.2f}, {last:.2f}"
+    return f"{'yes' if abs(last - before) <= 0.02 * before else 'no'}: {before:.2f}, {last:.2f}"
 
 
 def claims_table(runs, paired):
@@ -308,9 +329,9 @@ def positions_table(runs):
     found = {row: seeds[min(seeds)][1].get("positions") for row, seeds in rows.items() if seeds}
     found = {row: places for row, places in found.items() if places}
     lines = []
-    for i, place in enumerate(next(iter(found.values()), [])):
-        cells = [f"{at[i]['rec_other'] - at[i]['rec']:z.3f}" for at in found.values()]
-        lines.append([f"{place['start'] + 1} to {place['stop']}", *cells])
+    for places in zip(*found.values(), strict=False):
+        cells = [f"{place['rec_other'] - place['rec']:z.3f}" for place in places]
+        lines.append([f"{places[0]['start'] + 1} to {places[0]['stop']}", *cells])
     return table(["tokens of a text", *found], lines)
 
 

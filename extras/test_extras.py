@@ -230,6 +230,13 @@ def test_differences_of_two_runs_are_paired(run, tmp_path, capsys):
         with pytest.raises(SystemExit, match="compare.py: .*(must be the same|different texts)"):
             compare.main([str(one), str(other)])
         (other / f"{name}.json").write_text(json.dumps(before))
+    for name, words in ("metrics", "is not finished"), ("config", "is no run"):
+        before = (other / f"{name}.json").read_text()
+        for damaged in "3", "[]", "{}", '{"data_sha256": 1, "max_length": 12}':
+            (other / f"{name}.json").write_text(damaged)
+            with pytest.raises(SystemExit, match=f"compare.py: {other} {words}"):
+                compare.main([str(one), str(other)])
+        (other / f"{name}.json").write_text(before)
     (other / "sentences.npz").unlink()
     with pytest.raises(SystemExit, match="python metrics.py"):
         compare.main([str(one), str(other)])

@@ -182,15 +182,19 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, comma
     assert train_run(main, *flags, "--amp", "bf16") == 0, "the precision may change"
 
 
-def test_full_disk(tmp_path, command, whole_run):
-    """The fifth checkpoint finds no room: the fourth stays."""
+@pytest.mark.parametrize(("calls", "name"), [(5, "torch.save"), (1, "T5VAE.save_pretrained")])
+def test_full_disk(tmp_path, command, whole_run, calls, name):
+    """The fifth checkpoint, or the model, finds no room: the checkpoint before it stays."""
     resource = pytest.importorskip("resource")
     flags, report = [*command, "--out", tmp_path, "--save-every", 0], tmp_path / "report"
     full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    assert train_run(cut, 5, "torch.save", full, *flags, report=report) == 1
-    assert saved_state(tmp_path / "phase2")["step"] == 4
+    assert train_run(cut, calls, name, full, *flags, report=report) == 1
+    assert saved_state(tmp_path / "phase2")["step"] == (4 if name == "torch.save" else 10)
+    assert "Traceback" not in report.read_text()
     assert train_run(main, *flags, "--resume") == 0
     assert same_run(tmp_path / "phase2", whole_run)
+    modes = {path.stat().st_mode for path in (tmp_path / "phase2").iterdir() if path.is_file()}
+    assert len(modes) == 1, "whoever may read one file may read all"
 
 
 def test_both_phases_resume_and_starting_over_voids_what_follows(tmp_path, home):
@@ -672,7 +676,7 @@ def test_mistakes_are_told_in_one_line(flags, words, home, tmp_path, monkeypatch
         ("", "the following arguments are required: RUN"),
         ("no/run", "cannot use no/run"),
         ("{home}", "cannot use {home}"),
-        ("{run}/model", "its config.json is not that of a run"),
+        ("{run}/model", "it has no config.json of a run"),
         ("{run} --lm no/run", "--lm is no/run; it must be a finished --no-latent run"),
         ("{run} --lm {run}", "it must be a finished --no-latent run on these texts"),
         # Fails: an AssertionError's traceback from torch, where train.py says it in a line.
@@ -691,6 +695,23 @@ def test_mistakes_in_measuring(flags, words, home, whole_run, monkeypatch, capsy
     assert said.startswith("metrics.py: ")
     assert "\n" not in said
     assert files_of(whole_run) == before
+
+
+def test_a_single_text_has_no_other_and_a_cut_one_no_known_entropy(tmp_path, home):
+    for split in data.SPLITS:
+        texts = (home / f"{split}.txt").read_text().splitlines()
+        (tmp_path / f"{split}.txt").write_text("\n".join(texts[: 1 if split == "test" else 9]))
+    model = T5VAE.from_pretrained(home / "vae")
+    for where, one in (tmp_path, True), (home, False):
+        corpus = data.load_corpus(str(where), "test", model.tokenizer)
+        measured = metrics.evaluate(model, corpus, thorough=True)
+        assert ("swap_cost" in measured) == ("rec_other" in measured) == (not one)
+        assert metrics.verdict(measured).startswith("rec " if one else "z is")
+    short, whole = (
+        data.load_corpus("grammar", "test", model.tokenizer, max_length=length, limit=9)
+        for length in (4, 256)
+    )
+    assert (short.entropy, whole.entropy) == (None, data.GRAMMAR_ENTROPY)
 
 
 # Fails: train.claim_folders deletes the runs before the data set and the start are looked at.

@@ -49,6 +49,30 @@ def test_numbers_in_prose_stand_in_a_table():
     }
 
 
+def stale_pairs(runs, paired):
+    """The paired differences that are not those of the two rows' measures."""
+    found = []
+    for text, pairs in paired.items():
+        for pair, measures in pairs.items():
+            (a, b) = (row.split("/") for row in pair.split(" - "))
+            a, b = (runs[text].get(row, {}).get(seed, (None, {}))[1] for row, seed in (a, b))
+            for key, (mean, _) in measures.items():
+                if key in a and key in b and abs(a[key] - b[key] - mean) > 1e-4:
+                    found.append((text, pair, key))
+            if not a or not b:
+                found.append((text, pair, "no row"))
+    return found
+
+
+def test_paired_differences_are_those_of_the_rows():
+    runs, paired = study_tables.read(ROOT / "results")
+    assert stale_pairs(runs, paired) == []
+    paired["ptb"]["r8/0 - lm/0"]["rec"][0] += 0.001
+    paired["ptb"]["r9/0 - lm/0"] = {}
+    found = [("ptb", "r8/0 - lm/0", "rec"), ("ptb", "r9/0 - lm/0", "no row")]
+    assert stale_pairs(runs, paired) == found, "the control"
+
+
 def hidden_rows(runs, paired):
     """The (text, row) that stand in no table."""
     claims = [

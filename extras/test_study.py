@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,14 @@ def test_any_row_can_be_remade_with_another_seed(text):
         assert found == [(row, str(seed)) for seed in range(seeds) for row in rows]
 
 
+def test_two_models_share_no_folder():
+    models = "a/b", "a-b", "a/b.1", "a/b-1", "x/a/b"
+    found = [settings("--model", model) for model in models]
+    for folders in {args.results for args in found}, {args.runs for args in found}:
+        assert len(folders) == len(models)
+        assert all(".." not in folder for folder in folders)
+
+
 def test_a_language_model_has_the_learning_rate_of_its_text():
     jobs = study.study_jobs(settings("--texts", "ptb", "captions", "--results", "nowhere"))
     rates = {}
@@ -108,7 +117,7 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
     results, runs = tmp_path / "results", tmp_path / "runs"
     flags = ["--model", str(tiny_t5), "--texts", home.name, "--data-dir", str(home.parent)]
     flags += ["--results", str(results), "--runs", str(runs), "--rows", "lm", "r4", "--jobs", "2"]
-    name = re.sub(r"\W+", "-", str(tiny_t5)).strip("-")
+    name = str(tiny_t5).strip("/").replace("/", "--")
     foreign = runs / name / home.name / "r4" / "0" / "phase2" / "mine.txt"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("not a run's")
@@ -144,6 +153,21 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
     study.main(flags)
     assert read(kept / "paired.json").keys() == {"r4/0 - lm/0"}, "no pair of an earlier study"
 
+    shutil.rmtree(kept / "r4")  # made again, where the other run of the pair is not there
+    shutil.rmtree(folder / "r4")
+    (folder / "lm").rename(tmp_path / "gone")
+    fcntl = pytest.importorskip("fcntl")
+    log = runs / name / "logs" / f"{home.name}-r4-0-phase2.txt"
+    with open(log, "a") as file:  # a run whose study was killed
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="commands that failed: 1"):
+            study.main(flags)
+    assert "another process writes there" in capsys.readouterr().out
+    assert not (folder / "r4").exists()
+    study.main(flags)
+    assert (kept / "r4" / "0" / "metrics.json").exists()
+    assert not (kept / "paired.json").exists(), "an old difference would not be this run's"
+
 
 def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
     model = tiny_vae()
@@ -168,10 +192,11 @@ def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
 
 def test_mistakes_are_refused(capsys):
     with_grammar = ["--model", "t5-small", "--texts", "grammar"]
-    nameless = ["--model", "."]
+    nameless = ["--model", ".."]
     unknown = ["--texts", "captoins"]
     texts = (["--texts", ".."], unknown, with_grammar, nameless)
-    for flags in (*texts, ["--deep", "t5-base"], ["--rows", "r5"]):
+    unset = ["--model", ""], ["--model", "t5-small", "--deep", ""], ["--deep", ""]
+    for flags in (*texts, *unset, ["--deep", "t5-base"], ["--rows", "r5"]):
         with pytest.raises(SystemExit):
             settings(*flags)
     assert "r5" in capsys.readouterr().err
@@ -189,10 +214,20 @@ def test_damaged_results_are_named(tmp_path):
             with pytest.raises(SystemExit, match=name):
                 study.main(["--tables", "--results", str(tmp_path)])
         path.write_text(whole)
-    for pairs in '{"a": 1}', '{"a": {"nll": 1}}':
+    found = '{"a": 1}', '{"a": {"nll": 1}}', "[]", "{}", '{"a": {"nll": [null, 0.1]}}'
+    for pairs in *found, '{"a": {"nll": ["x", "y"]}}', '{"a": {"nll": [NaN, 0.1]}}':
         (tmp_path / "ptb" / "paired.json").write_text(pairs)
         with pytest.raises(SystemExit, match="paired.json is damaged"):
             study.main(["--tables", "--results", str(tmp_path)])
+    (tmp_path / "ptb" / "paired.json").unlink()
+    for places in "x", [1], [{}], {"a": 1}, [{"start": 0, "stop": 5, "rec": "1", "rec_other": 2}]:
+        write_row(tmp_path, "ptb", "r4", len(str(places)), positions=places)
+        with pytest.raises(SystemExit, match="metrics.json is damaged: "):
+            study.main(["--tables", "--results", str(tmp_path)])
+        shutil.rmtree(tmp_path / "ptb" / "r4")
+    write_row(tmp_path, "ptb", "r4", "0.bak")
+    with pytest.raises(SystemExit, match=r"r4/0.bak is no seed"):
+        study.main(["--tables", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="no folder"):
         study.main(["--tables", "--results", str(tmp_path / "none")])
 
@@ -208,7 +243,8 @@ def write_row(results, text, row, seed=0, **measures):
 
 
 def test_tables_say_what_the_results_hold(tmp_path):
-    write_row(tmp_path, "ptb", "lm", rec=100.0, rec_se=0.5, latent_dim=0)
+    for seed in range(2):
+        write_row(tmp_path, "ptb", "lm", seed, rec=100.0, latent_dim=0)
     write_row(tmp_path, "ptb", "threshold0.25", kl=8.5, kl_se=0.1)
     write_row(tmp_path, "ptb", "r4", kl=9.0)
     for seed, nll in enumerate((101.0, 103.0)):
@@ -217,7 +253,7 @@ def test_tables_say_what_the_results_hold(tmp_path):
     pairs = {f"r8/{seed} - lm/{seed}": {"nll": [1.0 + 2 * seed, 0.1]} for seed in range(2)}
     data.write_json(tmp_path / "ptb" / "paired.json", pairs)
     lines = study_tables.tables(tmp_path)["price"].splitlines()
-    assert lines[2] == "| ptb: language model | 0 | NLL 100.00±0.50 | - | - | - |"
+    assert lines[2] == "| ptb: language model, 2 seeds | 0 | NLL 100.00±0.00 | - | - | - |"
     # Several seeds: the mean, and the standard deviation over them, if it is the larger error.
     assert lines[3] == "| ptb: r8, 2 seeds | 8.01±0.04 | +2.00±1.41 | 0.90±0.00 | - | - |"
     # By KL, so that rows of the same KL stand together, whatever led to it.
