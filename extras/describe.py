@@ -106,8 +106,12 @@ def main(argv=None):
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer or "t5-small")
         print(*describe(args.dataset, tokenizer, args.data_dir, args.max_length), sep="\n")
+    except KeyError as error:
+        sys.exit(
+            f"describe.py: --tokenizer is {args.tokenizer}, which is damaged: it has no {error}"
+        )
     except (OSError, ValueError) as error:
-        sys.exit(f"describe.py: {str(error).splitlines()[0]}")
+        sys.exit(f"describe.py: {data.one_line(error)}")
 
 
 if __name__ == "__main__":

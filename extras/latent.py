@@ -362,12 +362,9 @@ def main(argv=None):
             for row in args.run(model, args):
                 print(show(row, args.json))
             sys.stdout.flush()
-        except (
-            BrokenPipeError
-        ):  # the reader, `head` say, has enough: leave as a program that SIGPIPE ends
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # nothing is left to flush at exit
+        except BrokenPipeError:  # the reader, `head` say, has enough: end as by SIGPIPE
+            # Nothing is left to flush at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except KeyboardInterrupt:
             sys.exit(130)

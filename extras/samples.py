@@ -144,9 +144,6 @@ def main(argv=None):
         measured, texts = judge(model, lm, corpus, args.count, like=like)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"samples.py: cannot use {args.run}: {error}")
-    print(*format_lines(measured, texts), sep="\n")
-    if not lm:
-        print("lm_nats needs a language model: train.py --no-latent, then --lm RUN")
     content = {
         "count": min(args.count, len(corpus)),
         "measures": measured,
@@ -155,6 +152,9 @@ def main(argv=None):
     content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     run = Path(args.run).resolve()
     run.with_name(f"{run.name}-samples.json").write_text(content, encoding="utf-8")
+    print(*format_lines(measured, texts), sep="\n")
+    if not lm:
+        print("lm_nats needs a language model: train.py --no-latent, then --lm RUN")
 
 
 if __name__ == "__main__":
