@@ -107,9 +107,7 @@ def main(argv=None):
             tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer or "t5-small")
         print(*describe(args.dataset, tokenizer, args.data_dir, args.max_length), sep="\n")
     except KeyError as error:
-        sys.exit(
-            f"describe.py: --tokenizer is {args.tokenizer}, which is damaged: it has no {error}"
-        )
+        sys.exit(f"describe.py: {args.tokenizer} is damaged: its tokenizer has no {error}")
     except (OSError, ValueError) as error:
         sys.exit(f"describe.py: {data.one_line(error)}")
 

@@ -248,6 +248,9 @@ def test_description(home, capsys, tmp_path):
     assert lines[1].split()[:3] == ["train", "23", "0"]
     assert "7 in train" in lines[2], "its texts are the first of the training texts"
     assert [line.split()[0] for line in lines[5:]] == ["0%"] * 3 + ["15%"] * 3 + ["40%"] * 3
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(SystemExit, match=f"describe.py: {tmp_path} is damaged"):
+        describe.main([str(home), "--tokenizer", str(tmp_path)])
     with pytest.raises(SystemExit, match="describe.py: .*no/such"):
         describe.main(["no/such"])
 
