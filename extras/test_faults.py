@@ -76,9 +76,13 @@ def test_killed_at_random(tmp_path, command, kind):
     assert same_log(tmp_path / phase, tmp_path / "whole" / phase)
 
 
+def interrupt():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    send(signal.SIGINT)
+
+
 def test_ctrl_c_names_resume_in_one_line(tmp_path, command, whole_run):
     report, flags = tmp_path / "report", [*command, "--out", tmp_path, "--save-every", 0]
-    interrupt = partial(send, signal.SIGINT)
     assert train_run(cut, 7, "seed_dropout", interrupt, *flags, report=report) == 130
     assert report.read_text().count("\n") == 2  # one is for the terminal's ^C
     assert "--resume" in report.read_text()
