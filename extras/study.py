@@ -362,9 +362,7 @@ def write_pairs(args):
         pairs = read_dict(path) if path.exists() else {}
         wanted = study_tables.pairs([row.name for row in ROWS])
         rows = {pair: tuple(re.findall(r"(\S+)/\d+", pair)) for pair in pairs}
-        pairs = {
-            pair: pairs[pair] for pair in pairs if rows[pair] in wanted
-        }  # else of a past study
+        pairs = {pair: pairs[pair] for pair in pairs if rows[pair] in wanted}  # not of the past
         for a, b in wanted:
             for seed in range(seeds):
                 runs = [outs.get(str(path.parent / row / str(seed))) for row in (a, b)]
