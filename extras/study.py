@@ -353,7 +353,8 @@ def machine():
 
 
 def write_pairs(args):
-    """paired.json of each text: the pairs of study_tables of which both runs are there."""
+    """paired.json of each text: the pairs of study_tables of which both runs are there, and those
+    of them that it had."""
     seeds = max(args.seeds or 0, MOST_SEEDS)
     every = argparse.Namespace(**vars(args) | {"rows": None, "seeds": seeds})
     outs = {str(job.result): job.out for job in study_jobs(every)}
@@ -362,7 +363,7 @@ def write_pairs(args):
         pairs = read_dict(path) if path.exists() else {}
         wanted = study_tables.pairs([row.name for row in ROWS])
         rows = {pair: tuple(re.findall(r"(\S+)/\d+", pair)) for pair in pairs}
-        pairs = {pair: pairs[pair] for pair in pairs if rows[pair] in wanted}  # not of the past
+        pairs = {pair: pairs[pair] for pair in pairs if rows[pair] in wanted}
         for a, b in wanted:
             for seed in range(seeds):
                 runs = [outs.get(str(path.parent / row / str(seed))) for row in (a, b)]

@@ -166,16 +166,19 @@ def number(runs, text, row, key, beside=None):
 
 
 def differences(runs, paired, text, a, b, key):
-    """[(mean, its standard error)] of the paired differences a - b of a measure, by seed: of all
-    seeds that both rows have, or none."""
-    rows = runs[text]
-    names = [f"{a}/{seed} - {b}/{seed}" for seed in rows.get(a, {}) if seed in rows.get(b, {})]
-    found = [paired.get(text, {}).get(name, {}).get(key) for name in names]
-    return found if all(found) else []
+    """[(a - b of a measure, its standard error)] for each seed that both rows have. The error is
+    that of the paired differences, None where paired.json has none."""
+    rows, found = runs[text], []
+    for seed in rows.get(a, {}):
+        values = [rows.get(row, {}).get(seed, (None, {}))[1].get(key) for row in (a, b)]
+        if None not in values:
+            pair = paired.get(text, {}).get(f"{a}/{seed} - {b}/{seed}", {})
+            found.append((values[0] - values[1], pair.get(key, [None, None])[1]))
+    return found
 
 
 def difference(runs, paired, text, a, b, key):
-    """(mean over seeds, ±) of the paired differences a - b of a measure, or None."""
+    """(mean over the seeds that both rows have, ±) of a - b of a measure, or None."""
     found = differences(runs, paired, text, a, b, key)
     if not found:
         return None
@@ -257,10 +260,10 @@ def seed_range(runs, text, rows, key):
 def holds(claim, runs, paired, text, a, b):
     """Whether a claim holds: "yes", "no", "unclear", or "?" without paired differences.
 
-    Of two rows: yes or no, where each seed's paired difference is beyond two standard errors, all
-    on the same side, and their mean is more than the seeds of one of the rows differ (if neither
-    has several: those of `recommended`); else unclear. The share of active dimensions has no
-    error: "=" is less than 2 % apart.
+    Of two rows: yes or no, where each seed's difference is beyond two standard errors of the paired
+    differences, all on the same side, and their mean is more than the seeds of one of the rows
+    differ (if neither has several: those of `recommended`); else unclear. The share of active
+    dimensions has no error: "=" is less than 2 % apart.
     """
     if claim.b is None:
         return "yes" if (a < 1) == (claim.expected == "<") else "no"
@@ -270,14 +273,15 @@ def holds(claim, runs, paired, text, a, b):
     if key == "active":
         return "yes" if side * (a - b) > 0 else "no"
     found = differences(runs, paired, text, claim.a, claim.b, key)
-    if not found or any(error is None for _, error in found):
+    errors = [error for _, error in found if error is not None]
+    if not errors:
         return "?"
     rows = [row for row in (claim.a, claim.b) if len(runs[text][row]) > 1] or ["recommended"]
     if abs(statistics.fmean(mean for mean, _ in found)) <= seed_range(runs, text, rows, key):
         return "unclear"
-    if all(side * mean > 2 * error for mean, error in found):
+    if all(side * mean > 2 * max(errors) for mean, _ in found):
         return "yes"
-    return "no" if all(-side * mean > 2 * error for mean, error in found) else "unclear"
+    return "no" if all(-side * mean > 2 * max(errors) for mean, _ in found) else "unclear"
 
 
 def verdict(claim, runs, paired, text):

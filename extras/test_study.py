@@ -244,7 +244,7 @@ def write_row(results, text, row, seed=0, **measures):
 
 def test_tables_say_what_the_results_hold(tmp_path):
     for seed in range(2):
-        write_row(tmp_path, "ptb", "lm", seed, rec=100.0, latent_dim=0)
+        write_row(tmp_path, "ptb", "lm", seed, rec=100.0, nll=100.0, latent_dim=0)
     write_row(tmp_path, "ptb", "threshold0.25", kl=8.5, kl_se=0.1)
     write_row(tmp_path, "ptb", "r4", kl=9.0)
     for seed, nll in enumerate((101.0, 103.0)):
@@ -268,11 +268,10 @@ def test_tables_say_what_the_results_hold(tmp_path):
     + [([-2.0, -3.0, -4.0, -0.1], "unclear"), ([None], "?")],
 )
 def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
-    seeds = max(1, len(change))
-    for seed in range(seeds):
-        write_row(tmp_path, "answers", "cold", seed, swap_cost=5.0 + seed / 4, swap_cost_se=1.0)
-    for seed in range(seeds + 1):
-        write_row(tmp_path, "answers", "no-threshold", seed, swap_cost=3.0 + seed / 4)
+    for seed, mean in enumerate(change or [2.0]):
+        write_row(tmp_path, "answers", "cold", seed, swap_cost=5.0 + (mean or 9.0))
+        write_row(tmp_path, "answers", "no-threshold", seed, swap_cost=5.0)
+    write_row(tmp_path, "answers", "no-threshold", 8, swap_cost=5.0)
     write_row(tmp_path, "ptb", "cold", swap_cost=5.0)
     pairs = {
         f"cold/{seed} - no-threshold/{seed}": {"swap_cost": [mean or 9.0, mean and 0.1]}
@@ -281,9 +280,8 @@ def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
     data.write_json(tmp_path / "answers" / "paired.json", pairs or {"lm/0 - lm/0": {}})
     runs, paired = study_tables.read(tmp_path)
     claim = study_tables.Claim("", "swap_cost", "cold", "<", "no-threshold")
-    middle = (seeds - 1) / 8  # the numbers are those of the seeds that both rows have
-    shown = f"{said}: {5 + middle:.2f}, {3 + middle:.2f}"
-    assert study_tables.verdict(claim, runs, paired, "answers") == shown
+    mean = np.mean([mean or 9.0 for mean in change or [2.0]])
+    assert study_tables.verdict(claim, runs, paired, "answers") == f"{said}: {5 + mean:.2f}, 5.00"
     assert study_tables.verdict(claim, runs, paired, "ptb") == "-"
 
 
@@ -301,6 +299,18 @@ def test_a_verdict_needs_more_than_the_difference_of_two_seeds(tmp_path, row, ap
     claim = study_tables.Claim("", "swap_cost", "last", ">", "mean")
     verdict = study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
     assert verdict == f"{said}: 5.00, 3.00"
+
+
+def test_a_verdict_needs_every_seed(tmp_path):
+    for seed, (a, b) in enumerate([(7.0, 5.0), (6.0, 5.9)]):
+        write_row(tmp_path, "ptb", "last", seed, swap_cost=a)
+        write_row(tmp_path, "ptb", "mean", seed, swap_cost=b)
+    claim = study_tables.Claim("", "swap_cost", "last", ">", "mean")
+    for error, said in (0.1, "unclear"), (0.04, "yes"):
+        pairs = {"last/0 - mean/0": {"swap_cost": [2.0, error]}}  # seed 1 was run elsewhere
+        data.write_json(tmp_path / "ptb" / "paired.json", pairs)
+        verdict = study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
+        assert verdict == f"{said}: 6.50, 5.45"
 
 
 @pytest.mark.parametrize(("cost", "lost"), [(0.9, True), (1.1, False)])
