@@ -104,7 +104,8 @@ def main(argv=None):
         if args.dataset == "grammar" and not args.tokenizer:
             tokenizer = data.train_tokenizer(texts, 4000)
         else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer or "t5-small")
+            args.tokenizer = args.tokenizer or "t5-small"
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
         print(*describe(args.dataset, tokenizer, args.data_dir, args.max_length), sep="\n")
     except KeyError as error:
         sys.exit(f"describe.py: {args.tokenizer} is damaged: its tokenizer has no {error}")
