@@ -3,10 +3,14 @@
 A data set is three files with one text per line, one file that is split by a hash of its texts, or
 `grammar`, which is generated on the fly. The paper's four are downloaded on first use.
 
-Noise is a function of (seed, epoch, text); no stateful generator is used. So a text gets the same
-noise in an epoch whatever its batch and process, and there is nothing to restore.
+Each random number is drawn from a generator of its own (seed, epoch, use, text). So a text gets the
+same noise in an epoch whatever its batch and process, evaluation never shifts the noise of
+training, and there is no random state to save. If two uses shared a stream, deletion would tell
+about z; if it depended on the batch, a resumed run would differ from one that was not interrupted.
 """
 
+import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -16,8 +20,9 @@ import re
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,24 +30,67 @@ import numpy as np
 import sentencepiece
 import torch
 from torch import distributed
+from tqdm import tqdm
 from transformers import T5Tokenizer
 
 SPLITS = ("train", "valid", "test")
 
 
 class InputError(ValueError):
-    """A mistake that a user can mend: shown in one line, without a traceback."""
-
-
-def replace_unprintable():
-    """Print `?` for what stdout cannot encode: a redirected one on Windows has 250 characters."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    """A user error: shown in one line, without a traceback."""
 
 
 def one_line(error):
     """The message of an exception, to be quoted within a line."""
     return " ".join(str(error).split())[:300]
+
+
+@contextlib.contextmanager
+def command(name, after_interrupt=""):
+    """A script that a user error, Ctrl-C or a closed pipe ends, ends in one line, or quietly."""
+    try:
+        yield
+    except BrokenPipeError:  # `| head` has read enough
+        ignore_output()
+        sys.exit(141)  # as the shell reports SIGPIPE
+    except (OSError, InputError, FloatingPointError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted{after_interrupt}", file=sys.stderr)
+        sys.exit(130)
+
+
+def ignore_output():
+    """From now on what is printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(*lines):
+    """Print lines at once. A closed pipe, as of `| head`, does not end the work."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        ignore_output()
+
+
+def progress(items, what):
+    """Yields the items, with a bar on stderr after five seconds (in a file: a line per 30 s)."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    hidden = processes()[0] > 0
+    return tqdm(items, what, leave=False, delay=5, mininterval=interval, disable=hidden)
+
+
+def number(kind, low, below=math.inf):
+    """A `type=` for argparse: reads a number of `kind`, int or float, in [low, below)."""
+    limits = f"at least {low}" + (f" and less than {below}" if below < math.inf else "")
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) < below:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} must be {limits} ({kind.__name__})")
+
+    return parse
 
 
 def write_atomically(path, write):
@@ -56,13 +104,13 @@ def write_atomically(path, write):
 
 
 def write_json(path, content):
-    """Write a dict atomically. ValueError where a number is not finite."""
+    """Write a dict atomically. ValueError if a number is not finite."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path):
-    """The dict in a file; {} where there is no file, or none with a dict."""
+    """The dict in a file; {} if there is no file, or none with a dict."""
     try:
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError):
@@ -79,34 +127,56 @@ def split_path(dataset, split, data_dir="data"):
     if dataset in SOURCES:
         return download(dataset, split, folder / f"{split}.txt")
     raise FileNotFoundError(
-        f"data set {dataset!r}: no {split}.txt in {folder.resolve()}; --dataset must be a folder "
-        f"with train.txt, valid.txt and test.txt, a text file, or one of {', '.join(DATASETS)}"
+        f"data set {dataset!r}: no {split}.txt in {folder.resolve()}; it must be a folder with "
+        f"train.txt, valid.txt and test.txt, a text file, or one of {', '.join(DATASETS)}"
     )
 
 
-def read_texts(dataset, split, data_dir="data"):
-    """The stripped lines of a split, empty ones too: a list of str.
+def read_lines(path):
+    """Yields the stripped lines of a UTF-8 file, empty ones too. Only \\n ends a line.
 
-    Raises OSError where there is no file, and InputError where it is not UTF-8 or has no text.
+    Raises OSError if there is no file, and InputError if it is not UTF-8.
+    """
+    with open(path, "rb") as file:
+        for i, line in enumerate(file):
+            try:
+                yield line.decode("utf-8-sig" if i == 0 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                place = f"{path}, line {i + 1}, byte {error.start + 1}"
+                raise InputError(f"{place}: not UTF-8; save it as UTF-8") from None
+
+
+def read_texts(dataset, split, data_dir="data"):
+    """Yields the stripped lines of a split, empty ones too.
+
+    Raises OSError if there is no file, and InputError if it has no text, or is a table.
     """
     if dataset == "grammar":
-        return [grammar_sentence(factors) for factors in grammar_factors(split)]
-    path = split_path(dataset, split, data_dir)
-    raw = path.read_bytes()
-    try:
-        lines = raw.decode().removeprefix("\ufeff").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        byte = error.start - raw.rfind(b"\n", 0, error.start)
-        raise InputError(f"{path}, line {line}, byte {byte}: not UTF-8; save it as UTF-8") from None
-    texts = [line.strip() for line in lines]
-    if dataset == "yelp":  # without the label
-        texts = [re.sub(r"^\S+\t\s*", "", text) for text in texts]
-    if path == Path(dataset):  # one file
-        texts = [text for text in texts if split_of(text) == split]
-    if not any(texts):
+        yield from map(grammar_sentence, grammar_factors(split))
+        return
+    path, empty = split_path(dataset, split, data_dir), True
+    if path.suffix in (".csv", ".tsv", ".json", ".jsonl", ".ndjson"):
+        raise InputError(f"{path} is {TABLE}")
+    for line in read_lines(path):
+        if empty and line.startswith("{") and is_json(line):
+            raise InputError(f"{path} has JSON lines; it is {TABLE}")
+        if dataset == "yelp":  # without the label
+            line = re.sub(r"^\S+\t\s*", "", line)
+        if path != Path(dataset) or split_of(line) == split:  # else it is one file for all splits
+            empty = empty and not line
+            yield line
+    if empty:
         raise InputError(f"{path}: no text for {split!r}: only empty lines, or too few texts")
-    return texts
+
+
+TABLE = "a table, not one text per line; docs/own-text.md shows how to make a text file of it"
+
+
+def is_json(line):
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def split_of(text):
@@ -119,13 +189,15 @@ def split_of(text):
 def train_tokenizer(texts, vocab_size):
     """A T5Tokenizer of these texts: sentencepiece unigrams and T5's 100 sentinels.
 
-    Raises InputError where the texts do not support such a vocabulary.
+    Raises InputError if the texts do not support such a vocabulary.
     """
     # The trainer accepts as pieces only strings that occur in two different words. So it sees each
     # word twice, bare and with a mark: whole words can become pieces. Marked pieces are dropped.
     # The mark is a letter (the trainer would split the word at a symbol) that no text has.
     texts = [text.replace("<unk>", " ") for text in texts]  # a special token, not letters to learn
-    mark = min(set(map(chr, range(0x250, 0x2AF))) - set().union(*texts))
+    letters = set().union(*texts)
+    candidates = filter(str.isalpha, map(chr, range(0x250, sys.maxunicode)))
+    mark = next(letter for letter in candidates if letter not in letters)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -148,34 +220,56 @@ def train_tokenizer(texts, vocab_size):
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *vocab])
 
 
-def tokenize(texts, tokenizer):
-    """A list of texts -> rows of ids, without </s>.
+def own_tokens(tokenizer):
+    """The ids of </s>, <pad> and T5's sentinels, which are neither read nor written as tokens.
 
-    Text is text: `<unk>` alone is a special token, because PTB writes it. Others, such as `</s>`
-    or `<extra_id_0>`, are spelled out, character by character.
+    Not `<unk>`, which PTB writes, and not special tokens that a user has added.
     """
+    own = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    for token_id in tokenizer.all_special_ids:
+        if re.fullmatch(r"<extra_id_\d+>", tokenizer.convert_ids_to_tokens(token_id)):
+            own.add(token_id)
+    return own
+
+
+def tokenize(texts, tokenizer):
+    """A list of texts -> rows of ids, without </s>. T5's own tokens, such as `</s>`, are text."""
     rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    own = own_tokens(tokenizer)
     for i, text in enumerate(texts):
-        if not special.isdisjoint(rows[i]):
-            whole = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-            rows[i] = []
-            for token in whole["input_ids"]:
-                characters = list(tokenizer.convert_ids_to_tokens(token))
-                spelled = tokenizer.convert_tokens_to_ids(characters)
-                rows[i] += spelled if token in special else [token]
+        if not own.isdisjoint(rows[i]):
+            rows[i] = spell_out(text, tokenizer, own)
     return rows
 
 
+def spell_out(text, tokenizer, own):
+    """The row of a text that contains tokens of `own`: character by character, as what they say."""
+    added = {token: i for token, i in tokenizer.get_added_vocab().items() if i not in own}
+    row = []
+    for part in re.split("(" + "|".join(map(re.escape, added)) + ")", text):
+        if part in added:
+            row.append(added[part])
+            continue
+        ids = tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for token_id in ids:
+            if token_id in own:
+                characters = list(tokenizer.convert_ids_to_tokens(token_id))
+                row += tokenizer.convert_tokens_to_ids(characters)
+            else:
+                row.append(token_id)
+    return row
+
+
 def detokenize(rows, tokenizer):
-    """Rows of ids -> texts, a list of str. Special tokens are dropped, but not `<unk>`."""
-    unk = re.escape(tokenizer.unk_token)
-    dropped = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    rows = [[token for token in row if token not in dropped] for row in rows]
-    # "it 's" stays as it was, and <unk>, whose token swallows spaces, gets them back.
+    """Rows of ids -> texts, a list of str. T5's own tokens are dropped; `<unk>` is kept."""
+    own = own_tokens(tokenizer)
+    rows = [[token for token in row if token not in own] for row in rows]
+    # "it 's" stays as it was. Added tokens and <unk> swallow spaces, and get them back.
     texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
-    texts = [re.sub(f" ?({unk})", r" \1", text) for text in texts]
-    return [re.sub(f"({unk})(?=[^ ])", r"\1 ", text).strip() for text in texts]
+    added = tokenizer.get_added_vocab().items()
+    kept = "|".join(re.escape(token) for token, i in added if i not in own)
+    texts = [re.sub(f" ?({kept})", r" \1", text) for text in texts]
+    return [re.sub(f"({kept})(?=[^ ])", r"\1 ", text).strip() for text in texts]
 
 
 @dataclass(frozen=True)
@@ -185,12 +279,14 @@ class Corpus:
     ids: np.ndarray  # (tokens,) int32
     offsets: np.ndarray  # (texts + 1,) int64
     words: np.ndarray  # (texts,) int64; words of the text as cut, and one end mark
+    word: str  # what a word is: "word", or "character" if most texts have no spaces
     truncated: int  # texts cut at max_length
-    skipped: int  # empty lines
+    unknown: int  # texts with characters outside the vocabulary
     pad_id: int
     unk_id: int
-    sha256: str  # of the texts
-    entropy: float | None = None  # nats per text, where it is known
+    skipped: int = 0  # empty lines
+    sha256: str = ""  # of the lines
+    entropy: float | None = None  # nats per text, if it is known
 
     def __len__(self):
         return len(self.words)
@@ -204,103 +300,135 @@ class Corpus:
         return self.ids[self.offsets[i] : self.offsets[i + 1]]
 
 
-def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None):
-    """The `Corpus` of a split, or of its first `limit` texts; errors are those of `read_texts`.
+def check_text(text, i):
+    """InputError if texts[i] is no str, or half of a surrogate pair, which no tokenizer takes."""
+    if not isinstance(text, str):
+        raise InputError(f"texts[{i}] is {text!r}; it must be a str")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"texts[{i}] is {text!r}: half a character (a lone surrogate)") from None
 
-    Texts are cut at `max_length` tokens, </s> included; empty lines are skipped.
+
+def make_corpus(texts, tokenizer, max_length=256):
+    """The `Corpus` of texts, an iterable of str, in their order.
+
+    Texts are cut at `max_length` tokens, </s> included. Raises InputError if there is none, or if
+    one is empty.
     """
-    lines = read_texts(dataset, split, data_dir)
-    texts = [line for line in lines if line]
-    skipped, texts = len(lines) - len(texts), texts[:limit]
-    rows, words, truncated = [], [], 0
-    for start in range(0, len(texts), 1000):  # lists of all ids would take ten times the memory
-        part = texts[start : start + 1000]
-        for text, row in zip(part, tokenize(part, tokenizer), strict=True):
+    ids, lengths, words, characters, truncated, unknown = [], [], [], [], 0, 0
+    numbered = enumerate(texts)
+    while part := list(islice(numbered, 1000)):  # lists of all ids would take ten times the memory
+        for i, text in part:
+            check_text(text, i)
+            if not text.strip():
+                raise InputError(f"texts[{i}] is empty")
+        part = [text for _, text in part]
+        rows = tokenize(part, tokenizer)
+        for text, row in zip(part, rows, strict=True):
+            unknown += has_unknown(text, row, tokenizer)
             if len(row) >= max_length:
-                row, truncated = row[: max_length - 1], truncated + 1
-                text = detokenize([row], tokenizer)[0]
-            rows.append(np.array([*row, tokenizer.eos_token_id], np.int32))
+                del row[max_length - 1 :]
+                text, truncated = detokenize([row], tokenizer)[0], truncated + 1
+            row.append(tokenizer.eos_token_id)
             words.append(len(text.split()) + 1)
+            characters.append(len(text) + 1)
+        ids.append(np.fromiter(chain.from_iterable(rows), np.int32))
+        lengths += map(len, rows)
+    if not words:
+        raise InputError("texts is empty; it must have at least one text")
+    one_word = sum(count <= 2 for count in words) > len(words) / 2
     return Corpus(
-        ids=np.concatenate(rows),
-        offsets=np.cumsum([0, *map(len, rows)]),
-        words=np.array(words),
+        ids=np.concatenate(ids),
+        offsets=np.cumsum([0, *lengths]),
+        words=np.array(characters if one_word else words),
+        word="character" if one_word else "word",
         truncated=truncated,
-        skipped=skipped,
+        unknown=unknown,
         pad_id=tokenizer.pad_token_id,
         unk_id=tokenizer.unk_token_id,
-        sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-        entropy=GRAMMAR_ENTROPY if dataset == "grammar" and not truncated else None,
     )
 
 
-DELETION, LATENT, POSTERIOR, PRIOR = range(4)  # what random numbers are used for
+def has_unknown(text, row, tokenizer):
+    """Whether the row of a text has an <unk> that the text does not write."""
+    return row.count(tokenizer.unk_token_id) > text.count(tokenizer.unk_token)
 
 
-def uniform(count, seed, epoch, index, use, draw=0):
-    """(B, count) numbers in (0, 1) for the texts `index` (B,), float64.
+def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None):
+    """The `Corpus` of a split, or of its first `limit` texts; errors are those of `read_texts`.
 
-    A hash of the arguments and of the place in the row (SplitMix64, Steele et al. 2014). A
-    generator per text would take ten times as long.
+    Texts are cut at `max_length` tokens, </s> included; empty lines are skipped and counted.
     """
-    key = np.random.SeedSequence([seed, epoch, use, draw]).generate_state(1, np.uint64)
-    step = np.uint64(0x9E3779B97F4A7C15)
-    rows = mix(key + np.asarray(index).astype(np.uint64) * step)  # (B,)
-    bits = mix(rows[:, None] + np.arange(1, count + 1, dtype=np.uint64) * step)  # (B, count)
-    return ((bits >> np.uint64(11)) + 0.5) * 2.0**-53
+    digest, skipped, kept = hashlib.sha256(), 0, 0
+
+    def texts():
+        nonlocal skipped, kept
+        for i, line in enumerate(read_texts(dataset, split, data_dir)):
+            digest.update(f"\n{line}".encode() if i else line.encode())
+            if not line:
+                skipped += 1
+            elif limit is None or kept < limit:
+                kept += 1
+                yield line
+
+    corpus = make_corpus(texts(), tokenizer, max_length)
+    entropy = GRAMMAR_ENTROPY if dataset == "grammar" and not corpus.truncated else None
+    return replace(corpus, skipped=skipped, sha256=digest.hexdigest(), entropy=entropy)
 
 
-def mix(x):
-    """Each bit of the result depends on all 64 bits of x, an array of uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+# What random numbers are used for. In training: token deletion, eps of Eq. 4. In evaluation:
+# samples of q, of the untempered posterior, of it in the search for its weight, and of N(0, I).
+DELETION, LATENT, POSTERIOR, UNTEMPERED, GRID, PRIOR = range(6)
 
 
-def latent_noise(latent_dim, seed, epoch, index, use=LATENT, draw=0):
-    """eps of Eq. 4 for the texts `index` (B,): (B, Z), float32, N(0, 1) (Box & Muller 1958)."""
-    u = uniform(2 * latent_dim, seed, epoch, index, use, draw)
-    radius, angle = np.sqrt(-2 * np.log(u[:, :latent_dim])), 2 * np.pi * u[:, latent_dim:]
-    return torch.from_numpy((radius * np.cos(angle)).astype(np.float32))
+def generator(seed, epoch, use, text):
+    """The numpy generator of one text, by its number, for one use."""
+    return np.random.default_rng([seed, epoch, use, text])
 
 
-def delete_tokens(input_ids, attention_mask, prob, seed, epoch, index, pad_id=0):
+def latent_noise(latent_dim, seed, epoch, index, use, draws=1):
+    """eps of Eq. 4 for the texts `index` (B,): (draws, B, Z), float32, N(0, 1).
+
+    The first draws of a text are the same ones however many there are.
+    """
+    shape = draws, latent_dim
+    noise = [generator(seed, epoch, use, i).standard_normal(shape, np.float32) for i in index]
+    return torch.from_numpy(np.stack(noise, 1))
+
+
+def delete_tokens(row, prob, rng):
     """Delete each token independently with probability `prob` (Shen et al. 2020; section 2.2.3).
 
     </s> stays, and so does at least one other token: the one with the largest draw.
 
-    input_ids, attention_mask: (B, T), padding on the right; index: (B,), the texts' numbers.
-    Returns: input_ids, attention_mask: (B, T' <= T), order kept. Raises ValueError where prob is
-    not in [0, 1).
+    row: (T,) array of ids that ends in </s>; rng: a numpy generator. Returns: (T' <= T,), in
+    order. Raises InputError if prob is not in [0, 1).
     """
     if not 0 <= prob < 1:
-        raise ValueError(f"prob is {prob}; it must be in [0, 1)")
-    drawn = uniform(input_ids.shape[1], seed, epoch, index, DELETION)
-    drawn = torch.from_numpy(drawn).to(input_ids.device)  # (B, T)
-    real = attention_mask.bool()
-    end = real.cumsum(1) == real.sum(1, keepdim=True)  # and the padding after it
-    draws = drawn.masked_fill(~real | end, -1)
-    largest = draws == draws.amax(1, keepdim=True)  # all of them where there is only </s>
-    keep = real & (end | largest | (drawn >= prob))
-    order = (~keep).int().argsort(dim=1, stable=True)  # kept tokens to the left, in their order
-    mask = keep.gather(1, order)[:, : keep.sum(1).max()]
-    ids = input_ids.gather(1, order)[:, : mask.shape[1]].masked_fill(~mask, pad_id)
-    return ids, mask.long()
+        raise InputError(f"prob is {prob}; it must be at least 0 and less than 1")
+    drawn = rng.random(len(row) - 1)
+    keep = drawn >= prob
+    if len(keep) > 0:
+        keep[drawn.argmax()] = True
+    return row[np.append(keep, True)]
 
 
 class Batch(NamedTuple):
     ids: torch.Tensor  # (B, T') encoder input, noisy in training
     mask: torch.Tensor  # (B, T') 1 on real tokens
     labels: torch.Tensor  # (B, T) targets, whole
-    index: torch.Tensor  # (B,) number of the text in its corpus; stays on the CPU
+    index: np.ndarray  # (B,) number of the text in its corpus
     eps: torch.Tensor  # (B, Z) noise of Eq. 4; Z is 0 outside training
+    count: int  # sentences that count: B, or 0 if the batch is a dummy
+    step_count: int  # sentences of its step, in all its batches and processes
 
     def to(self, device):
         tensors = [self.ids, self.mask, self.labels, self.eps]
         if torch.device(device).type == "cuda":  # it copies from pinned memory while it computes
             tensors = [tensor.pin_memory() for tensor in tensors]
         ids, mask, labels, eps = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(ids, mask, labels, self.index, eps)
+        return self._replace(ids=ids, mask=mask, labels=labels, eps=eps)
 
 
 def pad(rows, pad_id):
@@ -315,20 +443,34 @@ def pad(rows, pad_id):
 def make_batch(corpus, index):
     """The texts `index` (B,), an array, of a corpus, without noise."""
     ids, mask = pad([corpus.row(i) for i in index], corpus.pad_id)
-    return Batch(ids, mask, ids, torch.as_tensor(index), torch.zeros(len(index), 0))
+    return Batch(ids, mask, ids, index, torch.zeros(len(index), 0), len(index), len(index))
 
 
 def training_batch(corpus, epoch, index, *, denoise, latent_dim, seed):
-    """This process's share of the texts `index`, with the noise of this epoch.
+    """The texts `index` (B,) with the noise of this epoch."""
+    batch = make_batch(corpus, index)
+    if denoise > 0:
+        rngs = [generator(seed, epoch, DELETION, i) for i in index]
+        rows = [delete_tokens(corpus.row(i), denoise, r) for i, r in zip(index, rngs, strict=True)]
+        ids, mask = pad(rows, corpus.pad_id)
+        batch = batch._replace(ids=ids, mask=mask)
+    (eps,) = latent_noise(latent_dim, seed, epoch, index, LATENT)
+    return batch._replace(eps=eps)
 
-    A process without a share gets a dummy sentence, so that every rank joins the all-reduce.
+
+def training_batches(corpus, epoch, index, micro_batch, **noise):
+    """This process's share of the texts `index`, a list of Batch of at most `micro_batch` texts.
+
+    A process without a share gets a dummy, so that every process joins the all-reduce.
     """
     rank, world = processes()
-    share = index[rank::world] if rank < len(index) else index[:1]
-    ids, mask, labels, index, _ = make_batch(corpus, share)
-    if denoise > 0:
-        ids, mask = delete_tokens(ids, mask, denoise, seed, epoch, index, corpus.pad_id)
-    return Batch(ids, mask, labels, index, latent_noise(latent_dim, seed, epoch, index))
+    share = index[rank::world]
+    if len(share) == 0:
+        dummy = training_batch(corpus, epoch, index[:1], **noise)
+        return [dummy._replace(count=0, step_count=len(index))]
+    parts = np.split(share, range(micro_batch, len(share), micro_batch))
+    batches = [training_batch(corpus, epoch, part, **noise) for part in parts]
+    return [batch._replace(step_count=len(index)) for batch in batches]
 
 
 def epoch_order(lengths, batch_size, seed, epoch):
@@ -345,10 +487,17 @@ def epoch_order(lengths, batch_size, seed, epoch):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def evaluation_order(lengths, batch_size):
-    """Batches of all texts, shortest first: arrays of text numbers."""
-    order = np.argsort(lengths, kind="stable")
-    return np.split(order, range(batch_size, len(order), batch_size))
+def evaluation_order(lengths, max_tokens=16_384):
+    """Batches of all texts, shortest first: arrays of text numbers.
+
+    A batch has at most `max_tokens` tokens, padding included, or one text.
+    """
+    order, batches, start = np.argsort(lengths, kind="stable"), [], 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * lengths[order[end]] > max_tokens:
+            batches.append(order[start:end])
+            start = end
+    return batches
 
 
 def processes():
@@ -403,10 +552,13 @@ DATASETS = (*SOURCES, "grammar")
 
 
 def download(name, split, path):
-    """Fetch a split into `path`, which appears only complete and checked, or FileNotFoundError."""
+    """Fetch a split into `path`, which appears only complete and checked.
+
+    Raises FileNotFoundError if it cannot be had.
+    """
     url, *checksums = SOURCES[name]
     url, expected = url.format(split=split), checksums[SPLITS.index(split)]
-    print(f"downloading {url}; its terms of use are in docs/data.md")
+    say(f"downloading {url}; its terms of use are in docs/data.md")
     try:
         with urllib.request.urlopen(url, timeout=20) as response:
             content = response.read()

@@ -4,30 +4,62 @@
 
 Likelihoods are in nats, summed over a sentence's tokens (</s> included) and averaged over
 sentences. No number depends on the batch size.
+
+Two posteriors are measured. q(z|x) is the encoder's, as trained: at a KL weight below 1 it is more
+certain than p(z|x) and pays more KL than z carries. r(z|x) is q untempered, brought to weight 1
+(`untemper`): what the generative model itself says about x. Both give upper bounds of -log p(x);
+r gives the tight ones.
 """
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import distributed
-from tqdm import tqdm
 
 import data
 from data import InputError
-from vae import T5VAE, kl_divergence
+from vae import T5VAE, evaluating, kl_divergence
 
-IW_SAMPLES = {1: 0, 2: 100}  # default K, by phase: phase 1 trains no density to be measured
+REC_SAMPLES = 4  # of q, for rec on a test split
+IW_SAMPLES = {1: 0, 2: 20}  # default K, by phase: phase 1 trains no density to be measured
+GRID = (1.0, 0.8, 0.64, 0.5, 0.35, 0.25, 0.15, 0.1, 0.06, 0.04, 0.02, 0.01, 0.005, 0.0)
+MOST = 16_384  # tokens of a batch, padding included, if it has more than one text
 HALF = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: of matrix products
+SHOWN = ("rec", "kl", "neg_elbo", "nll", "kl_posterior", "ppl_word", "mi", "au")
+SHOWN += ("swap_cost", "exact_match", "entropy")  # on the screen; the rest is in metrics.json
+SHOWN_LM = ("rec", "ppl_token", "ppl_word", "entropy")
 
 
 def log_normal(z, mu, logvar):
     """log N(z; mu, exp(logvar)), summed over the dimensions: (..., Z) -> (...), nats."""
     return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu) ** 2 / logvar.exp()).sum(-1)
+
+
+def untemper(mu, logvar, weight):
+    """The posterior at KL weight 1 of an encoder that was trained at `weight`, w in [0, 1].
+
+    For a given decoder, rec + w KL is least for q proportional to p(z) p(x|z)^(1/w): the likelihood
+    counts 1/w times. Hence p(z) p(x|z), which the posterior is proportional to, is proportional to
+    p(z)^(1-w) q(z)^w. For Gaussians that is a Gaussian; per dimension, with v = exp(logvar), its
+    precision is (1 - w) + w / v, and
+
+        d = w + (1 - w) v        mean = w mu / d        log variance = logvar - log d
+
+    w = 1 changes nothing, w = 0 is the prior. It is the exact posterior if q is optimal at w and
+    log p(x|z) is quadratic in z with a diagonal Hessian; else bounds that use it are less tight,
+    and still bounds.
+
+    mu, logvar: (..., Z). Returns: mu, logvar: (..., Z). Raises InputError if w is outside [0, 1].
+    """
+    if not 0 <= weight <= 1:
+        raise InputError(f"weight is {weight}; it must be at least 0 and at most 1")
+    w = torch.as_tensor(weight, dtype=logvar.dtype, device=logvar.device)
+    log_d = torch.logaddexp(w.log(), torch.log1p(-w) + logvar)
+    return mu * (w.log() - log_d).exp(), logvar - log_d
 
 
 def mutual_information(mu, logvar, z, chunk=256):
@@ -55,77 +87,98 @@ def active_units(mu, threshold=0.01):
     return int((mu.double().var(0) > threshold).sum()) if len(mu) > 1 and mu.numel() else 0
 
 
-@torch.no_grad()
-def sample_posterior(model, batch, num_samples, seed=0):
-    """What K samples z ~ q(z|x), functions of (seed, text), say about each sentence of a batch.
+def sample_rec(model, batch, mu, logvar, seed, use=data.POSTERIOR, samples=1):
+    """The first z of N(mu, exp(logvar)): (B, Z), and rec, its mean over the samples: (B,), nats."""
+    noise = data.latent_noise(mu.shape[1], seed, 0, batch.index, use, samples).to(mu)
+    zs = [model.reparameterize(mu, logvar, eps=eps) for eps in noise]
+    recs = [model.rec(z, batch.labels).double() for z in zs]
+    return zs[0], torch.stack(recs).mean(0)
 
-    Returns: mu, logvar, the first z: (B, Z); rec, the mean over K: (B,), nats; the importance-
-    weighted NLL: (B,), nats: -log of the mean over K of p(x|z) p(z) / q(z|x) (Burda et al. 2016,
-    eq. 8). In expectation it is above -log p(x), and falls towards it with K.
+
+def importance_weighted(model, batch, mu, logvar, samples, seed=0):
+    """What K samples z_k of a proposal r = N(mu, exp(logvar)), (B, Z), say about p(x) and p(z|x).
+
+    With the weights p(x|z_k) p(z_k) / r(z_k), which are functions of (seed, text), {name: (B,)}:
+
+        nll_iw         -log of their mean (Burda et al. 2016, eq. 8): in expectation above
+                       -log p(x), nats; it falls towards it with K
+        nll_iw_half    the same of the first half of the samples: how far from settled?
+        rec_posterior  the mean of rec_k weighted by them: in the limit that under p(z|x)
+        iw_ess         how many samples the weights amount to: 1 / the sum of their squared shares
+        rec_untempered, kl_untempered    rec and KL of r itself
     """
-    mu, logvar = model.encode(batch.ids, batch.mask)
-    zero, zs, recs, log_weights = torch.zeros_like(mu), [], [], []
-    for draw in range(num_samples):
-        eps = data.latent_noise(mu.shape[1], seed, 0, batch.index, data.POSTERIOR, draw)
-        z = model.reparameterize(mu, logvar, eps=eps.to(mu))
-        zs.append(z)
+    mu, logvar = mu.double(), logvar.double()
+    zero, recs, log_weights = torch.zeros_like(mu), [], []
+    noise = data.latent_noise(mu.shape[1], seed, 0, batch.index, data.UNTEMPERED, samples).to(mu)
+    for eps in noise:
+        z = model.reparameterize(mu, logvar, eps=eps)
         recs.append(model.rec(z, batch.labels).double())
         log_weights.append(log_normal(z, zero, zero) - log_normal(z, mu, logvar) - recs[-1])
-    nll = math.log(num_samples) - torch.stack(log_weights).logsumexp(0)
-    return mu, logvar, zs[0], torch.stack(recs).mean(0), nll
+    recs, log_weights = torch.stack(recs), torch.stack(log_weights)  # (K, B)
+    shares, half = log_weights.softmax(0), max(1, samples // 2)
+    return {
+        "nll_iw": math.log(samples) - log_weights.logsumexp(0),
+        "nll_iw_half": math.log(half) - log_weights[:half].logsumexp(0),
+        "rec_posterior": (shares * recs).sum(0),
+        "iw_ess": 1 / (shares**2).sum(0),
+        "rec_untempered": recs.mean(0),
+        "kl_untempered": kl_divergence(mu, logvar).sum(1),
+    }
 
 
-def other_latents(model, batch, mu, other, seed):
-    """rec with the z of `other`, a batch of as many sentences, and the greedy text from mu (B, Z).
-
-    Returns: {name: (B,)}: rec_other, nats; hits, tokens in their place; exact_match, 0 or 100.
-    """
-    mu_other, logvar_other = model.encode(other.ids, other.mask)
-    eps = data.latent_noise(mu.shape[1], seed, 0, other.index, data.POSTERIOR)
-    z_other = model.reparameterize(mu_other, logvar_other, eps=eps.to(mu))
+def greedy(model, batch, mu):
+    """The greedy text from mu (B, Z): hits, tokens in their place; exact_match, 0 or 100: (B,)."""
     length = batch.labels.shape[1]
     ids = model.generate(mu, max_new_tokens=length)[:, 1:]  # without the start token
     ids = F.pad(ids, (0, length - ids.shape[1]))
     hits = ((ids == batch.labels) & batch.mask.bool()).sum(1)
-    exact = 100.0 * (hits == batch.mask.sum(1))
-    return {"rec_other": model.rec(z_other, batch.labels), "hits": hits, "exact_match": exact}
+    return {"hits": hits, "exact_match": 100.0 * (hits == batch.mask.sum(1))}
 
 
-@torch.no_grad()
-def measure(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off", seed=0):
+def other_texts(count, seed=0):
+    """(count,) numbers: each text gets the z of its predecessor on one random cycle through all."""
+    cycle = np.random.default_rng(seed).permutation(count)
+    other = np.empty_like(cycle)
+    other[cycle[1:]] = cycle[:-1]
+    other[cycle[0]] = cycle[-1]
+    return other
+
+
+def measure(model, corpus, weight=1.0, iw_samples=0, thorough=False, seed=0, max_tokens=MOST):
     """What `evaluate` summarizes, a row per sentence: {name: (n,)}, and mu, logvar, z: (n, Z)."""
     device, (rank, world) = model.device, data.processes()
-    samples = max(1, iw_samples) if model.latent_dim else 1  # without a latent all are one
-    # One random cycle through all sentences: each gets the z of another.
-    cycle = np.random.default_rng(seed).permutation(len(corpus))
-    other = np.empty_like(cycle)
-    other[cycle] = np.roll(cycle, 1)
-    batches, columns = data.evaluation_order(corpus.lengths, batch_size), {}
-    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file gets lines
-    bar = {"leave": False, "disable": rank > 0, "delay": 5, "mininterval": interval}
-    training = model.training
-    model.eval()
-    for index in tqdm(batches[rank::world] or batches[:1], "evaluating", **bar):
-        batch = data.make_batch(corpus, index).to(device)
-        with torch.autocast(device.type, HALF[amp], enabled=amp != "off"):
-            mu, logvar, z, rec, nll_iw = sample_posterior(model, batch, samples, seed)
+    rec_samples = REC_SAMPLES if iw_samples or thorough else 1
+    if model.latent_dim == 0:  # all samples are one
+        iw_samples, rec_samples = min(iw_samples, 1), 1
+    other = other_texts(len(corpus), seed)
+    batches, columns = data.evaluation_order(corpus.lengths, max_tokens), {}
+    # A process without a batch measures a dummy, the first, so that it has the same columns.
+    dummy = rank >= len(batches)
+    with evaluating(model):
+        for index in data.progress(batches[:1] if dummy else batches[rank::world], "evaluating"):
+            batch = data.make_batch(corpus, index).to(device)
+            mu, logvar = model.encode(batch.ids, batch.mask)
             kl = kl_divergence(mu.double(), logvar.double()).sum(1)
+            z, rec = sample_rec(model, batch, mu, logvar, seed, samples=rec_samples)
             values = {"mu": mu, "logvar": logvar, "z": z, "rec": rec, "kl": kl}
             if iw_samples:
-                values["nll_iw"] = nll_iw
+                r = untemper(mu.double(), logvar.double(), weight)
+                values |= importance_weighted(model, batch, *r, iw_samples, seed)
             if iw_samples or thorough:
-                prior = data.latent_noise(mu.shape[1], seed, 0, batch.index, data.PRIOR)
-                values["rec_prior"] = model.rec(prior.to(mu), batch.labels)
+                zero = torch.zeros_like(mu)
+                values["rec_prior"] = sample_rec(model, batch, zero, zero, seed, data.PRIOR)[1]
             if thorough:
                 others = data.make_batch(corpus, other[index]).to(device)
-                values |= other_latents(model, batch, mu, others, seed)
-        place = batch.index.to(device, non_blocking=True)  # the CPU does not wait
-        for name, value in values.items():
-            if name not in columns:
-                columns[name] = value.new_zeros(len(corpus), *value.shape[1:], dtype=torch.float64)
-            if rank < len(batches):  # else the batch is another's: it is measured to keep step
-                columns[name][place] = value.double()
-    model.train(training)
+                its_z, _ = sample_rec(model, others, *model.encode(others.ids, others.mask), seed)
+                values["rec_other"] = model.rec(its_z, batch.labels)
+                values |= greedy(model, batch, mu)
+            place = torch.from_numpy(index).to(device)
+            for name, value in values.items():
+                if name not in columns:
+                    shape = len(corpus), *value.shape[1:]
+                    columns[name] = torch.zeros(shape, dtype=torch.float64, device=device)
+                if not dummy:
+                    columns[name][place] = value.double()
     if len(corpus) == 1:  # no other
         columns.pop("rec_other", None)
     return {name: gather(name, column.cpu()) for name, column in columns.items()}
@@ -136,27 +189,28 @@ def gather(name, column):
     if data.processes()[1] > 1:
         distributed.all_reduce(column)
     if not column.isfinite().all():
-        text = (~column.isfinite()).nonzero()[0, 0] + 1
-        raise FloatingPointError(f"{name} of text {text} of the split is not finite")
+        text = (~column.isfinite()).nonzero()[0, 0].item()
+        raise FloatingPointError(f"{name} of text {text} of the split, from 0, is not finite")
     return column
 
 
-def evaluate(model, corpus, batch_size=64, iw_samples=0, thorough=False, amp="off", seed=0):
+def evaluate(model, corpus, weight=1.0, iw_samples=0, thorough=False, seed=0, max_tokens=MOST):
     """The measures of a model on a split, without deletion or threshold: a flat dict for JSON.
 
     Args:
         model: a T5VAE. It stays in its mode; no global random state is read or advanced.
-        iw_samples: K of the importance-weighted NLL, 0: without it. rec is the mean over K samples.
+        weight: w of `untemper`; `find_weight` finds it on a validation split.
+        iw_samples: K of the importance-weighted NLL, 0: without it.
         thorough: also rec with other latents, and the greedy reconstruction.
-        amp: precision of matrix products, a key of HALF.
+        max_tokens: padded tokens of a batch, at most, if more than one text.
     Returns: means over sentences, nats, with standard errors `<name>_se`; ratios; counts.
-    Raises: FloatingPointError, with the measure and the text, where a number is not finite.
+    Raises: FloatingPointError, with the measure and the text, if a number is not finite.
     """
-    columns = measure(model, corpus, batch_size, iw_samples, thorough, amp, seed)
-    return summarize(columns, corpus, iw_samples)
+    columns = measure(model, corpus, weight, iw_samples, thorough, seed, max_tokens)
+    return summarize(columns, corpus, weight, iw_samples)
 
 
-def summarize(columns, corpus, iw_samples):
+def summarize(columns, corpus, weight, iw_samples):
     """What `measure` found -> what `evaluate` returns."""
     tokens, words = corpus.ids.size, int(corpus.words.sum())
     measured = means_and_errors(columns)
@@ -167,29 +221,47 @@ def summarize(columns, corpus, iw_samples):
         if nats is not None:
             measured["ppl_token" + suffix] = perplexity(nats, tokens)
             measured["ppl_word" + suffix] = perplexity(nats, words)
-    measured["mi"] = mutual_information(columns["mu"], columns["logvar"], columns["z"]).item()
-    measured |= {"mi_n": len(corpus), "au": active_units(columns["mu"])}
-    measured |= {"latent_dim": columns["mu"].shape[1], "iw_samples": iw_samples}
-    measured |= {"sentences": len(corpus), "tokens": tokens, "words": words}
-    measured["unk_share"] = float((corpus.ids == corpus.unk_id).mean())
+    mu, logvar, z = columns["mu"], columns["logvar"], columns["z"]
+    measured["mi"] = mutual_information(mu, logvar, z).item()
+    measured |= {"mi_n": len(corpus), "au": active_units(mu), "latent_dim": mu.shape[1]}
+    if iw_samples:
+        measured["untempered_weight"] = float(weight)
+    measured["iw_samples"] = iw_samples if mu.shape[1] else min(iw_samples, 1)
+    measured |= {"sentences": len(corpus), "tokens": tokens, "words": words, "word": corpus.word}
+    measured["unknown_share"] = corpus.unknown / len(corpus)
     measured["entropy"] = corpus.entropy
     for name, value in measured.items():
-        if value is not None and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise FloatingPointError(f"{name} of the split is {value}")
     return measured
 
 
 def means_and_errors(columns):
-    """{name: mean over sentences, name_se: its standard error} of columns (n,), and the ratio."""
+    """{name: mean over sentences, name_se: its standard error} of columns (n,), and the ratio.
+
+    swap_cost   rec with another text's z - rec: 0 if the decoder ignores z
+    nll         the tighter of two upper bounds of -log p(x), see `smaller_bound`
+    kl_posterior  nll - rec_posterior: in the limit KL(p(z|x) to p(z)), the nats that z carries in
+                the generative model, whatever the encoder says
+    gain        nll - rec: the nats of a text that the encoder's z explains, at most
+    efficiency  gain / kl: of the KL that the encoder pays, at most this share explains the text
+    """
     rec, kl, measured = columns["rec"], columns["kl"], {}
     means = {"rec": rec, "kl": kl, "neg_elbo": rec + kl}
-    for name in "nll_iw", "rec_prior", "rec_other", "exact_match":
+    for name in "nll_iw", "nll_iw_half", "iw_ess", "rec_prior", "rec_other", "exact_match":
         if name in columns:
             means[name] = columns[name]
     if "rec_other" in columns:
         means["swap_cost"] = columns["rec_other"] - rec
     if "nll_iw" in columns:
+        rec_r, kl_r = columns["rec_untempered"], columns["kl_untempered"]
+        means |= {
+            "rec_untempered": rec_r,
+            "kl_untempered": kl_r,
+            "neg_elbo_untempered": rec_r + kl_r,
+        }
         means["nll"] = smaller_bound(columns)
+        means["kl_posterior"] = means["nll"] - columns["rec_posterior"]
         means["gain"] = means["nll"] - rec
     for name, values in means.items():
         measured[name], measured[name + "_se"] = values.mean().item(), standard_error(values)
@@ -205,8 +277,8 @@ def means_and_errors(columns):
 def smaller_bound(columns):
     """The tighter, on average, of two upper bounds of -log p(x): (n,), nats.
 
-    rec with z from the prior (Jensen) is exact where z is ignored; the importance-weighted NLL
-    where q is the true posterior. Not per sentence: the minimum of noisy numbers is biased.
+    rec with z from the prior (Jensen) is exact if z is ignored; the importance-weighted NLL if r is
+    the true posterior. Not per sentence: the minimum of noisy numbers is biased.
     """
     if columns["nll_iw"].mean() <= columns["rec_prior"].mean():
         return columns["nll_iw"]
@@ -223,6 +295,55 @@ def perplexity(nats, count):
     return math.exp(min(700, nats.sum().item() / count))
 
 
+def find_weight(model, corpus, texts=500, seed=0, max_tokens=MOST):
+    """The weight w of `untemper` whose -ELBO on a validation split is least.
+
+    Of GRID, then of the geometric means with its neighbours there: the KL weight of the last step
+    would be right if the encoder were at its optimum and nothing but the weight had bent it. The
+    first `texts` texts, two samples each, the same noise for every weight.
+    """
+    rest = texts, seed, max_tokens
+    bounds = untempered_bounds(model, corpus, GRID, *rest)
+    best = min(bounds, key=bounds.get)
+    place = GRID.index(best)
+    neighbors = GRID[max(0, place - 1) : place] + GRID[place + 1 : place + 2]
+    between = [math.sqrt(best * neighbor) for neighbor in neighbors if best * neighbor > 0]
+    bounds |= untempered_bounds(model, corpus, between, *rest)
+    return min(bounds, key=bounds.get)
+
+
+def untempered_bounds(model, corpus, weights, texts, seed, max_tokens):
+    """{weight: -ELBO of the posterior that it untempers}: means over the first texts, nats."""
+    device, (rank, world) = model.device, data.processes()
+    lengths = corpus.lengths[:texts]
+    columns = {weight: torch.zeros(len(lengths), dtype=torch.float64) for weight in weights}
+    with evaluating(model):
+        for index in data.evaluation_order(lengths, max_tokens)[rank::world]:
+            batch = data.make_batch(corpus, index).to(device)
+            mu, logvar = model.encode(batch.ids, batch.mask)
+            for weight, column in columns.items():
+                r = untemper(mu.double(), logvar.double(), weight)
+                _, rec = sample_rec(model, batch, *r, seed, data.GRID, samples=2)
+                column[index] = (rec + kl_divergence(*r).sum(1)).cpu()
+    name = "the untempered -ELBO"
+    return {w: gather(name, column).mean().item() for w, column in columns.items()}
+
+
+def measure_run(model, phase, valid, test, iw_samples=None, max_tokens=MOST):
+    """(measures, columns) of a trained model on its test split.
+
+    A phase 2 with a latent is untempered by the weight that the validation split says; on so many
+    of its texts that this takes a fifth of the time, at most. iw_samples: K (IW_SAMPLES).
+    """
+    iw_samples = IW_SAMPLES[phase] if iw_samples is None else iw_samples
+    weight = 1.0
+    if phase == 2 and model.latent_dim > 0:
+        texts = min(500, max(20, len(test) // 5))
+        weight = find_weight(model, valid, texts, max_tokens=max_tokens)
+    columns = measure(model, test, weight, iw_samples, thorough=True, max_tokens=max_tokens)
+    return summarize(columns, test, weight, iw_samples), columns
+
+
 def cell(measured, key):
     """One number of `evaluate`'s dict, with its standard error or a mark that it has none."""
     value, error = measured.get(key), measured.get(key + "_se")
@@ -235,73 +356,83 @@ def cell(measured, key):
 
 
 def format_table(runs):
-    """{name: measures} -> text: a row per measure, called as in metrics.json, a column per run."""
+    """{name: measures} -> text: a row per measure that matters, a column per run."""
     width = max(14, *map(len, runs))
     lines = [" " * 19 + "".join(f"  {run:>{width}}" for run in runs)]
-    for key in dict.fromkeys(key for measured in runs.values() for key in measured):
+    shown = SHOWN if any(measured["latent_dim"] for measured in runs.values()) else SHOWN_LM
+    for key in shown:
         cells = [cell(measured, key) for measured in runs.values()]
-        if not key.endswith("_se") and set(cells) != {"-"}:
-            label = f"{key}, at most" if key in ("gain", "efficiency") else key
-            lines.append(f"{label:19}" + "".join(f"  {text:>{width}}" for text in cells))
-    return "\n".join([*lines, "Nats per sentence; ±: standard error over sentences, ±?: none."])
+        if set(cells) != {"-"}:
+            lines.append(f"{key:19}" + "".join(f"  {text:>{width}}" for text in cells))
+    end = "Nats per sentence; ±: standard error over sentences, ±?: none."
+    if any(measured["word"] == "character" for measured in runs.values()):
+        end += " A word of ppl_word is a character."
+    return "\n".join([*lines, f"{end} All measures are in metrics.json."])
 
 
 def verdict(measured, target=0.0, lm_nll=None):
-    """One line: is z used, what does it cost against a language model, is the KL the `target`?
+    """One line: is z used, what does it carry and cost, is the KL the `target`, are letters lost?
 
     z is used if another sentence's z costs more than noise explains (2 standard errors), and more
     than a tenth of the KL that is paid for z.
     """
-    if measured["latent_dim"] == 0 or "swap_cost" not in measured:
-        return f"rec {measured['rec']:.2f} nats per sentence"
-    cost, error, kl = measured["swap_cost"], measured["swap_cost_se"] or 0.0, measured["kl"]
-    swap = f"with another sentence's z, rec is {cost:.2f}±{error:.2f} nats higher"
-    if cost <= max(0, 2 * error):
-        said = f"z is ignored: {swap}; its KL of {kl:.2f} nats buys nothing"
-    else:
-        said = f"z is {'used' if cost > 0.1 * kl else 'hardly used'}: {swap}"
-        said += f"; its KL is {kl:.2f} nats"
-        if "gain" in measured:
-            said += f", of which at most {measured['gain']:.2f} explain the text"
-    if "nll" in measured:
+    said, kl = f"rec {measured['rec']:.2f} nats per sentence", measured["kl"]
+    if measured["latent_dim"] > 0 and "nll" not in measured:  # phase 1
+        said += f"; KL {kl:.2f}, which phase 1 does not limit"
+    elif "swap_cost" in measured and measured["latent_dim"] > 0:
+        said = verdict_on_z(measured)
         said += f"; NLL {measured['nll']:.2f}"
     if lm_nll is not None:
         said += f", the language model has {lm_nll:.2f}"
     if target:
         met = "met" if abs(kl / target - 1) <= 0.1 else "MISSED by more than 10 %"
         said += f"; KL target {target:g}: {met} ({kl:.2f})"
+    if measured["unknown_share"] > 0.1:
+        said += f"; WARNING: {unknown_warning(measured['unknown_share'])}"
     return said
 
 
-def load_run(run, device="cpu"):
+def verdict_on_z(measured):
+    cost, error, kl = measured["swap_cost"], measured["swap_cost_se"] or 0.0, measured["kl"]
+    swap = f"with another sentence's z, rec is {cost:.2f}±{error:.2f} nats higher"
+    if cost <= max(0, 2 * error):
+        return f"z is ignored: {swap}; its KL of {kl:.2f} nats buys nothing"
+    used = "used" if cost > 0.1 * kl else "hardly used"
+    carried = f"of which z carries {measured['kl_posterior']:.2f} in the model"
+    return f"z is {used}: {swap}; its KL is {kl:.2f} nats, {carried}"
+
+
+def unknown_warning(share):
+    return (
+        f"{100 * share:.0f} % of the texts have characters outside the vocabulary, which all look "
+        "alike; take --model google/byt5-small, or --model tiny"
+    )
+
+
+def load_run(run, device="cpu", dataset=None):
     """(config, model, read) of a run folder; read(split, limit=None) is a `Corpus` of its data.
 
-    Raises OSError or InputError where it is no run, or its texts have changed.
+    dataset: where its texts are now, if they have moved. Raises OSError or InputError if it is no
+    run, or if its texts are missing or have changed.
     """
     config = data.read_json(Path(run, "config.json"))
     if not isinstance(config.get("data_sha256"), dict) or "phase" not in config:
-        raise InputError("it has no config.json of a run")
+        raise InputError(f"{run} has no config.json of a run")
     model = T5VAE.from_pretrained(run).to(device).requires_grad_(False)
+    dataset = dataset or config["dataset"]
 
     def read(split, limit=None):
-        dataset, where = config["dataset"], (config["data_dir"], config["max_length"], limit)
-        corpus = data.load_corpus(dataset, split, model.tokenizer, *where)
+        rest = model.tokenizer, config["data_dir"], config["max_length"], limit
+        try:
+            corpus = data.load_corpus(dataset, split, *rest)
+        except FileNotFoundError as error:
+            raise InputError(f"{error}; --dataset says where the texts are now") from error
         if corpus.sha256 != config["data_sha256"][split]:
-            changed = f"the {split} texts of {dataset} have changed since it was trained"
+            changed = f"the {split} texts of {dataset} are not those that it was trained on"
             raise InputError(f"{changed}; it is measured on the same texts only")
         return corpus
 
     return config, model, read
-
-
-def evaluate_run(run, iw_samples=None, device="cpu", amp="off"):
-    """(measures, columns) of a run's model on its test split. iw_samples: 100; 0 for phase 1."""
-    config, model, read = load_run(run, device)
-    if iw_samples is None:
-        iw_samples = IW_SAMPLES[config["phase"]]
-    corpus = read("test")
-    columns = measure(model, corpus, iw_samples=iw_samples, thorough=True, amp=amp)
-    return summarize(columns, corpus, iw_samples), columns
 
 
 def write_measures(run, measured, columns):
@@ -312,10 +443,24 @@ def write_measures(run, measured, columns):
     data.write_json(Path(run, "metrics.json"), measured)
 
 
+def check_better(run, measured):
+    """InputError if a run is not finished, or has measures of more samples or higher precision."""
+    before = data.read_json(Path(run, "metrics.json"))
+    if not before:
+        raise InputError("--write: the run is not finished")
+    now = f"iw_samples {measured['iw_samples']}, precision {measured['precision']}"
+    for name, worse in (
+        ("iw_samples", measured["iw_samples"] < before.get("iw_samples", 0)),
+        ("precision", before.get("precision", "off") == "off" != measured["precision"]),
+    ):
+        if worse:
+            raise InputError(f"--write: its measures have {name} {before.get(name)}, these {now}")
+
+
 def language_model_nll(run, config, named=None):
     """NLL of a language model of the same test texts, cut alike, or None.
 
-    named: its run, else it is lm/ beside `run`. Raises InputError where `named` is no such run.
+    named: its run, else it is lm/ beside `run`. Raises InputError if `named` is no such run.
     """
     folder = Path(named or Path(run).resolve().parent / "lm")
     measured = data.read_json(folder / "metrics.json")
@@ -329,34 +474,40 @@ def language_model_nll(run, config, named=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Evaluate runs on their test split.")
+    parser = argparse.ArgumentParser(description="Measure runs on their test split.")
     flag = parser.add_argument
     flag("runs", nargs="+", metavar="RUN", help="run folder of train.py")
-    flag("--iw-samples", type=int, metavar="K", help="samples per sentence (100; phase 1: none)")
+    samples = data.number(int, 1)
+    flag("--iw-samples", type=samples, metavar="K", help="samples per text (20; phase 1: none)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", choices=("cuda", "cpu"), default=device, help="where to compute")
     flag("--amp", choices=HALF, default="off", help="precision of matrix products (off: float32)")
+    flag("--dataset", help="where the texts are, if they have moved")
     flag("--lm", metavar="RUN", help="language model to compare with (lm/ beside the run, if any)")
+    flag(
+        "--write", action="store_true", help="replace the run's metrics.json, unless by worse ones"
+    )
     args = parser.parse_args(argv)
-    data.replace_unprintable()
-    if args.iw_samples is not None and args.iw_samples < 1:
-        parser.error(f"--iw-samples is {args.iw_samples}; it must be at least 1")
     if args.device == "cuda" and device == "cpu":
         parser.error("--device is cuda, but torch finds no GPU")
     results, said = {}, []
-    for run in args.runs:
-        try:
-            config = data.read_json(f"{run}/config.json")
+    with data.command("metrics.py"):
+        for run in args.runs:
+            config, model, read = load_run(run, args.device, args.dataset)
             lm_nll = language_model_nll(run, config, args.lm)
-            results[run], columns = evaluate_run(run, args.iw_samples, args.device, args.amp)
-            if Path(run, "metrics.json").exists():  # it marks a run as finished
-                write_measures(run, results[run], columns)
-            else:
-                said.append(f"{run}: not written: the run is not finished")
-        except (OSError, ValueError, FloatingPointError) as error:
-            sys.exit(f"metrics.py: cannot use {run}: {error}")
-        said.append(f"{run}: {verdict(results[run], config.get('kl_target'), lm_nll)}")
-    print(format_table(results), *said, sep="\n")
+            valid, test = read("valid"), read("test")
+            with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
+                measured, columns = measure_run(
+                    model, config["phase"], valid, test, args.iw_samples
+                )
+            before = data.read_json(Path(run, "metrics.json"))
+            measured |= {"kl_weight": before.get("kl_weight"), "precision": args.amp}
+            if args.write:
+                check_better(run, measured)
+                write_measures(run, measured, columns)
+            results[run] = measured
+            said.append(f"{run}: {verdict(measured, config.get('kl_target'), lm_nll)}")
+        print(format_table(results), *said, sep="\n")
 
 
 if __name__ == "__main__":

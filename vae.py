@@ -15,9 +15,20 @@ Symbols in comments and docstrings, with the field of `T5Config` where there is 
     V  vocabulary, `vocab_size`        Z  latent dimension
 
 All likelihoods are in nats. T5's layers are those of `transformers`.
+
+Posterior collapse, and its cure. The ELBO is log p(x) - KL(q(z|x) to p(z|x)). A decoder that writes
+word by word can model text without z. Early in training z is noise to it; ignoring z is then the
+cheapest: q becomes N(0, I), the KL 0, and no gradient leads back. The remedies keep z worth reading
+until the decoder reads it: a phase without KL in which the encoder learns to say something (phase
+1), a KL weight that rises slowly or is controlled, a KL threshold under which KL costs nothing, an
+encoder that pools all tokens, a decoder that misses words (token deletion). The price: with a KL
+weight w < 1 the encoder is more certain than the posterior (`metrics.untemper` undoes that).
 """
 
+import contextlib
+import inspect
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -27,16 +38,20 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
-from data import InputError, detokenize, one_line, pad, tokenize, write_atomically
+import data
+from data import InputError, one_line
 
 PAPER = "https://aclanthology.org/2021.insights-1.5/"
 FAMILY = ("t5", "mt5", "umt5")  # supported `model_type`s; v1.1, flan, ByT5, UL2 are "t5" too
 WEIGHTS = "model.safetensors"
 POOLINGS = ("max", "mean", "last")
 POOL_LAYERS = ("last", "all")
+MOST_LOGITS = 2**30  # bytes that `T5VAE.rec` may hold; where there would be more ...
+SLICE = 2**28  # ... it takes slices of at most this size
 
 
 def pool(hidden, attention_mask, pooling="max"):
@@ -61,15 +76,18 @@ class LatentCrossAttention(nn.Module):
     position. T5's query and key projections, and the layer norm before them, cannot matter.
     """
 
-    def __init__(self, cross_attention, layer, unread):
+    def __init__(self, cross_attention, layer_index, family):
         super().__init__()
-        self.layer, self.unread = layer, unread  # T5 expects outputs that nobody reads
+        self.layer_index = layer_index
+        # T5's block expects a position bias and attention weights, too, umT5's the weights alone.
+        # Nobody reads them: they are None.
+        self.unread = (None,) if family == "umt5" else (None, None)
         self.o, self.dropout = cross_attention.EncDecAttention.o, cross_attention.dropout
 
     def forward(self, hidden_states, key_value_states=None, encoder_hidden_states=None, **kwargs):
         # The memory has the first name in T5, the second in umT5.
         memory = encoder_hidden_states if key_value_states is None else key_value_states
-        added = self.o(memory[:, self.layer, None])  # (B, L, A*S) -> (B, 1, A*S) -> (B, 1, D)
+        added = self.o(memory[:, self.layer_index, None])  # (B, L, A*S) -> (B, 1, A*S) -> (B, 1, D)
         return hidden_states + self.dropout(added.expand_as(hidden_states)), *self.unread
 
 
@@ -80,16 +98,20 @@ def in_float16(tensor):
 
 
 class Float32Output(nn.Linear):
-    """`wo` of a feed-forward layer, in float32 where autocast has float16.
+    """`wo` of a feed-forward layer, with its weight, in float32 where autocast has float16.
 
     All pretrained T5s but t5-small exceed the largest float16, 65,504, in this place.
     """
+
+    def __init__(self, wo):
+        super().__init__(wo.in_features, wo.out_features, bias=False, device="meta")
+        self.weight = wo.weight
 
     def forward(self, x):
         if not in_float16(x):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+            return super().forward(x.float())
 
 
 class Float32Activation(nn.Module):
@@ -108,6 +130,24 @@ def kl_divergence(mu, logvar):
     return 0.5 * (mu**2 + logvar.exp() - logvar - 1)
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """Without dropout and gradients; afterwards the model is in its mode again."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def token_nats(logits, targets, pad_id):
+    """(n, V), (n,) -> -log p of each token: (n,), nats, float32; 0 where the target is padding."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(logits.float(), targets, ignore_index=pad_id, reduction="none")
+
+
 class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
     """q(z|x) and p(x|z) on the two halves of a T5.
 
@@ -120,7 +160,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         latent_dim: Z; 0 makes a language model, the same decoder with nothing encoded.
         pooling: "max", "mean" or "last"; see `pool`.
         pool_layers: "last" pools the encoder's output, "all" the outputs of all its layers.
-    Raises: InputError where an argument is none of these.
+    Raises: InputError if an argument is none of these.
     """
 
     def __init__(self, t5_config: dict, latent_dim=32, pooling="max", pool_layers="last"):
@@ -138,12 +178,12 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         # The maximum over states of which some are dropped and others scaled up exceeds theirs:
         # with dropout right before pooling, mu in training is not mu in evaluation.
         self.t5.encoder.dropout = nn.Identity()
-        unread = (None,) if config.model_type == "umt5" else (None, None)
-        for layer, block in enumerate(self.t5.decoder.block):
-            block.layer[1] = LatentCrossAttention(block.layer[1], layer, unread)
+        for layer_index, block in enumerate(self.t5.decoder.block):
+            literal = block.layer[1]
+            block.layer[1] = LatentCrossAttention(literal, layer_index, config.model_type)
         for block in (*self.t5.encoder.block, *self.t5.decoder.block):
             feed_forward = block.layer[-1].DenseReluDense
-            feed_forward.wo.__class__ = Float32Output  # the same weight, under the same name
+            feed_forward.wo = Float32Output(feed_forward.wo)
             feed_forward.act = Float32Activation(feed_forward.act)
         if not t5_config.get("tie_word_embeddings", True):  # a head of its own
             self.t5.lm_head.weight = nn.Parameter(self.t5.lm_head.weight.detach().clone())
@@ -160,34 +200,28 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         """A VAE around a pretrained T5, from the hub or a directory, with its tokenizer.
 
         All weights are kept that can matter (see `LatentCrossAttention`); W_mu, W_logvar and W_proj
-        are new. Raises OSError where there is no such checkpoint, and InputError where it is none
-        of FAMILY, incomplete or contradictory.
+        are new. Raises InputError if there is no such checkpoint, or if it is none of FAMILY,
+        incomplete, or without its tokenizer.
         """
-        try:
-            config = AutoConfig.from_pretrained(name_or_path)
-            kind = config.model_type
-            if kind not in FAMILY:
-                raise ValueError(f"it is a {kind}; it must be one of {', '.join(FAMILY)}")
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-            check_vocabulary(config, tokenizer)  # before the weights are fetched: they are large
-            t5, info = AutoModelForSeq2SeqLM.from_pretrained(
-                name_or_path,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused here, by name
-            )
-            wrong = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-            if wrong:  # transformers would leave them random
-                count = f"{len(wrong)} weights are missing or of another shape"
-                raise ValueError(f"{count}, e.g. {min(wrong)}")
-        except Exception as error:  # whatever foreign or damaged files lead to
-            if isinstance(error, OSError) and error.errno is None:  # there is no such checkpoint
-                raise
-            message = f"{name_or_path} is no T5 to start from: {one_line(error)}"
-            raise InputError(message) from error
+        config = load(AutoConfig, name_or_path)
+        if config.model_type not in FAMILY:
+            kind = f"it is a {config.model_type}; it must be one of {', '.join(FAMILY)}"
+            raise InputError(f"{name_or_path} is no T5 to start from: {kind}")
+        tokenizer = load(AutoTokenizer, name_or_path)
+        check_tokenizer(name_or_path, config, tokenizer)  # before the weights: they are large
+        t5, info = load(
+            AutoModelForSeq2SeqLM,
+            name_or_path,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused here, by name
+        )
+        wrong = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        if wrong:  # transformers would leave them random
+            count = f"{len(wrong)} weights are missing or of another shape"
+            raise InputError(f"{name_or_path} is no T5 to start from: {count}, e.g. {min(wrong)}")
         t5_config = config.to_dict()
         t5_config["tie_word_embeddings"] = t5.lm_head.weight is t5.shared.weight
-        t5_config.pop("_name_or_path", None)  # a path on this machine says nothing elsewhere
         vae = cls(t5_config, latent_dim, pooling, pool_layers)
         # Weights only: a checkpoint may bring beams or penalties of its own. Strict: none is lost.
         weights = {
@@ -235,8 +269,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
     def memory(self, z):
         """(B, Z) -> (B, L, A*S): row l is what decoder layer l attends to (Eq. 5)."""
         memory = self.w_proj(z.to(self.w_proj.weight.dtype))  # (B, L*A*S)
-        # Each sentence's memory comes from its own z: `view` splits the last axis, none mix.
-        return memory.view(len(z), self.t5.config.num_decoder_layers, -1)  # (B, L, A*S)
+        # Each sentence's memory comes from its own z: only the last axis is split, none mix.
+        return memory.unflatten(-1, (self.t5.config.num_decoder_layers, -1))  # (B, L, A*S)
 
     def decode(self, z, labels):
         """Teacher-forced logits of p(x|z): position t has seen z and labels[:, :t].
@@ -250,14 +284,33 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
     def rec(self, z, labels):
         """-log p(x|z) (Eq. 1): (B,), nats, positive, summed over a sentence's tokens.
 
-        </s> counts, padding does not. Arguments: see `decode`.
+        </s> counts, padding does not. Arguments: see `decode`. Where the logits of all tokens would
+        take more than MOST_LOGITS, they are made a slice at a time, and again in the backward pass.
         """
-        logits = self.decode(z, labels).flatten(0, 1)  # (B*T, V)
-        pad_id = self.t5.config.pad_token_id
-        with torch.autocast(logits.device.type, enabled=False):
-            logits, flat = logits.float(), labels.flatten()
-            nats = F.cross_entropy(logits, flat, ignore_index=pad_id, reduction="none")  # (B*T,)
+        targets = labels.flatten()  # (B*T,)
+        row = 4 * self.t5.config.vocab_size  # bytes of a token's logits, in float32
+        if len(targets) * row <= MOST_LOGITS:
+            logits = self.decode(z, labels).flatten(0, 1)  # (B*T, V)
+            nats = token_nats(logits, targets, self.t5.config.pad_token_id)
+        else:
+            nats = self._nats_in_slices(z, labels, max(1, SLICE // row))
         return nats.view(labels.shape).sum(1)
+
+    def _nats_in_slices(self, z, labels, rows):
+        """-log p of each token of `labels`: (B*T,), nats, from the logits of `rows` at a time."""
+        # T5's own forward, with what the head reads as its output: families scale that differently.
+        head, self.t5.lm_head = self.t5.lm_head, nn.Identity()
+        try:
+            states = self.decode(z, labels).flatten(0, 1)  # (B*T, D)
+        finally:
+            self.t5.lm_head = head
+
+        def nats(states, targets):
+            return token_nats(head(states), targets, self.t5.config.pad_token_id)
+
+        parts = zip(states.split(rows), labels.flatten().split(rows), strict=True)
+        again = {"use_reentrant": False, "preserve_rng_state": False}  # the head draws nothing
+        return torch.cat([checkpoint(nats, *part, **again) for part in parts])
 
     def forward(self, batch):
         """The two terms of the -ELBO of a `data.Batch`: rec (B,) and kl (B, Z), nats (Eq. 1)."""
@@ -298,41 +351,69 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
             kwargs["past_key_values"] = transformers.EncoderDecoderCache(own, of_memory)
         return self.t5.generate(encoder_outputs=BaseModelOutput(self.memory(z)), **kwargs)
 
-    @torch.no_grad()
     def encode_texts(self, texts, batch_size=64, max_length=256):
         """q(z|x) of N texts, an iterable of str: mu, logvar, (N, Z) each, on the CPU.
 
-        Warns of texts that are cut at `max_length` tokens. Raises InputError for other types.
+        Dropout is off, whatever the model's mode. Warns of texts that are cut at `max_length`
+        tokens or have characters outside the vocabulary. Raises InputError for other types.
         """
         if isinstance(texts, str):
             raise InputError(f"texts is one str; put it into a list: encode_texts([{texts!r}])")
+        if hasattr(texts, "keys"):
+            raise InputError(
+                f"texts is a table ({type(texts).__name__}); name its column: ['text']"
+            )
         texts, tokenizer = list(texts), self._get_tokenizer()
         for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"texts[{i}] is {text!r}; it must be a str")
-        rows = tokenize(texts, tokenizer)
-        if too_long := sum(len(row) >= max_length for row in rows):
-            said = f"{too_long} of {len(rows)} texts are cut at {max_length} tokens"
-            warnings.warn(said, stacklevel=3)
-        rows = [[*row[: max_length - 1], tokenizer.eos_token_id] for row in rows]
+            data.check_text(text, i)
+        mu, logvar = torch.zeros(2, len(texts), self.latent_dim)
+        cut, unknown, some = 0, 0, 50 * batch_size
+        with evaluating(self):
+            for start in data.progress(range(0, len(texts), some), "encoding"):
+                part = texts[start : start + some]
+                rows = data.tokenize(part, tokenizer)
+                for i, text in enumerate(part):
+                    unknown += data.has_unknown(text, rows[i], tokenizer)
+                    cut += len(rows[i]) >= max_length
+                    rows[i] = [*rows[i][: max_length - 1], tokenizer.eos_token_id]
+                place = slice(start, start + some)
+                mu[place], logvar[place] = self._encode_rows(rows, batch_size)
+        for count, what in (
+            (cut, f"are cut at {max_length} tokens"),
+            (unknown, "have characters outside the vocabulary, which all look alike to the model"),
+        ):
+            if count:
+                warnings.warn(f"{count} of {len(texts)} texts {what}", stacklevel=2)
+        return mu, logvar
+
+    def _encode_rows(self, rows, batch_size):
+        """mu, logvar of rows of ids: (N, Z) each, on the CPU. Sorted by length: less padding."""
         mu, logvar = torch.zeros(2, len(rows), self.latent_dim)
-        for start in range(0, len(rows), batch_size):
-            part = slice(start, start + batch_size)
-            ids, mask = pad(rows[part], tokenizer.pad_token_id)
-            mu[part], logvar[part] = self.encode(ids.to(self.device), mask.to(self.device))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for first in range(0, len(order), batch_size):
+            index = order[first : first + batch_size]
+            ids, mask = data.pad([rows[i] for i in index], self.tokenizer.pad_token_id)
+            posterior = self.encode(ids.to(self.device), mask.to(self.device))
+            mu[index], logvar[index] = (part.cpu().float() for part in posterior)
         return mu, logvar
 
     def decode_texts(self, z, batch_size=64, **kwargs):
         """The texts that `generate(z, **kwargs)` writes for z (N, Z), a list of str, `<unk>` kept.
 
-        Raises InputError where z has another shape.
+        Dropout is off, whatever the model's mode. Raises InputError if z has another shape, or a
+        number that is not finite.
         """
         z, tokenizer, texts = torch.as_tensor(z), self._get_tokenizer(), []
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise InputError(f"z has shape {tuple(z.shape)}; it must be (N, {self.latent_dim})")
-        for start in range(0, len(z), batch_size):
-            ids = self.generate(z[start : start + batch_size].to(self.w_mu.weight), **kwargs)
-            texts += detokenize(ids.tolist(), tokenizer)
+        if not z.isfinite().all():
+            row = (~z.isfinite()).any(1).nonzero()[0].item()
+            raise InputError(f"z[{row}] has a number that is not finite")
+        with evaluating(self):
+            for start in data.progress(range(0, len(z), batch_size), "decoding"):
+                ids = self.generate(z[start : start + batch_size].to(self.w_mu.weight), **kwargs)
+                ids = getattr(ids, "sequences", ids)  # return_dict_in_generate=True
+                texts += data.detokenize(ids.tolist(), tokenizer)
         return texts
 
     def _get_tokenizer(self):
@@ -340,27 +421,38 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
             raise InputError("the model has no tokenizer: set model.tokenizer")
         return self.tokenizer
 
-    def _save_pretrained(self, save_directory):  # ModelHubMixin writes config.json
+    def _save_pretrained(self, save_directory):
+        """What `save_pretrained` writes, but for the card: the model as it is now."""
+        t5_config = self.t5.config.to_dict()
+        t5_config.pop("_name_or_path", None)  # a path on this machine says nothing elsewhere
+        t5_config["tie_word_embeddings"] = self.t5.lm_head.weight is self.t5.shared.weight
+        shape = {"pooling": self.pooling, "pool_layers": self.pool_layers}
+        shape |= {"latent_dim": self.latent_dim, "t5_config": t5_config}
+        data.write_json(save_directory / "config.json", shape)
         # `named_parameters` names a tied weight once, always by the same name.
         weights = safetensors.torch.save(dict(self.named_parameters()))
-        write_atomically(save_directory / WEIGHTS, lambda file: file.write(weights))
+        data.write_atomically(save_directory / WEIGHTS, lambda file: file.write(weights))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
 
     @classmethod
-    def from_pretrained(cls, name_or_path, **download):
+    def from_pretrained(cls, name_or_path, dtype=None, **download):
         """A saved VAE in eval mode, with its tokenizer: from its folder, a run folder, or the hub.
 
-        `download`: arguments of `snapshot_download`. Raises FileNotFoundError where there is no
-        such folder or repository, and InputError where it holds something else.
+        dtype: of its weights (float32); download: arguments of `snapshot_download`, and a TypeError
+        for others. Raises FileNotFoundError if there is no such folder or repository, and
+        InputError if it holds something else.
         """
+        inspect.signature(snapshot_download).bind(str(name_or_path), **download)
         folder = Path(name_or_path)
         if not folder.is_dir():
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name_or_path)):
+                raise FileNotFoundError(f"{name_or_path}: no such run or folder")
             try:
                 folder = Path(snapshot_download(str(name_or_path), **download))
             except Exception as error:  # whatever a name or a network leads to
-                where = f"neither a folder here nor available from the hub ({one_line(error)})"
-                raise FileNotFoundError(f"{name_or_path} is {where}") from error
+                where = f"no such run or folder, nor available from the hub ({one_line(error)})"
+                raise FileNotFoundError(f"{name_or_path}: {where}") from error
         folder = folder / "model" if (folder / "model").is_dir() else folder
         try:
             vae = cls(**json.loads((folder / "config.json").read_text()))
@@ -370,19 +462,28 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
             raise InputError(message) from error
         if (folder / "tokenizer_config.json").is_file():
             vae.tokenizer = AutoTokenizer.from_pretrained(folder)
-        return vae.eval()
+        return vae.to(dtype or torch.float32).eval()
 
 
-def check_vocabulary(config, tokenizer):
-    """ValueError where a tokenizer is empty, or is not that of a T5Config."""
-    size, most = len(tokenizer), config.vocab_size
-    if size < len(tokenizer.all_special_ids) + 10:
-        raise ValueError("its tokenizer is missing, or has no vocabulary")
-    if size > most:
-        raise ValueError(f"its tokenizer has {size} tokens, vocab_size {most}")
+def load(kind, name_or_path, **settings):
+    """kind.from_pretrained(...), or an InputError with the library's own message in one line."""
+    try:
+        return kind.from_pretrained(name_or_path, **settings)
+    except Exception as error:  # whatever foreign or damaged files, or a network, lead to
+        message = f"{name_or_path} is no T5 to start from: {one_line(error)}"
+        raise InputError(message) from error
+
+
+def check_tokenizer(name_or_path, config, tokenizer):
+    """InputError if a tokenizer is missing, or is not that of a T5Config."""
+    said = f"{name_or_path} is no T5 to start from: its tokenizer"
+    if len(tokenizer) < len(tokenizer.all_special_ids) + 10:  # transformers invents an empty one
+        raise InputError(f"{said} is missing, or has no vocabulary")
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"{said} has {len(tokenizer)} tokens, vocab_size {config.vocab_size}")
     for name in "pad_token_id", "eos_token_id":
         ours, theirs = getattr(config, name), getattr(tokenizer, name)
         if ours is None or ours != theirs:
-            raise ValueError(f"{name} is {ours} in config.json, {theirs} in the tokenizer")
+            raise InputError(f"{said} says {name} {theirs}, config.json {ours}")
     if config.decoder_start_token_id is None:
-        raise ValueError("decoder_start_token_id is missing in config.json")
+        raise InputError(f"{name_or_path} has no decoder_start_token_id in its config.json")
