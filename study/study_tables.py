@@ -1,6 +1,6 @@
-"""The tables of RESULTS.md, from what extras.study keeps in results/.
+"""The tables of RESULTS.md, from what study.study keeps in results/.
 
-    python -m extras.study --tables
+    python -m study.study --tables
 
 Nats are per sentence. ± is the standard error over sentences (of a difference: that of the paired
 differences), or, where a row has several seeds, the standard deviation over them if it is larger.
@@ -47,20 +47,20 @@ CLAIMS = (
     Claim("(a) the same, KL weight 1", "swap_cost", "cold-constant", "<"),
     Claim("(a) phase 1 keeps z, KL weight 1", "swap_cost", "constant", ">"),
     Claim("(a) phase 1 makes z say more", "swap_cost", "no-threshold", ">", "cold"),
-    Claim("(b) phase 1 needs a frozen decoder", "swap_cost", "recommended", ">", "unfrozen"),
-    Claim("(b) phase 1 needs a frozen decoder", "neg_elbo", "recommended", "<", "unfrozen"),
-    Claim("(c) max informs more than mean", "swap_cost", "recommended", ">", "mean"),
-    Claim("(c) max informs more than last", "swap_cost", "recommended", ">", "last"),
+    Claim("(b) phase 1 needs a frozen decoder", "swap_cost", "paper-default", ">", "unfrozen"),
+    Claim("(b) phase 1 needs a frozen decoder", "neg_elbo", "paper-default", "<", "unfrozen"),
+    Claim("(c) max informs more than mean", "swap_cost", "paper-default", ">", "mean"),
+    Claim("(c) max informs more than last", "swap_cost", "paper-default", ">", "last"),
     Claim("(d) deletion helps long texts", "swap_cost", "paper-denoise", ">", "paper-max"),
     Claim("(d) deletion helps long texts", "neg_elbo", "paper-denoise", "<", "paper-max"),
     Claim("(d) with a threshold, too", "neg_elbo", "deletion0.4", "<", "no-deletion"),
-    Claim("(e) a threshold of 0.5 helps", "neg_elbo", "recommended", "<", "no-threshold"),
+    Claim("(e) a threshold of 0.5 helps", "neg_elbo", "paper-default", "<", "no-threshold"),
     Claim("(e) 0.5 is better than 3", "neg_elbo", "deletion0.4", "<", "paper-klt"),
     Claim("(f) cyclical annealing loses z", "swap_cost", "cyclical", "<"),
-    Claim("(g) of 64 dimensions as many are active", "active", "z64", "=", "recommended"),
-    Claim("(g) of 128 dimensions fewer are active", "active", "z128", "<", "recommended"),
+    Claim("(g) of 64 dimensions as many are active", "active", "z64", "=", "paper-default"),
+    Claim("(g) of 128 dimensions fewer are active", "active", "z128", "<", "paper-default"),
     Claim("(h) a deeper T5 is better", "neg_elbo", "paper-deep", "<", "paper-klt"),
-    Claim("(i) all layers inform more", "swap_cost", "all-layers", ">", "recommended"),
+    Claim("(i) all layers inform more", "swap_cost", "all-layers", ">", "paper-default"),
     Claim("(k) deletion raises the KL", "kl", "paper-denoise", ">", "paper-max"),
     Claim("(k) a threshold raises the KL", "kl", "paper-klt", ">", "paper-denoise"),
     Claim("pretraining helps a language model", "rec", "lm-random", ">", "lm"),
@@ -110,7 +110,7 @@ def check_pairs(path, pairs):
 
 
 def check_positions(path, places):
-    """Raises InputError where `positions` of a metrics.json is not what extras.positions finds."""
+    """Raises InputError where `positions` of a metrics.json is not what study.positions finds."""
     needed = ("start", "stop", "rec", "rec_other")
     for place in places if isinstance(places, list) else [places]:
         if not isinstance(place, dict) or not all(is_number(place.get(key)) for key in needed):
@@ -258,7 +258,7 @@ def holds(claim, runs, paired, text, a, b):
 
     Of two rows: yes or no, where each seed's difference is beyond two standard errors of the paired
     differences, all on the same side, and their mean is more than the seeds of one of the rows
-    differ (if neither has several: those of `recommended`); else unclear. The share of active
+    differ (if neither has several: those of `paper-default`); else unclear. The share of active
     dimensions has no error: "=" is less than 2 % apart.
     """
     if claim.b is None:
@@ -272,7 +272,7 @@ def holds(claim, runs, paired, text, a, b):
     errors = [error for _, error in found if error is not None]
     if not errors:
         return "?"
-    rows = [row for row in (claim.a, claim.b) if len(runs[text][row]) > 1] or ["recommended"]
+    rows = [row for row in (claim.a, claim.b) if len(runs[text][row]) > 1] or ["paper-default"]
     gains = [side * mean for mean, _ in found]
     if abs(statistics.fmean(gains)) > max(seed_range(runs, text, row, key) for row in rows):
         if min(gains) > 2 * max(errors):
@@ -296,8 +296,8 @@ def verdict(claim, runs, paired, text):
 
 
 def plateau(runs, text):
-    """Claim (j), of phase 1 of the row `recommended`: its KL after the last two epochs."""
-    seeds = runs[text].get("recommended", {})
+    """Claim (j), of phase 1 of the row `paper-default`: its KL after the last two epochs."""
+    seeds = runs[text].get("paper-default", {})
     found = [config.get("phase1_kl") for config, _ in seeds.values()]
     if not found or not all(isinstance(kl, list) and len(kl) > 1 for kl in found):
         return "-"
@@ -314,7 +314,7 @@ def claims_table(runs, paired):
         said = f"`{claim.measure}`: {claim.a} {claim.expected}"
         said += f" {claim.b}" if claim.b else " 1 nat; `kl`"
         rows.append([claim.says, said, *(verdict(claim, runs, paired, text) for text in runs)])
-    said = "`kl`: recommended, epoch 4 = epoch 5 (2 %)"
+    said = "`kl`: paper-default, epoch 4 = epoch 5 (2 %)"
     rows.append(["(j) phase 1's KL plateaus", said, *(plateau(runs, text) for text in runs)])
     rows = [row for row in rows if set(row[2:]) - {"-"}]
     if not rows:

@@ -1,8 +1,8 @@
 """The study of RESULTS.md: its rows as data, one command that runs them, and their tables.
 
-    python -m extras.study --list                  what is missing, most informative first
-    python -m extras.study --data-dir data         runs that, one process per core
-    python -m extras.study --tables                the tables of RESULTS.md, from results/
+    python -m study.study --list                  what is missing, most informative first
+    python -m study.study --data-dir data         runs that, one process per core
+    python -m study.study --tables                the tables of RESULTS.md, from results/
 
 It can be stopped at any moment: the same command continues. Two of them may run side by side, on
 different --texts, once the T5s that they start from are made. Runs are written to runs/study/, what
@@ -12,7 +12,7 @@ same test texts, with their standard errors.
 
 The paper's own experiment, for whoever has a GPU and a network:
 
-    python -m extras.study --model t5-small --deep t5-base --texts ptb snli yahoo yelp
+    python -m study.study --model t5-small --deep t5-base --texts ptb snli yahoo yelp
 """
 
 import argparse
@@ -39,7 +39,7 @@ except ImportError:  # Windows
 import data
 from extras import compare, positions, study_tables
 from extras.flags import at_least
-from extras.study_tables import read_dict
+from study.study_tables import read_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,7 +96,7 @@ PAPER_FLAGS = "--recipe paper --dropout 0.1"  # t5-small's dropout
 WARM_UPS = {  # phase 1: what it starts from, flags
     "autoencoder": ("small", f"{BEST_FLAGS} --epochs 3"),
     "autoencoder-random": ("random", f"{BEST_FLAGS} --epochs 3"),
-    "recommended": ("small", f"{PAPER_FLAGS} --denoise 0.15"),
+    "paper-default": ("small", f"{PAPER_FLAGS} --denoise 0.15"),
     "no-deletion": ("small", f"{PAPER_FLAGS} --denoise 0"),
     "deletion0.4": ("small", f"{PAPER_FLAGS} --denoise 0.4"),
     "deletion0.4-deep": ("deep", f"{PAPER_FLAGS} --denoise 0.4"),
@@ -131,7 +131,7 @@ ROWS = [  # the most informative first
     Row("r16", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 16"),
     Row("r24", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 24", special=True),
     Row("r4", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 4"),
-    Row("recommended", "recommended", f"{PAPER_FLAGS} --denoise 0.15", several=True),
+    Row("paper-default", "paper-default", f"{PAPER_FLAGS} --denoise 0.15", several=True),
     Row("no-deletion", "no-deletion", f"{PAPER_FLAGS} --denoise 0"),
     Row("deletion0.4", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4"),
     Row("threshold0.25", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-threshold 0.25"),
@@ -139,9 +139,9 @@ ROWS = [  # the most informative first
     Row("linear", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-schedule linear"),
     Row("cold", None, f"{PAPER_FLAGS} --denoise 0.15 --kl-threshold 0"),
     Row("cold-constant", None, f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule constant"),
-    Row("no-threshold", "recommended", f"{PAPER_FLAGS} --denoise 0.15 --kl-threshold 0"),
-    Row("cyclical", "recommended", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule cyclical"),
-    Row("constant", "recommended", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule constant"),
+    Row("no-threshold", "paper-default", f"{PAPER_FLAGS} --denoise 0.15 --kl-threshold 0"),
+    Row("cyclical", "paper-default", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule cyclical"),
+    Row("constant", "paper-default", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule constant"),
     Row("unfrozen", "unfrozen", f"{PAPER_FLAGS} --denoise 0.15"),
     Row("mean", "mean", f"{PAPER_FLAGS} --denoise 0.15"),
     Row("last", "last", f"{PAPER_FLAGS} --denoise 0.15"),

@@ -1,9 +1,9 @@
 """Pictures of runs. Needs `pip install -r extras/requirements.txt`.
 
-    python -m extras.plots curves --out curves.png RUN ...
-    python -m extras.plots price --out price.png [--results results]
-    python -m extras.plots buys --out buys.png [--results results]
-    python -m extras.plots plane --out plane-ptb.png [--text ptb] [--results results]
+    python -m study.plots curves --out curves.png RUN ...
+    python -m study.plots price --out price.png [--results results]
+    python -m study.plots buys --out buys.png [--results results]
+    python -m study.plots plane --out plane-ptb.png [--text ptb] [--results results]
 
 curves: MI, AU, KL and PPL per word on the validation split, of any runs. The others show the study,
 whose runs are results/<text>/<row>/<seed>. price: what a nat of KL costs in NLL, per text. buys:
@@ -42,7 +42,7 @@ NOT_IN_LABELS = INCIDENTAL | {"init", "data_sha256"}
 # The study's rows by method, with the color and the marker of each. Other rows are not drawn.
 METHODS = {
     "KL target": (r"r\d+", "#0072B2", "o"),
-    "the paper's recipe": (r"paper-.+|recommended|cyclical|constant", "#D55E00", "^"),
+    "the paper's recipe": (r"paper-.+|paper-default|cyclical|constant", "#D55E00", "^"),
     "KL threshold": (r"threshold[\d.]+", "#009E73", "s"),
     "annealing": (r"linear\d*", "#CC79A7", "D"),
 }

@@ -286,9 +286,9 @@ def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
 
 
 @pytest.mark.parametrize(("apart", "said"), [(1.9, "yes"), (2.1, "unclear")])
-@pytest.mark.parametrize("row", ["mean", "recommended"])
+@pytest.mark.parametrize("row", ["mean", "paper-default"])
 def test_a_verdict_needs_more_than_the_difference_of_two_seeds(tmp_path, row, apart, said):
-    """Of one of the rows, else of `recommended`: the errors over sentences do not have it."""
+    """Of one of the rows, else of `paper-default`: the errors over sentences do not have it."""
     write_row(tmp_path, "ptb", "mean", swap_cost=3.0)
     write_row(tmp_path, "ptb", "last", swap_cost=5.0)
     if row != "mean":
@@ -330,11 +330,11 @@ def test_a_claim_of_one_row_shows_its_swap_cost_and_kl(tmp_path, cost, lost):
 
 @pytest.mark.parametrize(("au", "same", "fewer"), [(64, "yes", "no"), (62, "no", "yes")])
 def test_claims_of_active_dimensions_compare_shares(tmp_path, au, same, fewer):
-    write_row(tmp_path, "ptb", "recommended")  # 32 of 32
+    write_row(tmp_path, "ptb", "paper-default")  # 32 of 32
     write_row(tmp_path, "ptb", "z64", latent_dim=64, au=au)
     runs = study_tables.read(tmp_path)
     for expected, said in ("=", same), ("<", fewer):
-        claim = study_tables.Claim("", "active", "z64", expected, "recommended")
+        claim = study_tables.Claim("", "active", "z64", expected, "paper-default")
         assert study_tables.verdict(claim, *runs, "ptb") == f"{said}: {au / 64:.2f}, 1.00"
 
 

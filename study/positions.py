@@ -1,6 +1,6 @@
 """Where in a text does z matter? rec by position, with a text's own z and with another text's.
 
-    python -m extras.positions RUN
+    python -m study.positions RUN
 
 The difference is the swap cost of the tokens there. One z is the only thing that the decoder reads
 of a text; the words it has already written are the rest of what it knows. So z may matter at the
