@@ -149,7 +149,7 @@ class Normalize(torch.autograd.Function):
 
 
 class LayerNorm(T5LayerNorm):
-    """T5's layer norm. Under autocast the linear layers after it round what they read: here once."""
+    """T5's layer norm. Under autocast it rounds once what all linear layers after it round."""
 
     def forward(self, x):
         if not (x.is_cpu and x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")):
