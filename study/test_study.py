@@ -1,20 +1,26 @@
-"""Tests of the study: its commands, what it keeps, and its tables."""
+"""Tests of the study: its commands, what it keeps, its tables and figures, and RESULTS.md."""
 
 import json
 import re
 import shutil
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import same_color
+from matplotlib.container import ErrorbarContainer
 
 import data
 import metrics
 import train
-from extras import compare, positions, pretrain, study, study_tables
-from extras.test_extras import EOS, home, one_thread  # noqa: F401 (fixtures)
-from test_vae import tiny_vae
+from extras import compare, paper_tables, pretrain
+from extras.test_extras import home, one_thread, read_json
+from study import plots, positions, study, study_tables
+from test_vae import EOS, ROOT, tiny_vae
+
+# ---------------------------------------- commands
 
 
 def settings(*flags):
@@ -36,7 +42,8 @@ def test_commands_are_understood_and_stand_after_what_they_need(flags):
         *_, script = [word for word in job.command if word in ("train.py", "extras.pretrain")]
         if script == "train.py":
             (parsed,) = train.parse_args(job.command[1:])
-            assert str(train.run_folder(parsed, parsed.phase)) == str(job.out)
+            folder = "lm" if parsed.latent_dim == 0 else f"phase{parsed.phase}"
+            assert Path(parsed.out, folder) == job.out
             assert parsed.limit is None or not args.model
             if parsed.init and job.needs:
                 assert Path(parsed.init).is_relative_to(job.needs.out)
@@ -101,57 +108,65 @@ def test_a_text_may_have_rows_and_epochs_of_its_own():
     }
 
 
+def test_mistakes_are_refused(capsys):
+    with_grammar = ["--model", "t5-small", "--texts", "grammar"]
+    nameless = ["--model", ".."]
+    unknown = ["--texts", "captoins"]
+    texts = (["--texts", ".."], unknown, with_grammar, nameless)
+    unset = ["--model", ""], ["--model", "t5-small", "--deep", ""], ["--deep", ""]
+    for flags in (*texts, *unset, ["--deep", "t5-base"], ["--rows", "r5"]):
+        with pytest.raises(SystemExit):
+            settings(*flags)
+    assert "r5" in capsys.readouterr().err
+
+
+# ---------------------------------------- runs
+
+
 @pytest.fixture(scope="module")
-def tiny_t5(home, tmp_path_factory):  # noqa: F811
+def tiny_t5(home, tmp_path_factory):
     out = tmp_path_factory.mktemp("t5")
     shape = ["--d-model", 16, "--layers", 1, "--heads", 2, "--vocab-size", 60, "--steps", 0]
     pretrain.main(["--dataset", home, *shape, "--out", out / "t5", "--device", "cpu"])
     return out / "t5" / "model"
 
 
-def read(path):
-    return json.loads(Path(path).read_text())
-
-
-def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path, capsys):  # noqa: F811
+def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path, capsys):
     results, runs = tmp_path / "results", tmp_path / "runs"
     flags = ["--model", str(tiny_t5), "--texts", home.name, "--data-dir", str(home.parent)]
     flags += ["--results", str(results), "--runs", str(runs), "--rows", "lm", "r4", "--jobs", "2"]
     name = str(tiny_t5).strip("/").replace("/", "--")
-    foreign = runs / name / home.name / "r4" / "0" / "phase2" / "mine.txt"
-    foreign.parent.mkdir(parents=True)
-    foreign.write_text("not a run's")
+    kept, folder = results / home.name, runs / name / home.name
+    blocked = folder / "r4" / "0" / "phase2"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("where a folder should be")
     with pytest.raises(SystemExit, match="commands that failed: 1"):
         study.main(flags)
-    assert "mine.txt" in capsys.readouterr().out  # the reason
-    kept = results / home.name
+    assert re.search(r"FAILED, see .*exists: .*r4/0/phase2", capsys.readouterr().out)
     assert not (kept / "r4").exists()
-    foreign.unlink()
+    blocked.unlink()
 
     study.main(flags)  # the language model and phase 1 are not run again
     out = capsys.readouterr().out
     assert "r4" in out
     assert "--no-latent" not in out
     assert "--phase 1" not in out
-    config = read(kept / "r4" / "0" / "config.json")
+    config = read_json(kept / "r4" / "0", "config.json")
     assert {"machine", "commit", "minutes"} <= config.keys()
     assert len(config["phase1_kl"]) == 4
-    assert sorted(path.name for path in (kept / "r4" / "0").iterdir()) == [
-        "config.json",
-        "metrics.json",
-    ]
-    folder = runs / name / home.name
+    files = {path.name for path in (kept / "r4" / "0").iterdir()}
+    assert files == {"config.json", "metrics.json"}
     expected = compare.compare(folder / "lm" / "0" / "lm", folder / "r4" / "0" / "phase2")
-    assert read(kept / "paired.json")["r4/0 - lm/0"]["nll"] == list(expected["nll"])
+    assert read_json(kept, "paired.json")["r4/0 - lm/0"]["nll"] == list(expected["nll"])
     (folder / "lm" / "0" / "lm" / "sentences.npz").write_bytes(b"")
     study.main(flags)  # what cannot be compared stops nothing
     out, err = capsys.readouterr()
     assert "0 of 3 rows are missing" in out  # lm has two seeds
     assert re.search("not compared: .*sentences.npz is damaged", err)
-    old = read(kept / "paired.json") | {"cold/0 - r4/0": {}, "lm-gone/1 - lm/1": {}}
+    old = read_json(kept, "paired.json") | {"cold/0 - r4/0": {}, "lm-gone/1 - lm/1": {}}
     data.write_json(kept / "paired.json", old)
     study.main(flags)
-    assert read(kept / "paired.json").keys() == {"r4/0 - lm/0"}, "no pair of an earlier study"
+    assert read_json(kept, "paired.json").keys() == {"r4/0 - lm/0"}, "no pair of an earlier study"
 
     shutil.rmtree(kept / "r4")  # made again, where the other run of the pair is not there
     shutil.rmtree(folder / "r4")
@@ -190,16 +205,17 @@ def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
     assert max(abs(row["rec_other"] - row["rec"]) for row in ignored) < 1e-6 < max(explained)
 
 
-def test_mistakes_are_refused(capsys):
-    with_grammar = ["--model", "t5-small", "--texts", "grammar"]
-    nameless = ["--model", ".."]
-    unknown = ["--texts", "captoins"]
-    texts = (["--texts", ".."], unknown, with_grammar, nameless)
-    unset = ["--model", ""], ["--model", "t5-small", "--deep", ""], ["--deep", ""]
-    for flags in (*texts, *unset, ["--deep", "t5-base"], ["--rows", "r5"]):
-        with pytest.raises(SystemExit):
-            settings(*flags)
-    assert "r5" in capsys.readouterr().err
+# ---------------------------------------- tables
+
+
+def write_row(results, text, row, seed=0, **measures):
+    """A run of the study with these numbers, all invented."""
+    folder = results / text / row / str(seed)
+    folder.mkdir(parents=True)
+    measures = {"latent_dim": 32, "au": 32, "kl": 8.0, "rec": 90.0} | measures
+    data.write_json(folder / "metrics.json", measures)
+    phase1_kl = [0, 50.0, 90.0, 100.0, 101.0]
+    data.write_json(folder / "config.json", {"command": "", "phase1_kl": phase1_kl})
 
 
 def test_damaged_results_are_named(tmp_path):
@@ -211,35 +227,14 @@ def test_damaged_results_are_named(tmp_path):
         measures = '{"latent_dim": 0, "kl": 0, "rec": NaN, "au": 0}'
         for text in whole[:9], "[]", "{}", measures, measures.replace("NaN", "null"):
             path.write_text(text)
-            with pytest.raises(SystemExit, match=name):
+            with pytest.raises(SystemExit, match=f"study.py: .*{name} is damaged"):
                 study.main(["--tables", "--results", str(tmp_path)])
         path.write_text(whole)
-    found = '{"a": 1}', '{"a": {"nll": 1}}', "[]", "{}", '{"a": {"nll": [null, 0.1]}}'
-    for pairs in *found, '{"a": {"nll": ["x", "y"]}}', '{"a": {"nll": [NaN, 0.1]}}':
-        (tmp_path / "ptb" / "paired.json").write_text(pairs)
-        with pytest.raises(SystemExit, match="paired.json is damaged"):
-            study.main(["--tables", "--results", str(tmp_path)])
-    (tmp_path / "ptb" / "paired.json").unlink()
-    for places in "x", [1], [{}], {"a": 1}, [{"start": 0, "stop": 5, "rec": "1", "rec_other": 2}]:
-        write_row(tmp_path, "ptb", "r4", len(str(places)), positions=places)
-        with pytest.raises(SystemExit, match="metrics.json is damaged: "):
-            study.main(["--tables", "--results", str(tmp_path)])
-        shutil.rmtree(tmp_path / "ptb" / "r4")
     write_row(tmp_path, "ptb", "r4", "0.bak")
     with pytest.raises(SystemExit, match=r"r4/0.bak is no seed"):
         study.main(["--tables", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="no folder"):
         study.main(["--tables", "--results", str(tmp_path / "none")])
-
-
-def write_row(results, text, row, seed=0, **measures):
-    folder = results / text / row / str(seed)
-    folder.mkdir(parents=True)
-    measures = {"latent_dim": 32, "au": 32, "kl": 8.0, "rec": 90.0} | measures
-    data.write_json(folder / "metrics.json", measures)
-    data.write_json(
-        folder / "config.json", {"command": "", "phase1_kl": [0, 50.0, 90.0, 100.0, 101.0]}
-    )
 
 
 def test_tables_say_what_the_results_hold(tmp_path):
@@ -353,3 +348,248 @@ def test_claims_and_pairs_name_rows_of_the_study():
     for a, b in study_tables.pairs(rows):
         assert {a, b} <= rows
     assert set(study_tables.SYSTEMS) | set(study_tables.METHODS) <= rows
+
+
+# ---------------------------------------- figures
+
+
+@pytest.fixture
+def results(tmp_path):
+    """captions: all is there; ptb: a phase 1, rows that are not drawn, an empty folder; answers: no
+    language model."""
+    for seed, rec in enumerate((50.0, 50.2)):
+        write_row(tmp_path, "captions", "lm", seed, kl=0.0, rec=rec, nll=rec)
+    for seed, nll in enumerate((50.3, 49.5)):
+        z = {"rec_other": 62.0, "exact_match": 2.5}
+        write_row(tmp_path, "captions", "r8", seed, kl=8.0, rec=43.0, nll=nll, **z)
+    z = {"rec_other": 51.0, "exact_match": 1.5}
+    write_row(tmp_path, "captions", "paper-deep", kl=99.0, rec=52.0, nll=90.0, **z)
+    pairs = {"r8/1 - lm/0": {"nll": [-0.5, 0.01]}, "paper-deep/0 - lm/0": {"nll": [40.0, 0.02]}}
+    (tmp_path / "captions" / "paired.json").write_text(json.dumps(pairs))
+    write_row(tmp_path, "ptb", "lm", kl=0.0, rec=110.0, nll=110.0)
+    write_row(tmp_path, "ptb", "cyclical", kl=2.0, rec=107.0, nll=108.0)
+    write_row(tmp_path, "ptb", "linear", kl=170.0, rec=60.0)
+    write_row(tmp_path, "ptb", "z128", kl=8.0, rec=104.0, nll=111.0)
+    (tmp_path / "ptb" / "r16" / "0").mkdir(parents=True)
+    write_row(tmp_path, "answers", "threshold0.5", kl=15.0, rec=320.0, nll=333.0)
+    return tmp_path
+
+
+def draw(kind, results, *flags):
+    flags = ["--results", str(results), "--out", "x.png", *flags]
+    return plots.draw(plots.parse_args([kind, *flags]))
+
+
+def bars(axes):
+    """{row/seed: (KL, gap, standard error)} of the points of a panel that have error bars."""
+    found = {}
+    for bar in axes.containers:
+        assert isinstance(bar, ErrorbarContainer)
+        (kl,), (gap,) = bar.lines[0].get_data()
+        (((_, low), (_, high)),) = bar.lines[2][0].get_segments()
+        found[bar.get_label()] = kl, gap, (high - low) / 2
+    return found
+
+
+def drawn(axes):
+    """{label: (x, y)} of the single points of a panel."""
+    lines = (line for line in axes.get_lines() if len(line.get_xdata()) == 1)
+    return {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in lines}
+
+
+def test_the_price_is_nll_above_the_language_model(results):
+    captions, ptb = draw("price", results).axes
+    assert captions.get_title() == "captions: language model 50.10 nats", "the mean over seeds"
+    points = bars(captions)
+    assert points.pop("r8/1") == pytest.approx((8, -0.5, 0.01)), "it is paired with seed 0"
+    assert points.pop("paper-deep/0") == pytest.approx((99, 40, 0.02)), "paired"
+    assert points.pop("r8/0") == pytest.approx((8, 0.3, 0.5)), "not paired: sqrt(0.3^2 + 0.4^2)"
+    assert not points
+    assert bars(ptb) == {"cyclical/0": pytest.approx((2, -2, 0.5))}, "what has no nll is left out"
+    for axes in captions, ptb:
+        (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
+        assert low < -2.5 < 40 < high, "below zero is seen, with its error"
+        assert left < 0 < 99 < right
+        assert [tick for tick in axes.get_yticks() if tick <= 0], "zero has its place on the axis"
+
+
+def test_the_price_of_grammar_is_nll_above_its_entropy(tmp_path):
+    write_row(tmp_path, "grammar", "lm", kl=0.0, rec=21.25, nll=21.25, entropy=21.0)
+    write_row(tmp_path, "grammar", "r4", kl=4.0, rec=17.0, nll=21.5, nll_se=0.05, entropy=21.0)
+    (axes,) = draw("price", tmp_path).axes
+    assert axes.get_title() == "grammar: entropy 21.00 nats"
+    assert bars(axes) == {"r4/0": pytest.approx((4, 0.5, 0.05))}
+    (dashed,) = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+    assert dashed.get_ydata() == pytest.approx([0.25, 0.25]), "the language model"
+
+
+def test_a_deep_row_has_a_language_model_of_its_own_or_is_hollow(results):
+    def deep(figure):
+        (bar,) = [b for b in figure.axes[0].containers if b.get_label() == "paper-deep/0"]
+        return same_color(bar.lines[0].get_markerfacecolor(), "white"), bars(figure.axes[0])
+
+    assert deep(draw("price", results))[0]
+    write_row(results, "captions", "lm-deep", kl=0.0, rec=45.0, nll=45.0)
+    hollow, points = deep(draw("price", results))
+    assert not hollow
+    assert points["paper-deep/0"] == pytest.approx((99, 45, 0.5))
+
+
+def test_what_kl_buys(results):
+    exact, swap = draw("buys", results).axes
+    assert drawn(exact) == {"r8/0": (8, 2.5), "r8/1": (8, 2.5), "paper-deep/0": (99, 1.5)}
+    assert drawn(swap) == {"r8/0": (8, 19), "r8/1": (8, 19), "paper-deep/0": (99, -1)}
+    assert swap.get_ylim()[0] < -1
+    assert draw("buys", results).legends[0].get_texts()[0].get_text() == "captions"
+
+
+def test_the_plane_has_both_widths_and_the_published_rows(results):
+    write_row(results, "ptb-256", "r8", kl=8.0, rec=93.5, nll=101.0)
+    write_row(results, "ptb-256", "lm", kl=0.0, rec=100.5, nll=100.5)
+    figure = draw("plane", results)
+    (axes,) = figure.axes
+    points = drawn(axes)
+    assert points["cyclical/0"] == (2, 107)
+    assert points["r8/0"] == (8, 93.5)
+    assert "linear/0" not in points, "a phase 1"
+    published = {row["name"]: row for row in paper_tables.reread("ptb")}
+    klt = published["Max pool + Denoise + KLT"]
+    assert points["paper: KLT"] == (float(klt["kl"]), klt["rec"]), "-ELBO corrected"
+    assert points["Optimus (lambda 0.5)"] == pytest.approx((15.72, 96.82 - 15.72))
+    assert {"paper: KLT", "Li et al. (lambda 3)"} <= {text.get_text() for text in axes.texts}
+    lines = {line.get_label(): line for line in axes.get_lines() if len(line.get_xdata()) > 1}
+    assert list(lines) == [
+        "our language model of PTB: 110.00",
+        "our language model of PTB, width 256: 100.50",
+        "the paper's T5-small without z: 104.32",
+        "GPT-2, from its perplexity: 89.54",
+    ]
+    for label, line in lines.items():
+        nats = line.get_xdata() + line.get_ydata()
+        assert nats == pytest.approx(float(label.split(": ")[1]), abs=0.005)
+    colors = [lines[label].get_color() for label in list(lines)[:2]]
+    (wide,) = [line for line in axes.get_lines() if line.get_label() == "r8/0"]
+    assert wide.get_color() == colors[1] != colors[0], "a point has the color of its language model"
+
+
+def test_names_cover_nothing(results):
+    for seed in range(8):
+        write_row(results, "captions", f"r{seed}", seed, kl=8.0 + seed / 50, rec=43.0, nll=51.0)
+    figure = draw("plane", results, "--text", "captions")
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) > 4
+    for i, box in enumerate(boxes):
+        assert not box.count_overlaps(boxes[i + 1 :])
+        points = axes.transData.transform(list(drawn(axes).values()))
+        assert not any(box.contains(*point) for point in points)
+
+
+def test_figures_are_written_and_mistakes_are_one_line(results, tmp_path):
+    for kind in "price", "buys", "plane":
+        out = tmp_path / f"{kind}.png"
+        plots.main([kind, "--results", str(results), "--out", str(out)])
+        assert matplotlib.image.imread(out).std() > 0
+    for kind, folder, flags, said in (
+        ("price", "no/such", (), "there is no folder"),
+        ("price", results / "ptb", (), "no text has a language model"),
+        ("buys", results / "ptb", (), "no row has exact_match"),
+        ("plane", results, ("--text", "snli"), "no row of snli"),
+        ("plane", results, ("--out", "x.nothing"), "not supported"),
+    ):
+        with pytest.raises(SystemExit, match=f"^plots.py: .*{said}"):
+            plots.main([kind, "--out", "x.png", "--results", str(folder), *flags])
+    with pytest.raises(SystemExit):
+        plots.parse_args(["price", "--out", f"{tmp_path}/"])
+
+
+# ---------------------------------------- RESULTS.md
+
+RESULTS = ROOT / "study" / "results"
+TEXT = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+TABLES = study_tables.tables(RESULTS)
+# Numbers in RESULTS.md of no row: NLLs at another learning rate; parameters.
+NOT_OF_THE_STUDY = {"120.08", "120.65", "1.9"}
+
+
+def missing(text):
+    """The names of the tables that a text does not show as results/ has them."""
+    return [name for name, table in TABLES.items() if table not in text]
+
+
+def test_tables_are_what_the_runs_measured():
+    assert {"price", "claims"} <= TABLES.keys()
+    assert missing(TEXT) == []
+
+
+def test_a_wrong_digit_is_found():
+    for name, table in TABLES.items():
+        at = TEXT.index(table) + re.search(r"\d\.\d", table).start()
+        wrong = TEXT[:at] + str((int(TEXT[at]) + 1) % 10) + TEXT[at + 1 :]
+        assert missing(wrong) == [name]
+
+
+def strangers(prose):
+    """The numbers with decimals in a text that no table has, with these digits or more."""
+    number = r"(?<![\d.])\d+\.\d+(?![\d.])"
+    measured = set(re.findall(number, "\n".join(TABLES.values()))) | {f"{data.GRAMMAR_ENTROPY:.2f}"}
+    measured |= {f"{float(value):.{digits}f}" for value in measured for digits in (1, 2)}
+    return set(re.findall(number, prose)) - measured - NOT_OF_THE_STUDY
+
+
+def test_numbers_in_prose_stand_in_a_table():
+    prose = re.sub(r"`.*?`|^\|.*", "", TEXT, flags=re.M)
+    assert strangers(prose) == set()
+    assert {value for value in NOT_OF_THE_STUDY if value not in prose} == set()
+    found = strangers("9876.5 nats, 9876.543±9876.54, section 9.8.7")
+    assert found == {"9876.5", "9876.543", "9876.54"}, "the control"
+
+
+def stale_pairs(runs, paired):
+    """The paired differences that are not those of the two rows' measures."""
+    found = []
+    for text, pairs in paired.items():
+        for pair, measures in pairs.items():
+            names = [name.split("/") for name in pair.split(" - ")]
+            a, b = (runs[text].get(row, {}).get(seed, {}) for row, seed in names)
+            for key, (mean, _) in measures.items():
+                if key in a and key in b and abs(a[key] - b[key] - mean) > 1e-4:
+                    found.append((text, pair, key))
+            if not a or not b:
+                found.append((text, pair, "no row"))
+    return found
+
+
+def test_paired_differences_are_those_of_the_rows():
+    runs, paired = study_tables.read(RESULTS)
+    assert stale_pairs(runs, paired) == []
+    paired["ptb"]["r8/0 - lm/0"]["rec"][0] += 0.001
+    paired["ptb"]["r9/0 - lm/0"] = {}
+    found = [("ptb", "r8/0 - lm/0", "rec"), ("ptb", "r9/0 - lm/0", "no row")]
+    assert stale_pairs(runs, paired) == found, "the control"
+
+
+def hidden_rows(runs, paired):
+    """The (text, row) that stand in no table."""
+    shown = "\n".join(TABLES.values())
+    named = {"lm": "language model", "lm-deep": "paper-deep", "lm-paper": "rec - lm-paper's"}
+    named = {row for row, words in named.items() if words in shown}
+    hidden = []
+    for text, rows in runs.items():
+        claims = [
+            claim
+            for claim in study_tables.CLAIMS
+            if study_tables.verdict(claim, runs, paired, text) != "-"
+        ]
+        of_claims = {claim.a for claim in claims} | {claim.b for claim in claims}
+        for row in rows.keys() - of_claims - named:
+            if not re.search(rf"\| {text}: {row}( \||, \d seeds)", shown):
+                hidden.append((text, row))
+    return hidden
+
+
+def test_results_are_two_pages_and_hold_no_row_that_is_not_shown():
+    assert TEXT.count("\n") <= 160
+    runs, paired = study_tables.read(RESULTS)
+    assert hidden_rows(runs, paired) == []
+    assert hidden_rows({"ptb": {"constant": {}, "lm": {}}}, {}) == [("ptb", "constant")]
