@@ -142,7 +142,7 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
     blocked.write_text("where a folder should be")
     with pytest.raises(SystemExit, match="commands that failed: 1"):
         study.main(flags)
-    assert re.search(r"FAILED, see .*exists: .*r4/0/phase2", capsys.readouterr().out)
+    assert re.search(r"FAILED, see .*: .*r4/0/phase2", capsys.readouterr().out)
     assert not (kept / "r4").exists()
     blocked.unlink()
 
@@ -353,25 +353,30 @@ def test_claims_and_pairs_name_rows_of_the_study():
 # ---------------------------------------- figures
 
 
+def write_drawn(results, text, row, seed=0, **measures):
+    """`write_row`, with standard errors."""
+    write_row(results, text, row, seed, **{"nll_se": 0.3, "rec_se": 0.4} | measures)
+
+
 @pytest.fixture
 def results(tmp_path):
     """captions: all is there; ptb: a phase 1, rows that are not drawn, an empty folder; answers: no
     language model."""
     for seed, rec in enumerate((50.0, 50.2)):
-        write_row(tmp_path, "captions", "lm", seed, kl=0.0, rec=rec, nll=rec)
+        write_drawn(tmp_path, "captions", "lm", seed, kl=0.0, rec=rec, nll=rec)
     for seed, nll in enumerate((50.3, 49.5)):
         z = {"rec_other": 62.0, "exact_match": 2.5}
-        write_row(tmp_path, "captions", "r8", seed, kl=8.0, rec=43.0, nll=nll, **z)
+        write_drawn(tmp_path, "captions", "r8", seed, kl=8.0, rec=43.0, nll=nll, **z)
     z = {"rec_other": 51.0, "exact_match": 1.5}
-    write_row(tmp_path, "captions", "paper-deep", kl=99.0, rec=52.0, nll=90.0, **z)
+    write_drawn(tmp_path, "captions", "paper-deep", kl=99.0, rec=52.0, nll=90.0, **z)
     pairs = {"r8/1 - lm/0": {"nll": [-0.5, 0.01]}, "paper-deep/0 - lm/0": {"nll": [40.0, 0.02]}}
     (tmp_path / "captions" / "paired.json").write_text(json.dumps(pairs))
-    write_row(tmp_path, "ptb", "lm", kl=0.0, rec=110.0, nll=110.0)
-    write_row(tmp_path, "ptb", "cyclical", kl=2.0, rec=107.0, nll=108.0)
-    write_row(tmp_path, "ptb", "linear", kl=170.0, rec=60.0)
-    write_row(tmp_path, "ptb", "z128", kl=8.0, rec=104.0, nll=111.0)
+    write_drawn(tmp_path, "ptb", "lm", kl=0.0, rec=110.0, nll=110.0)
+    write_drawn(tmp_path, "ptb", "cyclical", kl=2.0, rec=107.0, nll=108.0)
+    write_drawn(tmp_path, "ptb", "linear", kl=170.0, rec=60.0)
+    write_drawn(tmp_path, "ptb", "z128", kl=8.0, rec=104.0, nll=111.0)
     (tmp_path / "ptb" / "r16" / "0").mkdir(parents=True)
-    write_row(tmp_path, "answers", "threshold0.5", kl=15.0, rec=320.0, nll=333.0)
+    write_drawn(tmp_path, "answers", "threshold0.5", kl=15.0, rec=320.0, nll=333.0)
     return tmp_path
 
 
@@ -414,8 +419,8 @@ def test_the_price_is_nll_above_the_language_model(results):
 
 
 def test_the_price_of_grammar_is_nll_above_its_entropy(tmp_path):
-    write_row(tmp_path, "grammar", "lm", kl=0.0, rec=21.25, nll=21.25, entropy=21.0)
-    write_row(tmp_path, "grammar", "r4", kl=4.0, rec=17.0, nll=21.5, nll_se=0.05, entropy=21.0)
+    write_drawn(tmp_path, "grammar", "lm", kl=0.0, rec=21.25, nll=21.25, entropy=21.0)
+    write_drawn(tmp_path, "grammar", "r4", kl=4.0, rec=17.0, nll=21.5, nll_se=0.05, entropy=21.0)
     (axes,) = draw("price", tmp_path).axes
     assert axes.get_title() == "grammar: entropy 21.00 nats"
     assert bars(axes) == {"r4/0": pytest.approx((4, 0.5, 0.05))}
@@ -429,7 +434,7 @@ def test_a_deep_row_has_a_language_model_of_its_own_or_is_hollow(results):
         return same_color(bar.lines[0].get_markerfacecolor(), "white"), bars(figure.axes[0])
 
     assert deep(draw("price", results))[0]
-    write_row(results, "captions", "lm-deep", kl=0.0, rec=45.0, nll=45.0)
+    write_drawn(results, "captions", "lm-deep", kl=0.0, rec=45.0, nll=45.0)
     hollow, points = deep(draw("price", results))
     assert not hollow
     assert points["paper-deep/0"] == pytest.approx((99, 45, 0.5))
@@ -444,8 +449,8 @@ def test_what_kl_buys(results):
 
 
 def test_the_plane_has_both_widths_and_the_published_rows(results):
-    write_row(results, "ptb-256", "r8", kl=8.0, rec=93.5, nll=101.0)
-    write_row(results, "ptb-256", "lm", kl=0.0, rec=100.5, nll=100.5)
+    write_drawn(results, "ptb-256", "r8", kl=8.0, rec=93.5, nll=101.0)
+    write_drawn(results, "ptb-256", "lm", kl=0.0, rec=100.5, nll=100.5)
     figure = draw("plane", results)
     (axes,) = figure.axes
     points = drawn(axes)
@@ -474,7 +479,7 @@ def test_the_plane_has_both_widths_and_the_published_rows(results):
 
 def test_names_cover_nothing(results):
     for seed in range(8):
-        write_row(results, "captions", f"r{seed}", seed, kl=8.0 + seed / 50, rec=43.0, nll=51.0)
+        write_drawn(results, "captions", f"r{seed}", seed, kl=8.0 + seed / 50, rec=43.0, nll=51.0)
     figure = draw("plane", results, "--text", "captions")
     (axes,) = figure.axes
     boxes = [text.get_window_extent() for text in axes.texts]
