@@ -31,13 +31,8 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import hub_mixin
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    BertConfig,
-    DynamicCache,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig, GenerationConfig
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 import data
@@ -73,7 +68,6 @@ from test_vae import (
 )
 from vae import T5VAE, Float32Activation, Float32Output, kl_divergence
 
-REAL = ROOT.parent / "shared" / "t5-tokenizer"
 TEXTS = ["the old king sells a boat", "two monks paint <a> clock near the lake: 3 / 4 = 0.75!"]
 TEXTS += ["a quick brown fox jumps over the lazy dog_s ear", "UNKNOWN Extra PAD <extra_id_10> </s>"]
 MARKED = ["a </s> b", "a<pad>b </s>", "the <extra_id_0> king <extra_id_1>", "</s>", "<pad> <pad>"]
@@ -212,7 +206,9 @@ def labels_of(vae, texts=TEXTS):
 
 def literal(t5, memory, labels):
     """Logits with T5's own cross-attention: a cache that holds the one key, which is the value."""
-    cache = transformers.EncoderDecoderCache(DynamicCache(), DynamicCache())
+    cache = transformers.EncoderDecoderCache(
+        transformers.DynamicCache(), transformers.DynamicCache()
+    )
     for layer in range(t5.config.num_decoder_layers):
         one_key = memory[:, layer].view(len(labels), t5.config.num_heads, 1, t5.config.d_kv)
         cache.cross_attention_cache.update(one_key, one_key, layer)
@@ -245,46 +241,23 @@ def test_kinds_of_the_hub(kind, hub, tmp_path):
     assert again.decode_texts(mu, max_new_tokens=6) == vae.decode_texts(mu, max_new_tokens=6)
 
 
-CHANGES = {  # of config.json, and what the message must say
-    "large tokenizer": ({"vocab_size": 130}, "130"),
-    "pad id": ({"pad_token_id": 3}, "pad_token_id 3"),
-    "eos id": ({"eos_token_id": 2}, "eos_token_id 2"),
-    "other vocabulary": ({"vocab_size": 300}, "shared.weight"),
-    "another T5": ({"model_type": "longt5"}, "longt5 umt5"),
-}
-DAMAGES = {  # what of a folder is missing or cut off, and what the message must say
-    "half a file": ("model.safetensors", 20_000, ""),
-    "half a bin": ("pytorch_model.bin", 20_000, ""),
-    "no shard": ("model-00002-of-00002.safetensors", None, "model-00002-of-00002.safetensors"),
-    "no JSON": ("config.json", 9, "config.json"),
-    "odd tokenizer": ("tokenizer.json", 9, ""),
-    "no tokenizer": ("", None, "tokenizer"),
-    "incomplete": ("", None, FFN),
-}
+def break_weights(folder, change):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("fault", [*CHANGES, *DAMAGES])
-def test_parts_that_do_not_fit(fault, tmp_path, vocabularies):
-    folder, kinds = tmp_path / "t5", {"no shard": "flan", "half a bin": "t5-small-old"}
-    config, *rest = KINDS[kinds.get(fault, "t5-small")]
-    change, words = CHANGES.get(fault, ({}, ""))
-    t5 = make_t5(config | change if fault == "large tokenizer" else config)
-    write_t5(folder, vocabularies, config | change, *rest, t5)
-    if fault == "incomplete":
-        state = safetensors.torch.load_file(folder / "model.safetensors")
-        del state[FFN]
-        safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
-    if fault in DAMAGES:
-        name, size, words = DAMAGES[fault]
-        names = ALL if fault == "no tokenizer" else [name] * bool(name)
-        for path in [folder / name for name in names]:
-            content = path.read_bytes()[:size]
-            path.unlink() if size is None else path.write_bytes(content)
-    missing = fault in ("no shard", "no JSON")
-    with pytest.raises((OSError, InputError) if missing else InputError) as refused:
+def break_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def check_refused(folder, words, tmp_path):
+    """from_t5 names the folder and the words. train.py says one line, and writes nothing."""
+    with pytest.raises((OSError, InputError)) as refused:
         load(folder)
     assert all(word in str(refused.value) for word in [str(folder), *words.split()])
-    assert missing or "\n" not in str(refused.value)
     (tmp_path / "texts.txt").write_text("a king\n" * 3)
     flags = ["--dataset", tmp_path / "texts.txt", "--phase", 1, "--out", tmp_path / "out"]
     with pytest.raises(SystemExit) as stop:
@@ -293,16 +266,47 @@ def test_parts_that_do_not_fit(fault, tmp_path, vocabularies):
     assert not (tmp_path / "out").exists()
 
 
-def break_weights(folder, change):
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    change(weights)
-    safetensors.torch.save_file(weights, folder / "model.safetensors")
+@pytest.mark.parametrize(
+    ("made", "said", "words"),
+    [
+        ({"vocab_size": 130}, {"vocab_size": 130}, "130"),  # than the tokenizer has
+        ({}, {"vocab_size": 300}, "shared.weight"),
+        ({}, {"pad_token_id": 3}, "pad_token_id 3"),
+        ({}, {"eos_token_id": 2}, "eos_token_id 2"),
+        ({}, {"model_type": "longt5"}, "longt5 umt5"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(made, said, words, tmp_path, vocabularies):
+    config, *rest = KINDS["t5-small"]
+    write_t5(tmp_path / "t5", vocabularies, config | said, *rest, make_t5(config | made))
+    check_refused(tmp_path / "t5", words, tmp_path)
 
 
-def break_config(folder, change):
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize(
+    ("kind", "names", "size", "words"),
+    [
+        ("t5-small", ["model.safetensors"], 20_000, ""),
+        ("t5-small-old", ["pytorch_model.bin"], 20_000, ""),
+        ("flan", ["model-00002-of-00002.safetensors"], None, "model-00002-of-00002.safetensors"),
+        ("t5-small", ["config.json"], 9, "config.json"),
+        ("t5-small", ["tokenizer.json"], 9, ""),
+        ("t5-small", ALL, None, "tokenizer"),
+    ],
+)
+def test_files_that_are_cut_off_or_missing(kind, names, size, words, hub, tmp_path):
+    folder = shutil.copytree(hub(kind)[0], tmp_path / "t5")
+    for path in [folder / name for name in names]:
+        if size is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:size])
+    check_refused(folder, words, tmp_path)
+
+
+def test_a_t5_that_lacks_a_weight(hub, tmp_path):
+    folder = shutil.copytree(hub("t5-small")[0], tmp_path / "t5")
+    break_weights(folder, lambda weights: weights.pop(FFN))
+    check_refused(folder, FFN, tmp_path)
 
 
 @pytest.fixture
@@ -321,10 +325,7 @@ def saved(hub, tmp_path):
         (lambda f: break_weights(f, lambda w: w.pop("w_mu.weight")), "w_mu.weight"),
         (lambda f: break_weights(f, lambda w: w.update(w_logsd=torch.ones(1))), "w_logsd"),
         (lambda f: break_config(f, lambda c: c.update(latent_dim=6)), "w_logvar"),
-        (
-            lambda f: break_config(f, lambda c: c["t5_config"].update(model_type="bart")),
-            "config.json",
-        ),
+        (lambda f: break_config(f, lambda c: c["t5_config"].update(model_type="bart")), "config"),
     ],
 )
 def test_folders_of_others_are_refused_by_name(saved, harm, lacks):
@@ -483,9 +484,7 @@ def training(tmp_path, vae, *more):
     return [str(flag) for flag in [*flags, *more]], steps
 
 
-@pytest.mark.parametrize(
-    ("config", "world", "epochs"), [(GATED, 2, 5), (SMALL, 1, 5), (GATED, 1, 5)]
-)
+@pytest.mark.parametrize(("config", "world", "epochs"), [(GATED, 2, 5), (SMALL, 1, 5)])
 def test_training_in_fp16(config, world, epochs, tmp_path):
     flags, steps = training(tmp_path, overflowing(config)[0], "--epochs", epochs)
     assert run_all(*[(into, tmp_path / "errors", flags)] * world) == [0] * world
@@ -618,20 +617,16 @@ def test_every_attention_masks_padding(kind, hub):
         assert (unmasked - alone).abs().max() > 1e-3, "the control"
 
 
-@pytest.mark.parametrize("kind", ["shared", "tiny", "t5-small", "t5-v1_1", "mt5", "umt5", "byt5"])
+@pytest.mark.parametrize("kind", ["tiny", "t5-small", "t5-v1_1", "mt5", "umt5", "byt5"])
 def test_text_is_text(kind, hub, tmp_path):
-    if kind == "shared" and not REAL.is_dir():
-        pytest.skip(f"no {REAL}")
     if kind == "tiny":
         tokenizer = data.train_tokenizer([*TEXTS, "</s> <pad> <extra_id_10>"] * 3, 90)
     else:
-        folder = REAL if kind == "shared" else hub(kind)[0]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(hub(kind)[0])
     rows, unk = data.tokenize(MARKED, tokenizer), tokenizer.unk_token_id
     for row in rows:
         assert (set(tokenizer.all_special_ids) - {unk}).isdisjoint(row)
-    if kind != "shared":  # whose vocabulary has no "<"
-        assert data.detokenize(rows, tokenizer) == MARKED
+    assert data.detokenize(rows, tokenizer) == MARKED
     ptb = data.tokenize(["king <unk> a"], tokenizer)
     assert ptb[0].count(unk) == 1
     assert data.detokenize(ptb, tokenizer) == ["king <unk> a"]
@@ -743,18 +738,8 @@ def test_a_hub_that_is_slow_or_breaks_off(hub, tmp_path):
     texts = [f"{text} {i}" for i in range(20) for text in TEXTS]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     command = [sys.executable, ROOT / "train.py", "--dataset", tmp_path / "texts.txt"]
-    command += [
-        "--phase",
-        "1",
-        "--model",
-        "me/my-t5",
-        "--limit",
-        "4",
-        "--epochs",
-        "1",
-        "--out",
-        tmp_path / "out",
-    ]
+    command += ["--phase", "1", "--model", "me/my-t5", "--limit", "4", "--epochs", "1"]
+    command += ["--out", str(tmp_path / "out")]
     address = f"http://127.0.0.1:{server.server_port}"
     variables = os.environ | {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
     variables |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
@@ -773,64 +758,33 @@ def test_a_hub_that_is_slow_or_breaks_off(hub, tmp_path):
     server.shutdown()
 
 
-class Files(http.server.BaseHTTPRequestHandler):
-    """Serves `server.files`; a path in `server.cuts` is cut there."""
-
-    def do_GET(self):
-        body = self.server.files.get(self.path)
-        if body is None:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: self.server.cuts.get(self.path, len(body))])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
-    server.files, server.cuts = {}, {}
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-
-
 SENT = b"a king paints\n" * 9000
 CHECKSUMS = [hashlib.sha256(SENT), hashlib.sha1(b"blob %d\0" % len(SENT) + SENT)]
 
 
-@pytest.mark.parametrize("checksum", CHECKSUMS, ids=["sha256", "blob"])
-def test_a_download_is_whole_and_checked_or_leaves_nothing(
-    server, monkeypatch, tmp_path, checksum, capsys
-):
-    text, right = SENT, checksum.hexdigest()
-    server.files["/ptb.valid.txt"] = text
-    url = server.url + "/ptb.{split}.txt"
-    monkeypatch.setitem(data.SOURCES, "ptb", (url, right, right, right))
-    path = data.split_path("ptb", "valid", tmp_path)
-    assert path.read_bytes() == text
+@pytest.mark.parametrize("right", CHECKSUMS, ids=["sha256", "blob"])
+def test_a_download_is_whole_and_checked_or_leaves_nothing(monkeypatch, tmp_path, right, capsys):
+    served, url = tmp_path / "valid.txt", f"file://{tmp_path}/{{split}}.txt"
+
+    def fetch():
+        monkeypatch.setitem(data.SOURCES, "ptb", (url, *[right.hexdigest()] * 3))
+        return data.split_path("ptb", "valid", tmp_path / "data")
+
+    served.write_bytes(SENT)
+    path = fetch()
+    assert path.read_bytes() == SENT
     assert "docs/data.md" in capsys.readouterr().out
-    server.files.clear()
-    assert data.split_path("ptb", "valid", tmp_path) == path, "what is there is not fetched again"
+    served.unlink()
+    assert fetch() == path, "what is there is not fetched again"
     path.unlink()
-    for served, cuts, checksum, reason in (
-        ({}, {}, right, "404"),
-        ({"/ptb.valid.txt": text}, {"/ptb.valid.txt": 4000}, right, "read"),
-        ({"/ptb.valid.txt": text}, {}, right[:-2] + "zz", "checksum"),
-    ):
-        server.files, server.cuts = served, cuts
-        monkeypatch.setitem(data.SOURCES, "ptb", (url, checksum, checksum, checksum))
+    for content, reason in (None, "No such file"), (SENT[:4000], "checksum"):
+        if content:
+            served.write_bytes(content)
         with pytest.raises(FileNotFoundError, match=reason) as error:
-            data.split_path("ptb", "valid", tmp_path)
+            fetch()
         assert "\n" not in str(error.value)
         assert "--data-dir" in str(error.value)
-        assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+        assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 
 
 def test_sources_are_pinned():
