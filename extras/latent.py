@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from data import tokenize
+from data import InputError, tokenize
 from vae import T5VAE
 
 
@@ -50,7 +50,7 @@ seed = at_least(0, int, 2**63)  # what torch.manual_seed takes
 
 
 @contextlib.contextmanager
-def one_line(script):
+def one_line(begin):
     """A script ends in one line on a user error, and quietly on ctrl-C or at a closed pipe."""
     try:
         yield
@@ -61,8 +61,8 @@ def one_line(script):
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"{script}: {error}")
+    except (OSError, InputError, FloatingPointError) as error:
+        sys.exit(f"{begin}: {error}")
 
 
 def align(rows):
@@ -117,7 +117,7 @@ def read_lines(path):
     """The stripped lines of a UTF-8 file; "-" is standard input. Other bytes become U+FFFD."""
     if path == "-":
         if sys.stdin is None:
-            raise ValueError("there are no texts: standard input is closed")
+            raise InputError("there are no texts: standard input is closed")
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         return [line.strip() for line in sys.stdin]
     with open(path, encoding="utf-8", errors="replace") as lines:
@@ -128,7 +128,7 @@ def read_group(path):
     """The lines of a file that are not empty, at least one."""
     if lines := [line for line in read_lines(path) if line]:
         return lines
-    raise ValueError(f"{path} holds no text")
+    raise InputError(f"{path} holds no text")
 
 
 def read_texts(args):
@@ -208,7 +208,7 @@ def run_neighbors(model, args):
 def run_traverse(model, args):
     mu, _ = encode(model, args, [args.query])
     if wrong := [dim for dim in args.dim or [] if not 0 <= dim < model.latent_dim]:
-        raise ValueError(f"--dim is {wrong[0]}; it must be in [0, {model.latent_dim})")
+        raise InputError(f"--dim is {wrong[0]}; it must be in [0, {model.latent_dim})")
     rows, latents = [], []
     for dim in args.dim or active_dimensions(model)[:5].tolist():
         for value in torch.linspace(-3, 3, args.steps).tolist():
@@ -316,12 +316,12 @@ def show(row, as_json):
 
 
 def load_vae(folder):
-    """The T5VAE of a folder or a hub name. ValueError if it has no latent, or no tokenizer."""
+    """The T5VAE of a folder or a hub name. InputError if it has no latent, or no tokenizer."""
     model = T5VAE.from_pretrained(folder)
     if model.tokenizer is None:
-        raise ValueError(f"{folder} holds a model without a tokenizer")
+        raise InputError(f"{folder} holds a model without a tokenizer")
     if model.latent_dim == 0:
-        raise ValueError(f"{folder} is a language model; it must be a VAE")
+        raise InputError(f"{folder} is a language model; it must be a VAE")
     return model.eval()
 
 

@@ -32,7 +32,7 @@ from torch import nn
 import data
 import train
 from extras.fast_cpu import quicken
-from extras.latent import at_least, seed
+from extras.latent import at_least, one_line, seed
 from metrics import HALF
 
 SPANS, LM = 11, 12  # what its random numbers are for, beside the uses in data.py
@@ -261,10 +261,8 @@ def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else [str(word) for word in argv])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with one_line("pretrain.py"):
         run(args)
-    except (OSError, data.InputError, FloatingPointError) as error:
-        sys.exit(f"pretrain.py: {error}")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def load_lm(run, named):
         return None
     _, lm, _ = metrics.load_run(folder)
     if lm.latent_dim:
-        raise ValueError(f"{folder} is a VAE; --lm must be a run of --no-latent")
+        raise data.InputError(f"{folder} is a VAE; --lm must be a run of --no-latent")
     return lm
 
 
@@ -135,13 +135,13 @@ def main(argv=None):
     flag("--like", metavar="FILE", help="texts, one per line: also write texts of their kind")
     args = parser.parse_args(argv)
     run = Path(args.run).resolve()
-    with one_line("samples.py"):
+    with one_line(f"samples.py: cannot use {args.run}"):
         _, model, read = metrics.load_run(args.run)
         if model.latent_dim == 0:
-            raise ValueError(f"{args.run} is a language model; it must be the run of a VAE")
+            raise data.InputError("it is a language model; it must be the run of a VAE")
         lm, corpus = load_lm(args.run, args.lm), read("test")
         if len(corpus) < 3:
-            raise ValueError(f"the test split has {len(corpus)} texts; it must have at least 3")
+            raise data.InputError(f"{len(corpus)} test texts; there must be at least 3")
         like = read_group(args.like) if args.like else None
         measured, texts = judge(model, lm, corpus, args.count, like=like)
         some = {kind: of_kind[:20] for kind, of_kind in texts.items()}

@@ -986,10 +986,14 @@ def test_a_training_batch_holds_the_noise_of_its_texts(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["target", "schedule", "phase 1"])
-def test_killed_at_random(tmp_path, command, kind):
+def test_killed_at_random(tmp_path, home, command, kind):
     kills, rng = int(os.environ.get("KILLS", 3)), random.Random(int(os.environ.get("SEED", 0)))
-    more = {"target": [], "schedule": ["--kl-target", 0], "phase 1": ["--phase", 1]}[kind]
-    flags, done, longest = [*command, *more, "--save-every", 0], 0, 0.5
+    flags, done, longest = [*command, "--save-every", 0], 0, 0.5
+    if kind == "schedule":
+        flags += ["--kl-target", 0]
+    elif kind == "phase 1":
+        flags = ["--dataset", home, "--phase", 1, "--init", home / "dropout", *SHORT]
+        flags += ["--save-every", 0]
     assert train_run(main, *flags, "--out", tmp_path / "whole") == 0
     flags += ["--out", tmp_path, "--resume"]
     phase = "phase1" if kind == "phase 1" else "phase2"

@@ -23,6 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
+import data
 from extras import paper_tables
 from extras.latent import one_line
 from study import study_tables
@@ -189,7 +190,7 @@ def draw_price(results, paired):
         if "lm" in runs and (points := points_of(runs)):
             panels[text] = points
     if not panels:
-        raise ValueError("no text has a language model (row lm) and a row to compare with it")
+        raise data.InputError("no text has a language model (row lm) and a row to compare with it")
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(8, 1.2 + 3.2 * lines), layout="constrained")
@@ -246,7 +247,7 @@ def draw_buys(results):
         if points := points_of(runs, "rec_other", "exact_match"):
             texts[text] = points
     if not texts:
-        raise ValueError("no row has exact_match and rec_other in its metrics.json")
+        raise data.InputError("no row has exact_match and rec_other in its metrics.json")
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     exact, swap = figure.subplots(1, 2)
     handles = []
@@ -303,7 +304,7 @@ def points_in_folders(results, text):
         if (folder == text or folder.startswith(text + "-")) and (points := points_of(runs)):
             folders[folder] = points
     if not folders:
-        raise ValueError(f"no row of {text} that is drawn has kl, rec and nll")
+        raise data.InputError(f"no row of {text} that is drawn has kl, rec and nll")
     return folders
 
 
@@ -368,8 +369,8 @@ def parse_args(argv):
     flag("--results", default=results, metavar="DIR", help="the study's runs (study/results)")
     flag("--text", default="ptb", help="of plane: its folder, and those named TEXT-... (ptb)")
     args = parser.parse_args(argv)
-    if not Path(args.out).suffix:  # matplotlib would write to another file
-        parser.error(f"--out is {args.out}; it must name a file, for instance price.png")
+    if Path(args.out).suffix != ".png":
+        parser.error(f"--out is {args.out}; it must end in .png")
     return args
 
 

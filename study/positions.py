@@ -61,7 +61,7 @@ def of_run(run):
     """`by_position` of a run's test split."""
     _, model, read = metrics.load_run(run)
     if model.latent_dim == 0:
-        raise data.InputError(f"{run} is a language model: it has no z")
+        raise data.InputError("it is a language model: it has no z")
     return by_position(model, read("test"))
 
 
@@ -69,7 +69,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("positions.py", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="finished run folder of train.py")
     args = parser.parse_args(argv)
-    with one_line("positions.py"):
+    with one_line(f"positions.py: cannot use {args.run}"):
         found = of_run(args.run)
         print("tokens of a text    number     rec  rec_other  swap cost")
         for row in found:

@@ -16,6 +16,7 @@ The paper's own experiment, for whoever has a GPU and a network:
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -222,9 +223,15 @@ def warm_up_job(name, text, out, rest, args):
     return Job(out / "phase1", [*command, *rest, "--out", str(out)], needs)
 
 
+def run_folder(row, name, seed, args):
+    """Where train.py writes a row of the text `name`."""
+    folder = "lm" if "--no-latent" in row.flags else "phase2"
+    return Path(args.runs, name, row.name, str(seed), folder)
+
+
 def row_job(row, name, seed, args):
     """The job of a row on the text `name`, which needs those of its phase 1 and its start."""
-    text, parent = find_text(name, args), Path(args.runs, name)
+    text = find_text(name, args)
     rest = [*text_flags(text, args), "--seed", str(seed), "--resume"]
     epochs, lr, no_latent = text.epochs[1:], text.lr, "--no-latent" in row.flags
     if no_latent:
@@ -237,16 +244,15 @@ def row_job(row, name, seed, args):
     if row.warm_up is None:
         start, needs = start_job(row.start, text, args)
     else:
-        needs = warm_up_job(row.warm_up, text, parent / row.warm_up / str(seed), rest, args)
+        out = Path(args.runs, name, row.warm_up, str(seed))
+        needs = warm_up_job(row.warm_up, text, out, rest, args)
         start = str(needs.out)
-    out = parent / row.name / str(seed)
-    if no_latent:
-        folder, flags = out / "lm", [*flags, "--model", start]
-    else:
-        folder, flags = out / "phase2", [*flags, "--phase", "2", "--init", start]
-    command = ["train.py", *flags, *rest, "--iw-samples", str(text.iw_samples), "--out", str(out)]
+    flags += ["--model", start] if no_latent else ["--phase", "2", "--init", start]
+    out = run_folder(row, name, seed, args)
+    command = ["train.py", *flags, *rest, "--iw-samples", str(text.iw_samples)]
+    command += ["--out", str(out.parent)]
     result = Path(args.results, name, row.name, str(seed))
-    return Job(folder, command, needs, result, text.positions)
+    return Job(out, command, needs, result, text.positions)
 
 
 def flags_of(text, epochs, lr):
@@ -355,26 +361,27 @@ def machine():
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
 
 
+def old_pairs(path, wanted):
+    """Those of the pairs in a paired.json, if there is one, whose rows are `wanted`."""
+    pairs = read_dict(path) if path.exists() else {}
+    return {p: pairs[p] for p in pairs if tuple(re.findall(r"(\S+)/\d+", p)) in wanted}
+
+
 def write_pairs(args):
-    """paired.json of each text: the pairs of study_tables of which both runs are there, and those
-    of them that it had."""
-    seeds = max(args.seeds or 0, MOST_SEEDS)
-    every = argparse.Namespace(**vars(args) | {"rows": None, "seeds": seeds})
-    outs = {str(job.result): job.out for job in study_jobs(every)}
+    """paired.json of each text: the pairs of study_tables whose two runs are there, and those that
+    it had."""
+    rows = {row.name: row for row in ROWS}
+    wanted, seeds = study_tables.pairs(rows), range(max(args.seeds or 0, MOST_SEEDS))
     for name in args.texts:
         path = Path(args.results, name, "paired.json")
-        pairs = read_dict(path) if path.exists() else {}
-        wanted = study_tables.pairs([row.name for row in ROWS])
-        rows = {pair: tuple(re.findall(r"(\S+)/\d+", pair)) for pair in pairs}
-        pairs = {pair: pairs[pair] for pair in pairs if rows[pair] in wanted}
-        for a, b in wanted:
-            for seed in range(seeds):
-                runs = [outs.get(str(path.parent / row / str(seed))) for row in (a, b)]
-                if all(out and (out / "metrics.json").exists() for out in runs):
-                    try:
-                        pairs[f"{a}/{seed} - {b}/{seed}"] = compare.compare(runs[1], runs[0])
-                    except (OSError, ValueError, KeyError) as error:
-                        print(f"not compared: {error}", file=sys.stderr)
+        pairs = old_pairs(path, wanted)
+        for (a, b), seed in itertools.product(wanted, seeds):
+            runs = [run_folder(rows[row], name, seed, args) for row in (a, b)]
+            if all((run / "metrics.json").exists() for run in runs):
+                try:
+                    pairs[f"{a}/{seed} - {b}/{seed}"] = compare.compare(runs[1], runs[0])
+                except (OSError, data.InputError) as error:
+                    print(f"not compared: {error}", file=sys.stderr)
         if pairs:
             data.write_json(path, dict(sorted(pairs.items())))
 
@@ -393,7 +400,7 @@ def time_left(jobs, args):
 
 
 def start(job, log, environment):
-    """The process of a job, which writes to `log`; None where another process writes there.
+    """The process of a job, which writes to `log`; None if another process writes there.
 
     The process inherits the lock of its log, and holds it until it ends, even if its study is
     killed: so the same command does not start a second one in the same run folder.

@@ -500,12 +500,11 @@ def test_figures_are_written_and_mistakes_are_one_line(results, tmp_path):
         ("price", results / "ptb", (), "no text has a language model"),
         ("buys", results / "ptb", (), "no row has exact_match"),
         ("plane", results, ("--text", "snli"), "no row of snli"),
-        ("plane", results, ("--out", "x.nothing"), "not supported"),
     ):
         with pytest.raises(SystemExit, match=f"^plots.py: .*{said}"):
             plots.main([kind, "--out", "x.png", "--results", str(folder), *flags])
     with pytest.raises(SystemExit):
-        plots.parse_args(["price", "--out", f"{tmp_path}/"])
+        plots.parse_args(["price", "--out", "x.nothing"])
 
 
 # ---------------------------------------- RESULTS.md
