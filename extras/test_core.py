@@ -1182,7 +1182,7 @@ def test_a_mistake_in_the_code_is_a_traceback(tmp_path, command, monkeypatch):
     """Somebody who changes vae.py sees where, also if it is a ValueError."""
     monkeypatch.setattr(T5VAE, "reparameterize", lambda *args, **kwargs: int("a mistake"))
     with pytest.raises(ValueError, match="invalid literal"):
-        train.main([*map(str, command), "--out", str(tmp_path)])
+        train.main([*command, "--out", tmp_path])
 
 
 def test_the_controller_anneals_rests_and_leads_the_kl_to_its_target():
@@ -1226,7 +1226,7 @@ def test_the_controller_leads_the_kl_of_held_out_texts(tmp_path, command, monkey
         seen.append((kl, self.ratio, self.weight))
 
     monkeypatch.setattr(train.KLController, "update", watched)
-    train.main([*map(str, command), "--log-every", "1", "--out", str(tmp_path)])
+    train.main([*command, "--log-every", "1", "--out", tmp_path])
     records = [r for r in log_records(tmp_path / "phase2") if r["split"] == "train"]
     assert [r["kl"] for r in records] == [kl for kl, _, _ in seen]
     assert [r["kl_weight"] for r in records[1:]] == [weight for _, _, weight in seen[:-1]]
@@ -1234,24 +1234,18 @@ def test_the_controller_leads_the_kl_of_held_out_texts(tmp_path, command, monkey
     assert max(abs(ratio - 1) for _, ratio, _ in seen) > 0.01
 
 
-def test_the_kl_threshold_holds_each_dimension_of_each_sentence(tmp_path, quiet):
+def test_the_kl_threshold_holds_each_dimension_of_each_sentence(tmp_path, quiet, monkeypatch):
     """The loss of one step at weight 1 is rec + the sum of max(threshold, KL) of each dimension."""
+    losses, forward = [], T5VAE.forward
+
+    def kept(self, batch):
+        rec, kl = forward(self, batch)
+        losses.append((rec + kl.clamp(min=0.3).sum(1)).mean().item())
+        return rec, kl
+
+    monkeypatch.setattr(T5VAE, "forward", kept)
     flags = [*quiet[:-2], "--kl-schedule", "constant", "--kl-threshold", 0.3, "--log-every", 1]
-    losses = []
-
-    def watched(*args):
-        forward = T5VAE.forward
-
-        def kept(self, batch):
-            rec, kl = forward(self, batch)
-            losses.append((rec + kl.clamp(min=0.3).sum(1)).mean().item())
-            return rec, kl
-
-        return kept
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(T5VAE, "forward", watched())
-        train.main([*map(str, flags), "--out", str(tmp_path)])
+    train.main([*flags, "--out", tmp_path])
     records = [r for r in log_records(tmp_path / "phase2") if r["split"] == "train"]
     assert [r["loss"] for r in records] == pytest.approx(losses, rel=1e-5)
     assert all(r["loss"] > r["rec"] + r["kl"] for r in records), "the threshold was above some KL"
@@ -1308,7 +1302,7 @@ def test_without_a_terminal_the_log_tells_rate_and_time_left(tmp_path, quiet, mo
         return original(self, z, **settings)
 
     monkeypatch.setattr(T5VAE, "decode_texts", decode_texts)
-    train.main([*map(str, quiet), "--max-length", "7", "--out", str(tmp_path)])
+    train.main([*quiet, "--max-length", "7", "--out", tmp_path])
     line = r"^step (\d+) train: loss .*; \d+\.\d steps/s, \d+ min left$"
     told = re.findall(line, capsys.readouterr().out, re.M)
     assert told == ["3", "6", "9", "10"]
