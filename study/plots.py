@@ -36,7 +36,6 @@ METHODS = {
     "annealing": (r"linear\d*", "#CC79A7", "D"),
 }
 TEXT_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-DEEP, DEEP_LM = "paper-deep", "lm-deep"  # has more layers than the other rows; its language model
 KL_TICKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)
 # Linear up to 4 nats, logarithmic beyond: 0, 8 and 96 nats must all be seen. The two parts have the
 # same slope where they meet.
@@ -54,7 +53,11 @@ class Point:
     seed: str
     method: str
     measured: dict  # its metrics.json
-    fair: bool  # whether the language model that it is compared with has as many layers
+
+    @property
+    def language_model(self):
+        """The row that it is compared with, which has as many layers."""
+        return "lm-deep" if self.row == "paper-deep" else "lm"
 
 
 def points_of(runs, *keys):
@@ -65,25 +68,23 @@ def points_of(runs, *keys):
         for row in sorted(runs):
             if not re.fullmatch(rows, row):
                 continue
-            fair = row != DEEP or DEEP_LM in runs
             for seed, measured in sorted(runs[row].items()):
                 if all(measured.get(key) is not None for key in (*keys, "kl", "rec", "nll")):
-                    points.append(Point(row, seed, method, measured, fair))
+                    points.append(Point(row, seed, method, measured))
     return points
 
 
 def above(point, runs, pairs):
     """(NLL of a run minus what it is compared with, standard error), nats per sentence.
 
-    That is the entropy if it is known, else the NLL of the language model: the deep one for the
-    deep row if there is one; of the seed that it is paired with, else of its own, else the first.
+    That is the entropy if it is known, else the NLL of the language model: of the seed that the run
+    is paired with, else of its own, else the first.
     Paired errors are far smaller than those of two means: the sentences are the same.
     """
     nll, error = point.measured["nll"], point.measured.get("nll_se") or 0
     if point.measured.get("entropy") is not None:
         return nll - point.measured["entropy"], error
-    lm = DEEP_LM if point.row == DEEP and DEEP_LM in runs else "lm"
-    paired = {}
+    lm, paired = point.language_model, {}
     for seed in runs[lm]:
         found = pairs.get(f"{point.row}/{point.seed} - {lm}/{seed}", {})
         if "nll" in found:
@@ -126,23 +127,17 @@ def names_of(points):
 def look(point, color=None):
     """Keywords that draw a point: the marker is its method's; the color too, unless given."""
     _, own, marker = METHODS[point.method]
-    color = color or own
-    face = color if point.fair else "white"
-    style = {"marker": marker, "color": color, "markerfacecolor": face, "linestyle": ""}
-    return style | {"markersize": 5.5, "markeredgewidth": 1.2, "label": f"{point.row}/{point.seed}"}
+    style = {"marker": marker, "color": color or own, "linestyle": "", "markersize": 5.5}
+    return style | {"markeredgewidth": 1.2, "label": f"{point.row}/{point.seed}"}
 
 
-def legend_handles(points, color=None, hollow=True):
-    """A handle for each method that is drawn, and one for hollow points if there are any."""
+def legend_handles(points, color=None):
+    """A handle for each method that is drawn."""
     handles = []
     for method, (_, own, marker) in METHODS.items():
         if any(point.method == method for point in points):
             style = {"marker": marker, "color": color or own, "linestyle": ""}
             handles.append(Line2D([], [], label=method, **style))
-    if hollow and not all(point.fair for point in points):
-        style = {"marker": METHODS["the paper's recipe"][2], "color": "0.3", "linestyle": ""}
-        label = "hollow: deeper than the language model"
-        handles.append(Line2D([], [], label=label, markerfacecolor="white", **style))
     return handles
 
 
@@ -187,7 +182,8 @@ def draw_price(results, paired):
     """A Figure of what a nat of KL costs in NLL: a panel for each text with a language model."""
     panels = {}
     for text, runs in results.items():
-        if "lm" in runs and (points := points_of(runs)):
+        points = [point for point in points_of(runs) if point.language_model in runs]
+        if points and "lm" in runs:
             panels[text] = points
     if not panels:
         raise data.InputError("no text has a language model (row lm) and a row to compare with it")
@@ -198,8 +194,8 @@ def draw_price(results, paired):
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     named = {}
-    for axes, text in zip(grid.flat, panels, strict=False):
-        named[axes] = price_panel(axes, text, results[text], paired.get(text, {}))
+    for axes, (text, points) in zip(grid.flat, panels.items(), strict=False):
+        named[axes] = price_panel(axes, text, points, results[text], paired.get(text, {}))
     low = min(axes.dataLim.y0 for axes in named)  # with the ends of the error bars
     high = max(axes.dataLim.y1 for axes in named)
     first, points = grid[0, 0], sum(panels.values(), [])
@@ -222,9 +218,9 @@ def draw_price(results, paired):
     return figure
 
 
-def price_panel(axes, text, runs, pairs):
+def price_panel(axes, text, points, runs, pairs):
     """Draw a text's points and its language model; returns [(KL, gap, name)] of the points."""
-    named, points = [], points_of(runs)
+    named = []
     for point, name in zip(points, names_of(points), strict=True):
         kl, (gap, error) = point.measured["kl"], above(point, runs, pairs)
         axes.errorbar(kl, gap, error, **look(point), elinewidth=1, capsize=2)
@@ -254,7 +250,7 @@ def draw_buys(results):
     for (text, points), color in zip(texts.items(), itertools.cycle(TEXT_COLORS)):
         for point in points:
             m = point.measured
-            style = look(point, color) | {"markerfacecolor": color}
+            style = look(point, color)
             exact.plot(m["kl"], m["exact_match"], **style)
             swap.plot(m["kl"], m["rec_other"] - m["rec"], **style)
         handles.append(Patch(color=color, label=text_name(text)))
@@ -272,7 +268,7 @@ def draw_buys(results):
         set_kl_axis(axes, highest)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.25)
-    handles += legend_handles(shown, "0.3", hollow=False)
+    handles += legend_handles(shown, "0.3")
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)
     figure.suptitle("What depends on z: exact sentences (from mu, without noise), swap cost")
     return figure
@@ -322,9 +318,10 @@ def draw_plane(results, text):
             axes.plot(point.measured["kl"], point.measured["rec"], **look(point, color))
             named.append((point.measured["kl"], point.measured["rec"], name))
         runs = results[folder]
-        for row, style in ("lm", "-"), (DEEP_LM, "--"):
+        for row, style in ("lm", "-"), ("lm-deep", "--"):
             if row in runs:
-                label = f"our language model of {text_name(folder)}{', deep' * (row == DEEP_LM)}"
+                deep = ", deep" if row == "lm-deep" else ""
+                label = f"our language model of {text_name(folder)}{deep}"
                 handles += diagonal(axes, label, mean_nll(runs, row), color, style)
     entropy = next(iter(folders.values()))[0].measured.get("entropy")
     if entropy is not None:
