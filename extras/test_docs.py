@@ -85,7 +85,7 @@ def small_run(tmp_path_factory):
     for split in data.SPLITS:
         texts = data.read_texts("grammar", split)[:50]
         (home / f"{split}.txt").write_text("\n".join(texts))
-    flags = ["--dataset", home, *TINY, "--vocab-size", 150, "--batch-size", 25, "--epochs", 1]
+    flags = ["--dataset", home, *TINY, "--batch-size", 25, "--epochs", 1]
     with pytest.MonkeyPatch.context() as patch:  # its texts take longer than all the rest
         patch.setattr(T5VAE, "decode_texts", lambda self, z, **_: [""] * len(z))
         train.main([*flags, "--device", "cpu", "--out", home / "runs"])
@@ -222,10 +222,10 @@ def code_of(text):
 
 
 def commands(text):
-    """[(module, its arguments)] of the calls of extras and of metrics.py on a page."""
+    """[(module, its arguments)] of the calls of extras, study and metrics.py on a page."""
     found, shell = [], ("|", "||", "&", "&&", ";", "<", ">", ">>")
     for line in code_of(text):
-        call = re.search(r"python (?:-m (extras\.\w+)|(metrics)\.py)(?= |$)(.*)", line)
+        call = re.search(r"python (?:-m ((?:extras|study)\.\w+)|(metrics)\.py)(?= |$)(.*)", line)
         if call:
             words = shlex.shlex(call[3], posix=True, punctuation_chars=True)
             words.whitespace_split = True
@@ -271,7 +271,7 @@ def test_a_wrong_command_is_found(monkeypatch, capsys):
     page = """Prose with `python -m extras.nothing` and `python -m extras.compare
 A B`.
 
-    python -m extras.describe grammar --no-such-flag  # a comment
+    python -m study.plots price --no-such-flag  # a comment
     LD_PRELOAD=x python -m extras.fast_cpu --dataset ptb --epochs many && echo
 
 ```bash
@@ -282,12 +282,12 @@ python metrics.py RUN --iw-sample-count 3
 """
     assert len(commands(page)) == 6
     wrong = refused(commands(page), monkeypatch)
-    names = ["extras.fast_cpu", "extras.describe", "extras.nothing", "metrics"]
+    names = ["extras.fast_cpu", "study.plots", "extras.nothing", "metrics"]
     assert sorted(module for module, _ in wrong) == sorted(names)
 
 
 def test_tests_that_pages_name_exist():
-    files = [ROOT / "test_vae.py", *(ROOT / "extras").glob("test_*.py")]
+    files = [ROOT / "test_vae.py", *ROOT.glob("extras/test_*.py"), *ROOT.glob("study/test_*.py")]
     tests = "".join(path.read_text() for path in files)
     named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
     assert named
