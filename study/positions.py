@@ -9,13 +9,11 @@ beginning alone, or to the end. Late positions are those of long texts only.
 
 import argparse
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
 import metrics
-from extras.latent import one_line
 
 EDGES = (0, 5, 10, 20, 40, 80, 160, 320, 640, 10**9)  # of the rows, in tokens
 
@@ -29,18 +27,16 @@ def token_nats(model, z, labels):
 
 
 @torch.no_grad()
-def by_position(model, corpus, batch_size=32):
+def by_position(model, corpus):
     """Rows of {"start", "stop": positions [start, stop); "tokens": their number; "rec",
     "rec_other": nats per token, with a sample of the text's own posterior and of another's}.
     """
     model.eval()
     z = metrics.measure(model, corpus)["z"].float()
-    cycle = np.random.default_rng(0).permutation(len(corpus))  # that of metrics.measure
-    other = np.empty_like(cycle)
-    other[cycle] = np.roll(cycle, 1)
+    other = metrics.other_texts(len(corpus))
     longest = int(corpus.lengths.max())
     nats, counts = torch.zeros(2, longest, dtype=torch.float64), torch.zeros(longest)
-    for index in data.evaluation_order(corpus.lengths, batch_size):
+    for index in data.evaluation_order(corpus.lengths):
         batch = data.make_batch(corpus, index).to(model.device)
         length = batch.labels.shape[1]
         counts[:length] += batch.mask.sum(0).cpu()
@@ -61,7 +57,7 @@ def of_run(run):
     """`by_position` of a run's test split."""
     _, model, read = metrics.load_run(run)
     if model.latent_dim == 0:
-        raise data.InputError("it is a language model: it has no z")
+        raise data.InputError(f"{run} is a language model: it has no z")
     return by_position(model, read("test"))
 
 
@@ -69,7 +65,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("positions.py", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="finished run folder of train.py")
     args = parser.parse_args(argv)
-    with one_line(f"positions.py: cannot use {args.run}"):
+    with data.command("positions.py"):
         found = of_run(args.run)
         print("tokens of a text    number     rec  rec_other  swap cost")
         for row in found:

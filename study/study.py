@@ -39,7 +39,6 @@ except ImportError:  # Windows
 
 import data
 from extras import compare
-from extras.latent import at_least, one_line
 from study import positions, study_tables
 from study.study_tables import read_dict
 
@@ -58,7 +57,7 @@ class Text:
 
     dataset: str
     limit: int | None = None  # of training texts; here about 0.3 million tokens per epoch
-    iw_samples: int = 10
+    iw_samples: int = 20
     width: int = 128
     seeds: int = 2  # of the rows with more than one
     rows: tuple = ()
@@ -102,6 +101,7 @@ WARM_UPS = {  # phase 1: what it starts from, flags
     "no-deletion": ("small", f"{PAPER_FLAGS} --denoise 0"),
     "deletion0.4": ("small", f"{PAPER_FLAGS} --denoise 0.4"),
     "deletion0.4-deep": ("deep", f"{PAPER_FLAGS} --denoise 0.4"),
+    "li2019": ("small", f"{PAPER_FLAGS} --denoise 0 --no-freeze-decoder"),
     "unfrozen": ("small", f"{PAPER_FLAGS} --denoise 0.15 --no-freeze-decoder"),
     "mean": ("small", f"{PAPER_FLAGS} --denoise 0.15 --pool mean"),
     "last": ("small", f"{PAPER_FLAGS} --denoise 0.15 --pool last"),
@@ -123,28 +123,39 @@ class Row:
     special: bool = False  # only for texts that name it
 
 
-ROWS = [  # the most informative first
+# Li et al. 2019: an autoencoder, then its encoder with the T5's own decoder; 3 nats are free.
+LI2019 = "--denoise 0 --reset-decoder --kl-threshold 0.09375 --kl-anneal-epochs 10 --epochs 10"
+# Optimus' finetuning: one cycle, of which half at KL weight 0 and a quarter rising.
+OPTIMUS = "--denoise 0 --kl-threshold 0.5 --epochs 8"
+OPTIMUS += " --kl-schedule cyclical --kl-cycles 1 --kl-zero 0.5 --kl-rise 0.25"
+
+ROWS = [  # the systems of the paper's tables and two targets first, then the claims
     Row("lm", None, f"{BEST_FLAGS} --no-latent --epochs 8", several=True),
     Row("r8", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 8", several=True),
     Row("paper-max", "no-deletion", f"{PAPER_FLAGS} --denoise 0 --kl-threshold 0"),
     Row("paper-denoise", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 0"),
     Row("paper-klt", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 3"),
-    Row("lm-paper", None, f"{PAPER_FLAGS} --no-latent"),  # the paper's phase 2 without z
+    Row("li2019", "li2019", f"{PAPER_FLAGS} {LI2019}"),
+    Row("optimus", None, f"{PAPER_FLAGS} {OPTIMUS}"),
     Row("r16", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 16"),
-    Row("r24", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 24", special=True),
+    Row("lm-paper", None, f"{PAPER_FLAGS} --no-latent"),  # the paper's phase 2 without z
+    Row("paper-deep", "deletion0.4-deep", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 3"),
+    Row("lm-deep", None, f"{BEST_FLAGS} --no-latent --epochs 8", "deep"),
+    Row("linear", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-schedule linear"),
     Row("r4", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 4"),
+    Row("r24", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 24", special=True),
     Row("paper-default", "paper-default", f"{PAPER_FLAGS} --denoise 0.15", several=True),
-    Row("no-deletion", "no-deletion", f"{PAPER_FLAGS} --denoise 0"),
-    Row("deletion0.4", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4"),
+    Row("unfrozen-reset", "unfrozen", f"{PAPER_FLAGS} --denoise 0.15 --reset-decoder"),
     Row("threshold0.25", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-threshold 0.25"),
     Row("threshold0.5", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-threshold 0.5"),
-    Row("linear", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-schedule linear"),
     Row("cold", None, f"{PAPER_FLAGS} --denoise 0.15 --kl-threshold 0"),
     Row("cold-constant", None, f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule constant"),
     Row("no-threshold", "paper-default", f"{PAPER_FLAGS} --denoise 0.15 --kl-threshold 0"),
     Row("cyclical", "paper-default", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule cyclical"),
     Row("constant", "paper-default", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule constant"),
     Row("unfrozen", "unfrozen", f"{PAPER_FLAGS} --denoise 0.15"),
+    Row("no-deletion", "no-deletion", f"{PAPER_FLAGS} --denoise 0"),
+    Row("deletion0.4", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4"),
     Row("mean", "mean", f"{PAPER_FLAGS} --denoise 0.15"),
     Row("last", "last", f"{PAPER_FLAGS} --denoise 0.15"),
     Row("all-layers", "all-layers", f"{PAPER_FLAGS} --denoise 0.15"),
@@ -153,8 +164,6 @@ ROWS = [  # the most informative first
     Row(
         "r16-random", "autoencoder-random", f"{BEST_FLAGS} --epochs 5 --kl-target 16", special=True
     ),
-    Row("lm-deep", None, f"{BEST_FLAGS} --no-latent --epochs 8", "deep"),
-    Row("paper-deep", "deletion0.4-deep", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 3"),
     Row("z64", "z64", f"{PAPER_FLAGS} --denoise 0.15"),
     Row("z128", "z128", f"{PAPER_FLAGS} --denoise 0.15"),
 ]
@@ -274,8 +283,8 @@ def runs_on(row, text, args):
         return row.name in text.rows
     if row.special:
         return False
-    if text.dataset == "grammar" and (start == "random" or row.name == "lm-paper"):
-        return False  # all its rows start from random weights; the systems are of real texts
+    if text.dataset == "grammar" and start == "random":
+        return False  # all its rows start from random weights
     return not args.model or start == "small" or start == "deep" and bool(args.deep)
 
 
@@ -469,14 +478,16 @@ def parse_args(argv):
     texts = f"data sets ({' '.join(TEXTS)}; with --model: captions ptb answers)"
     flag("--texts", nargs="+", help=texts)
     flag("--rows", nargs="+", choices=[r.name for r in ROWS], metavar="ROW", help="only these")
-    flag("--seeds", type=at_least(1), help="so many of each row (1; of some 2, on grammar 3)")
+    flag(
+        "--seeds", type=data.number(int, 1), help="so many of each row (1; of some 2, on grammar 3)"
+    )
     flag("--model", help="start of all rows: a T5 of the hub, or a folder (pretrained here)")
     flag("--deep", help="that of the row paper-deep, with --model; without it the row is left out")
     flag("--data-dir", default="data", help="where the folders of the texts are (data)")
     flag("--runs", default="runs/study", help="where run folders are written (runs/study)")
     flag("--results", help="where results are kept (study/results; --model: study/results/<model>)")
     cores = 1 if torch.cuda.is_available() else os.cpu_count()
-    flag("--jobs", type=at_least(1), default=cores, help=f"processes at a time ({cores})")
+    flag("--jobs", type=data.number(int, 1), default=cores, help=f"processes at a time ({cores})")
     flag("--list", action="store_true", help="print what is missing, and run nothing")
     flag("--tables", action="store_true", help="print the tables of RESULTS.md, and run nothing")
     args = parser.parse_args(argv)
@@ -505,7 +516,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    with one_line("study.py"):
+    with data.command("study.py", "; the same command continues"):
         failed = run_command(args)
         if failed:
             sys.exit(f"study.py: commands that failed: {len(failed)}")

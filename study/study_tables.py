@@ -94,7 +94,7 @@ def is_number(value):
 def check_numbers(path, measured):
     """InputError if a measure is neither a finite number nor null, or a needed one is null."""
     for name, value in measured.items():
-        if name == "positions" or value is None and name not in NEEDED:
+        if name in ("positions", "word", "precision") or value is None and name not in NEEDED:
             continue
         if not is_number(value):
             raise data.InputError(f"{path} is damaged: {name} is {value!r}, no number")
