@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import urllib.request
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -301,6 +302,14 @@ class Corpus:
         return self.ids[self.offsets[i] : self.offsets[i + 1]]
 
 
+def check_texts(texts):
+    """InputError if an iterable of texts is a single str, or a table with columns."""
+    if isinstance(texts, str):
+        raise InputError(f"texts is one str; put it into a list: [{texts!r}]")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
+        raise InputError(f"texts is a table ({type(texts).__name__}); name its column: ['text']")
+
+
 def check_text(text, i):
     """InputError if texts[i] is no str, or half of a surrogate pair, which no tokenizer takes."""
     if not isinstance(text, str):
@@ -317,6 +326,7 @@ def make_corpus(texts, tokenizer, max_length=256):
     Texts are cut at `max_length` tokens, </s> included. Raises InputError if there is none, or if
     one is empty.
     """
+    check_texts(texts)
     ids, lengths, words, characters, truncated, unknown = [], [], [], [], 0, 0
     numbered, eos_id = enumerate(texts), tokenizer.eos_token_id
     while part := list(islice(numbered, 1000)):  # lists of all ids would take ten times the memory
@@ -398,6 +408,20 @@ def latent_noise(latent_dim, seed, epoch, index, use, draws=1):
     shape = draws, latent_dim
     noise = [generator(seed, epoch, use, i).standard_normal(shape, np.float32) for i in index]
     return torch.from_numpy(np.stack(noise, 1))
+
+
+def stratified_noise(latent_dim, seed, epoch, index, use, draws):
+    """As `latent_noise`, float64, with the draws of a text spread evenly (McKay et al. 1979).
+
+    In each dimension there is one draw from each of `draws` equally likely parts of N(0, 1). Each
+    draw for itself is one of N(0, I), so means over them are unbiased, and their errors smaller.
+    """
+    noise = []
+    for i in index:
+        rng = generator(seed, epoch, use, i)
+        places = rng.permuted(np.arange(draws)[:, None].repeat(latent_dim, 1), axis=0)
+        noise.append((places + rng.uniform(1e-9, 1 - 1e-9, places.shape)) / draws)
+    return torch.special.ndtri(torch.from_numpy(np.stack(noise, 1)))
 
 
 def delete_tokens(row, prob, rng):

@@ -98,7 +98,7 @@ def sample_rec(model, batch, mu, logvar, seed, use=data.POSTERIOR, samples=1):
 def importance_weighted(model, batch, mu, logvar, samples, seed=0):
     """What K samples z_k of a proposal r = N(mu, exp(logvar)), (B, Z), say about p(x) and p(z|x).
 
-    With the weights p(x|z_k) p(z_k) / r(z_k), which are functions of (seed, text), {name: (B,)}:
+    With the weights p(x|z_k) p(z_k) / r(z_k), functions of (seed, text): {name: (B,)},
 
         nll_iw         -log of their mean (Burda et al. 2016, eq. 8): in expectation above
                        -log p(x), nats; it falls towards it with K
@@ -109,8 +109,8 @@ def importance_weighted(model, batch, mu, logvar, samples, seed=0):
     """
     mu, logvar = mu.double(), logvar.double()
     zero, recs, log_weights = torch.zeros_like(mu), [], []
-    noise = data.latent_noise(mu.shape[1], seed, 0, batch.index, data.UNTEMPERED, samples).to(mu)
-    for eps in noise:
+    place = seed, 0, batch.index, data.UNTEMPERED
+    for eps in data.stratified_noise(mu.shape[1], *place, samples).to(mu):
         z = model.reparameterize(mu, logvar, eps=eps)
         recs.append(model.rec(z, batch.labels).double())
         log_weights.append(log_normal(z, zero, zero) - log_normal(z, mu, logvar) - recs[-1])
@@ -318,7 +318,8 @@ def untempered_bounds(model, corpus, weights, texts, seed, max_tokens):
     lengths = corpus.lengths[:texts]
     columns = {weight: torch.zeros(len(lengths), dtype=torch.float64) for weight in weights}
     with evaluating(model):
-        for index in data.evaluation_order(lengths, max_tokens)[rank::world]:
+        order = data.evaluation_order(lengths, max_tokens)[rank::world]
+        for index in data.progress(order, "untempering"):
             batch = data.make_batch(corpus, index).to(device)
             mu, logvar = model.encode(batch.ids, batch.mask)
             for weight, column in columns.items():
@@ -329,17 +330,17 @@ def untempered_bounds(model, corpus, weights, texts, seed, max_tokens):
     return {w: gather(name, column).mean().item() for w, column in columns.items()}
 
 
-def measure_run(model, phase, valid, test, iw_samples=None, max_tokens=MOST):
-    """(measures, columns) of a trained model on its test split.
+def measure_run(model, phase, read, iw_samples=None, max_tokens=MOST):
+    """(measures, columns) of a trained model on its test split. read(split) is a `Corpus`.
 
     A phase 2 with a latent is untempered by the weight that the validation split says; on so many
     of its texts that this takes a fifth of the time, at most. iw_samples: K (IW_SAMPLES).
     """
     iw_samples = IW_SAMPLES[phase] if iw_samples is None else iw_samples
-    weight = 1.0
+    test, weight = read("test"), 1.0
     if phase == 2 and model.latent_dim > 0:
         texts = min(500, max(20, len(test) // 5))
-        weight = find_weight(model, valid, texts, max_tokens=max_tokens)
+        weight = find_weight(model, read("valid"), texts, max_tokens=max_tokens)
     columns = measure(model, test, weight, iw_samples, thorough=True, max_tokens=max_tokens)
     return summarize(columns, test, weight, iw_samples), columns
 
@@ -443,18 +444,17 @@ def write_measures(run, measured, columns):
     data.write_json(Path(run, "metrics.json"), measured)
 
 
-def check_better(run, measured):
+def check_better(run, config, args):
     """InputError if a run is not finished, or has measures of more samples or higher precision."""
     before = data.read_json(Path(run, "metrics.json"))
     if not before:
-        raise InputError("--write: the run is not finished")
-    now = f"iw_samples {measured['iw_samples']}, precision {measured['precision']}"
-    for name, worse in (
-        ("iw_samples", measured["iw_samples"] < before.get("iw_samples", 0)),
-        ("precision", before.get("precision", "off") == "off" != measured["precision"]),
-    ):
-        if worse:
-            raise InputError(f"--write: its measures have {name} {before.get(name)}, these {now}")
+        raise InputError(f"--write: {run} is not finished")
+    samples = args.iw_samples or IW_SAMPLES[config["phase"]]
+    if before["latent_dim"] and samples < before["iw_samples"]:
+        has = f"{run} was measured with {before['iw_samples']}"
+        raise InputError(f"--write with --iw-samples {samples}: {has}, which is better")
+    if before.get("precision", "off") == "off" != args.amp:
+        raise InputError(f"--write with --amp {args.amp}: {run} was measured with off, in float32")
 
 
 def language_model_nll(run, config, named=None):
@@ -495,15 +495,14 @@ def main(argv=None):
         for run in args.runs:
             config, model, read = load_run(run, args.device, args.dataset)
             lm_nll = language_model_nll(run, config, args.lm)
-            valid, test = read("valid"), read("test")
+            if args.write:
+                check_better(run, config, args)
             with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
-                measured, columns = measure_run(
-                    model, config["phase"], valid, test, args.iw_samples
-                )
+                found = measure_run(model, config["phase"], read, args.iw_samples)
+            measured, columns = found
             before = data.read_json(Path(run, "metrics.json"))
             measured |= {"kl_weight": before.get("kl_weight"), "precision": args.amp}
             if args.write:
-                check_better(run, measured)
                 write_measures(run, measured, columns)
             results[run] = measured
             said.append(f"{run}: {verdict(measured, config.get('kl_target'), lm_nll)}")

@@ -409,6 +409,19 @@ def test_noise_depends_on_seed_epoch_and_text_alone(grammar_corpus):
         assert torch.equal(eps[:1], data.latent_noise(3, 0, 0, index, use))
 
 
+def test_stratified_noise_is_normal_and_spread_evenly():
+    noise = data.stratified_noise(3, 0, 0, np.arange(400), data.UNTEMPERED, 20)
+    assert noise.shape == (20, 400, 3)
+    parts = (20 * torch.special.ndtr(noise)).floor().sort(0).values
+    assert (parts == torch.arange(20)[:, None, None]).all(), "one draw in each part"
+    first = noise[0].flatten()
+    assert abs(first.mean()) < 0.1, "each for itself is N(0, 1)"
+    assert abs(first.std() - 1) < 0.1
+    alone = data.stratified_noise(3, 0, 0, np.array([7]), data.UNTEMPERED, 20)
+    assert torch.equal(alone[:, 0], noise[:, 7])
+    assert data.stratified_noise(0, 0, 0, np.arange(2), data.UNTEMPERED, 1).shape == (1, 2, 0)
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 5, 100])
 def test_micro_batches_divide_the_texts_of_a_step(grammar_corpus, micro_batch, monkeypatch):
     noise, index = {"denoise": 0.2, "latent_dim": 2, "seed": 0}, np.arange(7)
@@ -588,7 +601,8 @@ def test_importance_weighted_nll_falls_from_the_bound_to_the_truth():
     excess = [(f["nll_iw"] + model.log_p()).mean().item() for f in found.values()]
     assert excess == sorted(excess, reverse=True), excess
     assert excess[0] == pytest.approx(gap, abs=0.1)
-    assert torch.equal(found[32]["nll_iw_half"], importance_weighted(model, n, 16)["nll_iw"])
+    half = found[32]["nll_iw_half"] - found[32]["nll_iw"]
+    assert 0 < half.mean() < excess[0], "half of the samples bound less tightly"
     ess = [f["iw_ess"].mean().item() for f in found.values()]
     assert ess[0] == pytest.approx(1)
     assert ess == sorted(ess)
@@ -1117,7 +1131,7 @@ def test_saved_runs_are_measured_again(whole_run, home, tmp_path, capsys, monkey
     assert {"nll", "gain", "efficiency_se", "kl_posterior", "exact_match"} < again.keys()
     assert again == pytest.approx({name: after[name] for name in again}, rel=1e-9)
     for worse in ["--iw-samples", "1"], ["--iw-samples", "2", "--amp", "bf16"]:
-        with pytest.raises(SystemExit, match="--write: its measures have"):
+        with pytest.raises(SystemExit, match="--write with .* was measured with"):
             metrics.main([str(run), "--write", *worse])
     metrics.main([str(run), "--write", "--iw-samples", "3"])
     assert json.loads((run / "metrics.json").read_text())["iw_samples"] == 3

@@ -445,15 +445,16 @@ def load_start(args):
 
     Raises InputError if there is no such model, or if a flag contradicts it.
     """
-    start, saved = args.start, data.read_json(Path(args.start, "config.json"))
+    start, saved = args.start, start_config(args.start)
+    if args.init is None and start != args.model and not saved:
+        raise InputError(f"phase 2 cannot start from {start}: no such run; run phase 1 first")
     given = {name: getattr(args, name) for name in FIXED if getattr(args, name) is not None}
     try:
         if not is_vae(args, saved):
             return new_vae(start, given, args.seed, args), {}
         model = T5VAE.from_pretrained(start)
     except OSError as error:
-        hint = "" if args.init or args.no_latent else "; run phase 1 first"
-        message = f"phase {args.phase} cannot start from {start}: {data.one_line(error)}{hint}"
+        message = f"phase {args.phase} cannot start from {start}: {data.one_line(error)}"
         raise InputError(message) from error
     if start == args.model:
         raise InputError(f"--model is {start}, a VAE; start from it with --init")
@@ -472,13 +473,19 @@ def load_start(args):
     return model, saved
 
 
+def start_config(start):
+    """The config.json of a run, also for the model/ in it; {} if there is none."""
+    config = data.read_json(Path(start, "config.json"))
+    if "t5_config" in config:
+        return data.read_json(Path(start).resolve().parent / "config.json") or config
+    return config
+
+
 def is_vae(args, saved):
     """Whether a phase starts from a saved VAE (or language model), not from a T5."""
     if saved.keys() & {"data_sha256", "t5_config"}:  # a run folder, or the model in it
         return True
-    if args.init is None:
-        return args.start != args.model  # that of phase 1, whether it is there or not
-    if args.init == "tiny" or Path(args.init).exists():
+    if args.init is None or args.init == "tiny" or Path(args.init).exists():
         return False
     say(f"fetching {args.init} from the hub, unless it is in the cache")
     config, _ = transformers.PretrainedConfig.get_config_dict(args.init)
@@ -573,12 +580,13 @@ def run_phase(args, corpora=None):
         return corpora
     prepare(model, args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{run.name} starts from {args.start} and trains {trained:,} parameters")
+    where = f"on {args.device}, precision {args.amp}"
+    say(f"{run.name} starts from {args.start} and trains {trained:,} parameters {where}")
     train(model, corpora, run, args)
     if run.first:
         model.save_pretrained(run.folder / "model")
-    test = corpora["valid"], corpora["test"], args.iw_samples, run.max_tokens
-    measured, columns = metrics.measure_run(model, args.phase, *test)
+    read, rest = corpora.__getitem__, (args.iw_samples, run.max_tokens)
+    measured, columns = metrics.measure_run(model, args.phase, read, *rest)
     if run.first:
         measured |= {"kl_weight": run.last_kl_weight(), "precision": "off"}
         samples = write_samples(model, corpora["test"], columns["mu"], run.folder)
@@ -736,7 +744,7 @@ def settings(args, phase):
     else:
         args.start = args.model = args.model or "t5-small"
     if args.model is None:  # that of the run that it starts from
-        args.model = data.read_json(Path(args.start, "config.json")).get("model")
+        args.model = start_config(args.start).get("model")
     if phase == 1 or args.no_latent:
         args.kl_target = 0.0  # there is no KL to control
     elif args.kl_target is None and (args.kl_threshold is not None or args.kl_schedule):

@@ -357,12 +357,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         Dropout is off, whatever the model's mode. Warns of texts that are cut at `max_length`
         tokens or have characters outside the vocabulary. Raises InputError for other types.
         """
-        if isinstance(texts, str):
-            raise InputError(f"texts is one str; put it into a list: encode_texts([{texts!r}])")
-        if hasattr(texts, "keys"):
-            raise InputError(
-                f"texts is a table ({type(texts).__name__}); name its column: ['text']"
-            )
+        data.check_texts(texts)
         texts, tokenizer = list(texts), self._get_tokenizer()
         for i, text in enumerate(texts):
             data.check_text(text, i)
