@@ -355,7 +355,7 @@ def test_a_table_becomes_texts(tmp_path, monkeypatch, page, kind):
     (code,) = (block.code for block in blocks if "reviews." in block.code)
     if f'open("reviews.{kind}"' not in re.sub("^#.*$", "", code, flags=re.M):
         other = r"^table = .*\n# [\w ]+: (table = .*)$"
-        code, count = re.subn(other, r"import json\n\1", code, flags=re.M)
+        code, count = re.subn(other, r"\1", code, flags=re.M)
         assert count == 1
     exec(code, {})
     with pytest.raises(data.InputError, match="own-text"):
