@@ -155,6 +155,7 @@ def read_texts(dataset, split, data_dir="data"):
         yield from map(grammar_sentence, grammar_factors(split))
         return
     path, empty = split_path(dataset, split, data_dir), True
+    one_file = path == Path(dataset)
     if path.suffix in (".csv", ".tsv", ".json", ".jsonl", ".ndjson"):
         raise InputError(f"{path} is {TABLE}")
     for line in read_lines(path):
@@ -162,7 +163,7 @@ def read_texts(dataset, split, data_dir="data"):
             raise InputError(f"{path} has JSON lines; it is {TABLE}")
         if dataset == "yelp":  # without the label
             line = re.sub(r"^\S+\t\s*", "", line)
-        if path != Path(dataset) or split_of(line) == split:  # else it is one file for all splits
+        if not one_file or split_of(line) == split:
             empty = empty and not line
             yield line
     if empty:
@@ -317,7 +318,7 @@ def make_corpus(texts, tokenizer, max_length=256):
     one is empty.
     """
     ids, lengths, words, characters, truncated, unknown = [], [], [], [], 0, 0
-    numbered = enumerate(texts)
+    numbered, eos_id = enumerate(texts), tokenizer.eos_token_id
     while part := list(islice(numbered, 1000)):  # lists of all ids would take ten times the memory
         for i, text in part:
             check_text(text, i)
@@ -325,12 +326,12 @@ def make_corpus(texts, tokenizer, max_length=256):
                 raise InputError(f"texts[{i}] is empty")
         part = [text for _, text in part]
         rows = tokenize(part, tokenizer)
+        unknown += count_unknown(part, rows, tokenizer)
         for text, row in zip(part, rows, strict=True):
-            unknown += has_unknown(text, row, tokenizer)
             if len(row) >= max_length:
                 del row[max_length - 1 :]
                 text, truncated = detokenize([row], tokenizer)[0], truncated + 1
-            row.append(tokenizer.eos_token_id)
+            row.append(eos_id)
             words.append(len(text.split()) + 1)
             characters.append(len(text) + 1)
         ids.append(np.fromiter(chain.from_iterable(rows), np.int32))
@@ -350,9 +351,11 @@ def make_corpus(texts, tokenizer, max_length=256):
     )
 
 
-def has_unknown(text, row, tokenizer):
-    """Whether the row of a text has an <unk> that the text does not write."""
-    return row.count(tokenizer.unk_token_id) > text.count(tokenizer.unk_token)
+def count_unknown(texts, rows, tokenizer):
+    """How many texts have characters outside the vocabulary: an <unk> that they do not write."""
+    unk_id, unk = tokenizer.unk_token_id, tokenizer.unk_token
+    pairs = zip(texts, rows, strict=True)
+    return sum(row.count(unk_id) > text.count(unk) for text, row in pairs)
 
 
 def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None):

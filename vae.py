@@ -372,10 +372,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
             for start in data.progress(range(0, len(texts), some), "encoding"):
                 part = texts[start : start + some]
                 rows = data.tokenize(part, tokenizer)
-                for i, text in enumerate(part):
-                    unknown += data.has_unknown(text, rows[i], tokenizer)
-                    cut += len(rows[i]) >= max_length
-                    rows[i] = [*rows[i][: max_length - 1], tokenizer.eos_token_id]
+                unknown += data.count_unknown(part, rows, tokenizer)
+                cut += sum(len(row) >= max_length for row in rows)
+                rows = [[*row[: max_length - 1], tokenizer.eos_token_id] for row in rows]
                 place = slice(start, start + some)
                 mu[place], logvar[place] = self._encode_rows(rows, batch_size)
         for count, what in (

@@ -1,16 +1,11 @@
 """What a step costs, against a plain transformers T5 on the same batches.
 
     python -m extras.benchmark --dataset ptb --model t5-small [--batch-size 32] [--amp bf16]
-    python -m extras.benchmark --overhead
 
 The core, the core with `fast_cpu.quicken`, and transformers' own T5 take turns on the same batches
 in one process, each with fused AdamW and clipping, so that the ratios hold on a shared machine.
 Prints medians with their range: real tokens per second in phases 1 and 2, the ratio to
 transformers, the memory, and the rate of evaluating and generating.
-
---overhead prints what the loop costs beside the model, in ms of CPU time: a GPU would wait for it.
-That is making a batch of 64 sentences of 14 tokens, and a step of adamw-rms on t5-small's 117
-weights, of one element each, beside one of fused AdamW.
 
 The other flags are those of train.py.
 """
@@ -20,9 +15,7 @@ import copy
 import statistics
 import sys
 import time
-from functools import partial
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -31,7 +24,7 @@ import data
 import metrics
 import train
 from extras.fast_cpu import quicken
-from extras.flags import at_least
+from extras.latent import at_least, one_line
 
 try:
     import resource
@@ -102,30 +95,6 @@ def stepper(model, args):
     return step
 
 
-def overhead(repeats=200):
-    """Yields lines: the CPU time per step beside the model's own, medians in ms."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(3, 1000, 64 * 14).astype(np.int32)
-    corpus = data.Corpus(ids, np.arange(0, len(ids) + 1, 14), np.full(64, 14), 0, 0, 0, 2, "")
-    noise = {"denoise": 0.15, "latent_dim": 32, "seed": 0}
-    make = partial(data.training_batch, corpus, 0, np.arange(64), **noise)
-    times = [1e3 * clock(make) for _ in range(repeats)]
-    yield f"batch of 64 texts of 14 tokens  {spread(times)} ms"
-    steps, times = {}, {"AdamW, one group": [], "adamw-rms": []}
-    for name, cls in zip(times, (torch.optim.AdamW, train.RelativeAdamW), strict=True):
-        weights = [nn.Parameter(torch.ones(1)) for _ in range(117)]
-        for weight in weights:
-            weight.grad = torch.ones(1)
-        steps[name] = cls(weights, lr=1e-3, fused=True).step
-    for _ in range(repeats):  # in turns
-        for name, step in steps.items():
-            times[name].append(1e3 * clock(step))
-    for name, of_step in times.items():
-        yield f"step of 117 weights, {name:18} {spread(of_step)} ms"
-    plain, relative = (statistics.median(of_step) for of_step in times.values())
-    yield f"adamw-rms takes {relative / plain:.1f} times as long"
-
-
 def clock(work):
     """Seconds of work(), whose results are on the CPU when it returns."""
     started = time.perf_counter()
@@ -141,13 +110,9 @@ def compare_steps(phase, model, batches, tokens, args):
     """Prints tokens per second of a phase, in turns: transformers, core, core with quicken."""
     models = {"transformers": PlainT5(model.t5.config), "core": copy.deepcopy(model)}
     models["quicken"] = quicken(copy.deepcopy(model))
-    if args.compile:
-        models["compiled"] = copy.deepcopy(model)
-        models["compiled"].t5.encoder.compile(dynamic=True)
-        models["compiled"].t5.decoder.compile(dynamic=True)
     if phase == 1:
-        for name in models.keys() - {"transformers"}:
-            models[name].freeze_decoder()
+        models["core"].freeze_decoder()
+        models["quicken"].freeze_decoder()
     longest = max(batch.labels.shape[1] for batch in batches)
     amp = "off" if args.amp == "off" else "bf16"
     needs = step_bytes(models["core"], args.batch_size, longest, amp) / 1e9
@@ -193,29 +158,22 @@ def benchmark(model, corpora, args, repeats):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     own = argparse.ArgumentParser("benchmark.py", description=__doc__.splitlines()[0])
-    flag = own.add_argument
-    flag("--repeats", type=at_least(1), default=7, metavar="N", help="steps after a warm-up (7)")
-    flag("--overhead", action="store_true", help="only what the loop costs beside the model")
-    flag("--compile", action="store_true", help="the core with torch.compile as well")
+    repeats = "steps after a warm-up (7)"
+    own.add_argument("--repeats", type=at_least(1), default=7, metavar="N", help=repeats)
     mine, rest = own.parse_known_args(argv)
-    if mine.overhead:
-        return print(*overhead(), sep="\n")
     (args,) = train.parse_args([*rest, "--phase", "1"])
-    args.compile = mine.compile
     transformers.utils.logging.set_verbosity_error()
-    try:
+    with one_line("benchmark.py"):
         torch.manual_seed(args.seed)
         model = train.load_start(args)
-        corpora, place = {}, (args.data_dir, args.max_length)
+        corpora = {}
         for split, limit in ("train", args.limit or 5000), ("valid", 256):
-            rest = args.dataset, split, model.tokenizer, *place, limit
-            corpora[split] = data.load_corpus(*rest)
+            rest = model.tokenizer, args.data_dir, args.max_length, limit
+            corpora[split] = data.load_corpus(args.dataset, split, *rest)
         if (count := len(corpora["train"])) <= args.batch_size:
             size = f"--batch-size {args.batch_size}"
             raise data.InputError(f"{count} training texts; there must be more than {size}")
-    except (OSError, data.InputError) as error:
-        sys.exit(f"benchmark.py: {error}")
-    return benchmark(model.to(args.device), corpora, args, mine.repeats)
+        benchmark(model.to(args.device), corpora, args, mine.repeats)
 
 
 if __name__ == "__main__":

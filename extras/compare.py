@@ -7,14 +7,13 @@ with the standard error of the mean of the differences, and whether it is beyond
 runs are measured on the same texts, so most of what makes one sentence harder than another cancels:
 the error is far smaller than that of the difference of two independent means.
 
-nll is each run's tighter bound (see metrics.smaller_bound). Where the runs' are not the same one,
-look at both: rec_prior favours a run that uses z little.
+nll is each run's tighter bound (see metrics.smaller_bound). If the two are not the same bound, look
+at both: rec_prior favours a run that uses z little.
 
 The values per sentence are those that train.py and metrics.py write to sentences.npz.
 """
 
 import argparse
-import sys
 import zipfile
 from pathlib import Path
 
@@ -23,25 +22,26 @@ import torch
 
 import data
 import metrics
+from extras.latent import one_line
 
 MEASURES = ("rec", "kl", "neg_elbo", "nll", "nll_iw", "rec_prior", "swap_cost")
 
 
 def load(run):
-    """(config.json, metrics.json, {name: (n,) nats}) of a run. Raises OSError, ValueError."""
+    """(config.json, metrics.json, {name: (n,) nats}) of a run. Raises InputError."""
     path = Path(run)
-    config, measured = (data.read_json(path / f"{name}.json") for name in ("config", "metrics"))
+    config, measured = data.read_json(path / "config.json"), data.read_json(path / "metrics.json")
     if not isinstance(config.get("data_sha256"), dict) or "max_length" not in config:
-        raise ValueError(f"{run} is no run: it has no config.json of one")
+        raise data.InputError(f"{run} is no run: it has no config.json of one")
     if "iw_samples" not in measured:
-        raise ValueError(f"{run} is not finished: it has no metrics.json of a finished run")
+        raise data.InputError(f"{run} is not finished: it has no metrics.json of a finished run")
     if not (path / "sentences.npz").is_file():
-        raise ValueError(f"{run} has no sentences.npz: python metrics.py {run} writes it")
+        raise data.InputError(f"{run} has no sentences.npz: python metrics.py {run} writes it")
     try:
         with np.load(path / "sentences.npz") as values:
             columns = {name: torch.from_numpy(values[name]) for name in values.files}
     except (EOFError, zipfile.BadZipFile):
-        raise ValueError(f"{path / 'sentences.npz'} is damaged") from None
+        raise data.InputError(f"{path / 'sentences.npz'} is damaged") from None
     named = {"rec": columns["rec"], "kl": columns["kl"]}
     named["neg_elbo"] = columns["rec"] + columns["kl"]
     if "rec_other" in columns:  # a single text has no other
@@ -63,16 +63,17 @@ def paired(a, b):
 
 
 def compare(run_a, run_b):
-    """`paired` of two run folders. Raises ValueError where they cannot be compared."""
+    """`paired` of two run folders. Raises InputError if they cannot be compared."""
     (config_a, measured_a, a), (config_b, measured_b, b) = load(run_a), load(run_b)
-    texts_a, texts_b = (
-        (config["data_sha256"]["test"], config["max_length"]) for config in (config_a, config_b)
-    )
-    if texts_a != texts_b or len(a["rec"]) != len(b["rec"]):
-        raise ValueError(f"{run_a} and {run_b} were measured on different texts")
+    same_texts = config_a["data_sha256"]["test"] == config_b["data_sha256"]["test"]
+    same_length = config_a["max_length"] == config_b["max_length"]
+    if not (same_texts and same_length and len(a["rec"]) == len(b["rec"])):
+        raise data.InputError(f"{run_a} and {run_b} were measured on different texts")
     samples_a, samples_b = measured_a["iw_samples"], measured_b["iw_samples"]
-    if samples_a != samples_b and "nll" in a and "nll" in b:  # without: the run of a phase 1
-        raise ValueError(f"iw_samples must be the same: {run_a} {samples_a}, {run_b} {samples_b}")
+    both_sampled = measured_a["latent_dim"] and measured_b["latent_dim"]  # else the NLL is exact
+    if both_sampled and samples_a != samples_b and "nll" in a and "nll" in b:
+        counts = f"{run_a} {samples_a}, {run_b} {samples_b}"
+        raise data.InputError(f"iw_samples must be the same: {counts}")
     return paired(a, b)
 
 
@@ -93,11 +94,9 @@ def main(argv=None):
     parser.add_argument("a", metavar="A", help="finished run folder")
     parser.add_argument("b", metavar="B", help="another, measured on the same test texts")
     args = parser.parse_args(argv)
-    try:
+    with one_line("compare.py"):
         found = compare(args.a, args.b)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"compare.py: {error}")
-    print(f"A: {args.a}\nB: {args.b}", *format_lines(found), sep="\n")
+        print(f"A: {args.a}\nB: {args.b}", *format_lines(found), sep="\n")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,7 @@ class Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias that multiplies with `multiply`; under autocast and on a GPU,
-    torch's own."""
+    """A linear layer without bias, by `multiply`; under autocast and on a GPU it is torch's own."""
 
     def forward(self, x):
         if self.bias is not None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
@@ -80,8 +79,7 @@ class Drop(torch.autograd.Function):
 
 
 class DropOfReLU(torch.autograd.Function):
-    """relu(x) * kept * scale, which keeps only its result: the gradient passes where that is
-    positive."""
+    """relu(x) * kept * scale. Keeps only its result: the gradient passes where that is positive."""
 
     @staticmethod
     def forward(ctx, x, kept, scale):
@@ -104,8 +102,7 @@ class Dropout(nn.Dropout):
     """
 
     def draw(self, x):
-        """What to keep of x (1, else 0), and its scale; None where torch's own dropout is as
-        good."""
+        """What to keep of x (1, else 0), and its scale; None if torch's own dropout is as good."""
         drop = round(self.p * 2**16)  # of 2^16
         if not (self.training and x.is_cpu and 0 < drop < 2**16):
             return None
@@ -152,8 +149,7 @@ class Normalize(torch.autograd.Function):
 
 
 class LayerNorm(T5LayerNorm):
-    """T5's layer norm before linear layers, which under autocast round what they read: here that is
-    done once."""
+    """T5's layer norm. Under autocast it rounds once what all linear layers after it round."""
 
     def forward(self, x):
         if not (x.is_cpu and x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")):
@@ -164,11 +160,10 @@ class LayerNorm(T5LayerNorm):
 
 
 class TokenNats(torch.autograd.Function):
-    """-log softmax(h W^T)[label] of N tokens: (N,), nats. The (N, V) logits are never there, only
-    CHUNK rows of them.
+    """-log softmax(h W^T)[label] of N tokens: (N,), nats. Only CHUNK rows of logits at a time.
 
     The gradient of their sum is computed in the forward pass, while they are there, and `backward`
-    scales it. That is exact for h, whose rows belong to one token each, and for W where all tokens
+    scales it. That is exact for h, whose rows belong to one token each, and for W if all tokens
     weigh the same, as in a mean over sentences. Otherwise the tokens of each weight are computed
     again. Not for fp16, whose loss scale comes later.
 
@@ -180,12 +175,10 @@ class TokenNats(torch.autograd.Function):
 
     @staticmethod
     def run(hidden, weight, labels, needs_hidden, needs_weight):
-        """(N,) nats, and the gradients of their sum: (N, D) and (V, D), or None where they are not
-        needed."""
+        """(N,) nats, and the gradients of their sum: (N, D) and (V, D), None if not needed."""
         nats, d_hidden, d_weight = [], [], torch.zeros_like(weight) if needs_weight else None
-        for h, label in zip(
-            hidden.split(TokenNats.CHUNK), labels.split(TokenNats.CHUNK), strict=True
-        ):
+        chunks = hidden.split(TokenNats.CHUNK), labels.split(TokenNats.CHUNK)
+        for h, label in zip(*chunks, strict=True):
             h = h.to(weight.dtype)
             logits = multiply(h, weight).float()  # (C, V)
             nats.append(F.cross_entropy(logits, label, reduction="none"))
@@ -202,9 +195,8 @@ class TokenNats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
-        nats, d_hidden, ctx.d_weight = TokenNats.run(
-            hidden, weight, labels, *ctx.needs_input_grad[:2]
-        )
+        needed = ctx.needs_input_grad[:2]
+        nats, d_hidden, ctx.d_weight = TokenNats.run(hidden, weight, labels, *needed)
         ctx.save_for_backward(hidden, weight, labels, d_hidden)
         return nats
 
@@ -216,9 +208,9 @@ class TokenNats(torch.autograd.Function):
         if d_weight is not None and (grad == grad[0]).all():
             d_weight.mul_(grad[0])
         elif ctx.needs_input_grad[1]:
-            groups = ((g, grad == g) for g in grad.unique())
             d_weight = torch.zeros_like(weight)
-            for g, at in groups:
+            for g in grad.unique():
+                at = grad == g
                 d_weight += g * TokenNats.run(hidden[at], weight, labels[at], False, True)[2]
         return d_hidden * grad[:, None] if ctx.needs_input_grad[0] else None, d_weight, None
 
@@ -246,8 +238,7 @@ FASTER = {nn.Linear: Linear, Float32Output: Linear, nn.Dropout: Dropout}
 
 
 def quicken(module):
-    """Give the layers of a T5VAE, or of a T5, forms that are faster on a CPU, in place; weights
-    keep their names."""
+    """Make the layers of a T5VAE or a T5 faster on a CPU, in place; weights keep their names."""
     for part in module.modules():
         if faster := FASTER.get(type(part)):
             part.__class__ = faster  # the same weights under the same names
@@ -265,10 +256,8 @@ def quicken(module):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    if train.make_parser().parse_known_args(argv)[0].amp == "fp16":
-        sys.exit(
-            "fast_cpu.py: --amp is fp16, whose loss scale comes too late; it must be bf16 or off"
-        )
+    if train.parse_args(argv)[0].amp == "fp16":
+        sys.exit("fast_cpu.py: --amp is fp16, whose loss scale comes too late; use bf16 or off")
     load_start = train.load_start
     train.load_start = lambda args: quicken(load_start(args))
     try:

@@ -17,8 +17,10 @@ an empty text and keeps its place.
 """
 
 import argparse
+import contextlib
 import io
 import json
+import math
 import os
 import sys
 import warnings
@@ -28,9 +30,49 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from data import tokenize
-from extras.flags import at_least, seed
+from data import InputError, tokenize
 from vae import T5VAE
+
+
+def at_least(low, kind=int, below=math.inf):
+    """A `type=` for argparse: text -> a number of `kind` in [low, below), or a refusal."""
+
+    def number(text):
+        value = kind(text)
+        if low <= value < below:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+
+    return number
+
+
+seed = at_least(0, int, 2**63)  # what torch.manual_seed takes
+
+
+@contextlib.contextmanager
+def one_line(begin):
+    """A script ends in one line on a user error, and quietly on ctrl-C or at a closed pipe."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough: end as by SIGPIPE
+        # Nothing is left to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, InputError, FloatingPointError) as error:
+        sys.exit(f"{begin}: {error}")
+
+
+def align(rows):
+    """Rows of cells -> text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
 
 
 def interpolate(a, b, steps, spherical=False):
@@ -63,22 +105,19 @@ def fit_gaussian(mu, logvar):
 
 
 def active_dimensions(model, n=256):
-    """The dimensions of z, most active first: those whose posterior mean varies most over texts:
-    (Z,).
+    """(Z,) dimensions of z, by how much their posterior mean varies over texts, the most first.
 
-    The texts are n that the model itself writes from the prior, because a saved model comes without
-    its data.
+    The model itself writes the n texts from the prior: a saved model comes without its data.
     """
     texts = model.decode_texts(torch.randn(n, model.latent_dim), max_new_tokens=64)
     return model.encode_texts(texts)[0].var(0).argsort(descending=True)
 
 
 def read_lines(path):
-    """The stripped lines of a UTF-8 file, "-" for standard input; bytes that are not UTF-8 become
-    U+FFFD."""
+    """The stripped lines of a UTF-8 file; "-" is standard input. Other bytes become U+FFFD."""
     if path == "-":
         if sys.stdin is None:
-            raise ValueError("there are no texts: standard input is closed")
+            raise InputError("there are no texts: standard input is closed")
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         return [line.strip() for line in sys.stdin]
     with open(path, encoding="utf-8", errors="replace") as lines:
@@ -89,42 +128,36 @@ def read_group(path):
     """The lines of a file that are not empty, at least one."""
     if lines := [line for line in read_lines(path) if line]:
         return lines
-    raise ValueError(f"{path} holds no text")
+    raise InputError(f"{path} holds no text")
 
 
 def read_texts(args):
-    """The texts of a command: TEXT ... and --file, or standard input. An empty line is an empty
-    text."""
-    given = args.text or ([] if args.file else ["-"])
-    texts = [line for text in given for line in (read_lines("-") if text == "-" else [text])]
+    """The texts of a command: TEXT ... and --file, or standard input. Empty lines are texts."""
+    texts = []
+    for text in args.text or ([] if args.file else ["-"]):
+        texts += read_lines("-") if text == "-" else [text]
     return texts + (read_lines(args.file) if args.file else [])
 
 
 def encode(model, args, texts):
+    """mu and logvar of texts: (n, Z) each."""
     # A command line that is not UTF-8 arrives with surrogates, which are no characters.
-    texts = [
-        text.strip().encode(errors="surrogateescape").decode(errors="replace") for text in texts
-    ]
-    t = model.tokenizer
-    rows = tokenize(texts, t)
-    unknown = sum(
-        row.count(t.unk_token_id) > text.count(t.unk_token)
-        for row, text in zip(rows, texts, strict=True)
-    )
+    texts = [t.strip().encode(errors="surrogateescape").decode(errors="replace") for t in texts]
+    tokenizer, unknown = model.tokenizer, 0
+    for row, text in zip(tokenize(texts, tokenizer), texts, strict=True):
+        unknown += row.count(tokenizer.unk_token_id) > text.count(tokenizer.unk_token)
     if unknown:
-        warnings.warn(
-            f"{unknown} of {len(texts)} texts have characters outside the vocabulary", stacklevel=2
-        )
+        said = f"{unknown} of {len(texts)} texts have characters outside the vocabulary"
+        warnings.warn(said, stacklevel=2)
     return model.encode_texts(texts, args.batch_size, args.max_length)
 
 
 def decode(model, args, z):
-    """Greedy decoding, or a search with beams, or sampling where an option of it is given."""
+    """Greedy decoding, or a search with beams, or sampling if an option of it is given."""
     kwargs = {"max_new_tokens": args.max_length, "num_beams": args.num_beams}
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    if any(value is not None for value in sampling.values()):
-        given = {name: value for name, value in sampling.items() if value is not None}
-        kwargs |= {"do_sample": True} | given
+    for name in "temperature", "top_k", "top_p":
+        if getattr(args, name) is not None:
+            kwargs |= {"do_sample": True, name: getattr(args, name)}
     return model.decode_texts(z, args.batch_size, **kwargs)
 
 
@@ -151,20 +184,17 @@ def run_sample(model, args):
 
 def run_interpolate(model, args):
     mu, _ = encode(model, args, [args.a, args.b])
-    return [
-        {"output": output}
-        for output in decode(model, args, interpolate(*mu, args.steps, args.spherical))
-    ]
+    outputs = decode(model, args, interpolate(*mu, args.steps, args.spherical))
+    return [{"output": output} for output in outputs]
 
 
 def run_arithmetic(model, args):
-    source, target = (
-        encode(model, args, read_group(path))[0].mean(0) for path in (args.source, args.target)
-    )
+    source, _ = encode(model, args, read_group(args.source))
+    target, _ = encode(model, args, read_group(args.target))
     texts = read_texts(args)
-    return pairs(
-        texts, decode(model, args, encode(model, args, texts)[0] + args.k * (target - source))
-    )
+    mu, _ = encode(model, args, texts)
+    moved = mu + args.k * (target.mean(0) - source.mean(0))
+    return pairs(texts, decode(model, args, moved))
 
 
 def run_neighbors(model, args):
@@ -178,17 +208,15 @@ def run_neighbors(model, args):
 def run_traverse(model, args):
     mu, _ = encode(model, args, [args.query])
     if wrong := [dim for dim in args.dim or [] if not 0 <= dim < model.latent_dim]:
-        raise ValueError(f"--dim is {wrong[0]}; it must be in [0, {model.latent_dim})")
-    dims = args.dim or active_dimensions(model)[:5].tolist()
-    rows = [(dim, value) for dim in dims for value in torch.linspace(-3, 3, args.steps).tolist()]
-    z = mu.repeat(len(rows), 1)
-    for row, (dim, value) in zip(z, rows, strict=True):
-        row[dim] = value
-    outputs = decode(model, args, z)
-    return [
-        {"text": args.query, "dim": d, "value": v, "output": o}
-        for (d, v), o in zip(rows, outputs, strict=True)
-    ]
+        raise InputError(f"--dim is {wrong[0]}; it must be in [0, {model.latent_dim})")
+    rows, latents = [], []
+    for dim in args.dim or active_dimensions(model)[:5].tolist():
+        for value in torch.linspace(-3, 3, args.steps).tolist():
+            rows.append({"text": args.query, "dim": dim, "value": value})
+            latents.append(mu[0].clone())
+            latents[-1][dim] = value
+    outputs = decode(model, args, torch.stack(latents))
+    return [row | {"output": output} for row, output in zip(rows, outputs, strict=True)]
 
 
 def run_encode(model, args):
@@ -199,133 +227,77 @@ def run_encode(model, args):
             np.savez(file, mu=mu.numpy(), logvar=logvar.numpy())
         return []
     args.json = True
-    return [
-        {"text": t, "mu": m, "logvar": v}
-        for t, m, v in zip(texts, mu.tolist(), logvar.tolist(), strict=True)
-    ]
+    rows = zip(texts, mu.tolist(), logvar.tolist(), strict=True)
+    return [{"text": text, "mu": m, "logvar": v} for text, m, v in rows]
+
+
+def shared_flags():
+    """Parsers of the flags that commands share: those of all, of reading and of decoding texts."""
+    common, reading, decoding = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    flag, devices = common.add_argument, ("cuda", "cpu")[not torch.cuda.is_available() :]
+    flag("model", metavar="RUN")
+    flag("--json", action="store_true", help="print one JSON object per line, with the input")
+    flag("--batch-size", type=at_least(1), default=64, metavar="N", help="texts at a time (64)")
+    longest = "longest text, tokens with </s> (256)"
+    flag("--max-length", type=at_least(2), default=256, metavar="TOKENS", help=longest)
+    flag("--device", choices=devices, default=devices[0], help="where to compute")
+    flag = reading.add_argument
+    flag("text", nargs="*", metavar="TEXT", help="a text; - or none: the lines of standard input")
+    flag("--file", metavar="FILE", help="texts, one per line")
+    flag, share = decoding.add_argument, at_least(1e-9, float, 1 + 1e-9)
+    flag("--seed", type=seed, default=0, help="seed of everything random (0)")
+    temperature = at_least(1e-3, float)
+    flag("--temperature", type=temperature, metavar="T", help="sample tokens, at temperature T")
+    flag("--top-k", type=at_least(1), metavar="K", help="sample from the K most likely tokens")
+    flag("--top-p", type=share, metavar="P", help="sample from the top share P")
+    flag("--num-beams", type=at_least(1), default=1, metavar="N", help="beams (1: greedy)")
+    return common, reading, decoding
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        prog="latent.py",
-        description="Use the latents of a T5-VAE. RUN: a run folder, a model folder or a hub name.",
-    )
+    parser = argparse.ArgumentParser("latent.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common, reading, decoding = shared_flags()
 
-    def command(run, summary, texts=False, decodes=True):
-        """A subcommand with the options that it shares; returns its `add_argument`."""
-        name = run.__name__.removeprefix("run_")
-        sub = commands.add_parser(name, help=summary, description=summary)
+    def command(name, run, summary, *shared):
+        """Add a command that calls `run`. Returns its `add_argument`."""
+        parents = [common, *shared]
+        sub = commands.add_parser(name, help=summary, description=summary, parents=parents)
         sub.set_defaults(run=run)
-        flag = sub.add_argument
-        flag("model", metavar="RUN")
-        if texts:
-            flag(
-                "text",
-                nargs="*",
-                metavar="TEXT",
-                help="A text; - or none: the lines of standard input.",
-            )
-            flag("--file", metavar="FILE", help="Texts, one per line.")
-        flag("--json", action="store_true", help="Print one JSON object per line, with the input.")
-        flag(
-            "--batch-size", type=at_least(1), default=64, metavar="N", help="Texts at a time (64)."
-        )
-        flag(
-            "--max-length",
-            type=at_least(2),
-            default=256,
-            metavar="TOKENS",
-            help="Longest text, </s> included (256).",
-        )
-        devices = ("cuda", "cpu")[not torch.cuda.is_available() :]
-        flag("--device", choices=devices, default=devices[0], help="Where to compute.")
-        if decodes:
-            flag("--seed", type=seed, default=0, help="Seed of everything random (0).")
-            flag(
-                "--temperature",
-                type=at_least(1e-3, float),
-                metavar="T",
-                help="Sample tokens, at temperature T.",
-            )
-            flag(
-                "--top-k",
-                type=at_least(1),
-                metavar="K",
-                help="Sample from the K most likely tokens.",
-            )
-            flag(
-                "--top-p",
-                type=at_least(1e-9, float, 1 + 1e-9),
-                metavar="P",
-                help="Sample from the top share P.",
-            )
-            flag(
-                "--num-beams",
-                type=at_least(1),
-                default=1,
-                metavar="N",
-                help="Beams; 1 is greedy decoding (1).",
-            )
-        return flag
+        return sub.add_argument
 
-    flag = command(run_reconstruct, "Decode the posterior means of texts.", texts=True)
-    flag(
-        "--samples",
-        type=at_least(1),
-        metavar="N",
-        help="Decode N samples of each posterior instead.",
-    )
-    flag = command(run_sample, "Decode samples of the prior, or of a Gaussian fitted to texts.")
-    flag("-n", type=at_least(1), default=10, help="How many (10).")
-    flag(
-        "--like", metavar="FILE", help="Texts, one per line: fit the Gaussian to their posteriors."
-    )
-    flag = command(run_interpolate, "Decode latents between the posterior means of A and B.")
+    about = "decode the posterior means of texts"
+    flag = command("reconstruct", run_reconstruct, about, reading, decoding)
+    flag("--samples", type=at_least(1), metavar="N", help="decode N samples of each posterior")
+    about = "decode samples of the prior, or of a Gaussian fitted to texts"
+    flag = command("sample", run_sample, about, decoding)
+    flag("-n", type=at_least(1), default=10, help="how many (10)")
+    flag("--like", metavar="FILE", help="texts, one per line, to whose posteriors to fit it")
+    about = "decode latents between the posterior means of A and B"
+    flag = command("interpolate", run_interpolate, about, decoding)
     flag("a", metavar="A")
     flag("b", metavar="B")
-    flag(
-        "--steps",
-        type=at_least(2),
-        default=7,
-        metavar="N",
-        help="Texts, the two ends included (7).",
-    )
-    flag("--spherical", action="store_true", help="Take an arc instead of a straight line.")
-    flag = command(
-        run_arithmetic, "Add the difference of two groups' mean latents to texts.", texts=True
-    )
-    flag(
-        "--from",
-        required=True,
-        dest="source",
-        metavar="FILE",
-        help="Texts of the first group, one per line.",
-    )
-    flag("--to", required=True, dest="target", metavar="FILE", help="Texts of the second group.")
+    flag("--steps", type=at_least(2), default=7, metavar="N", help="texts, with both ends (7)")
+    flag("--spherical", action="store_true", help="take an arc instead of a straight line")
+    about = "add the difference of two groups' mean latents to texts"
+    flag = command("arithmetic", run_arithmetic, about, reading, decoding)
+    flag("--from", required=True, dest="source", metavar="FILE", help="texts of the first group")
+    flag("--to", required=True, dest="target", metavar="FILE", help="texts of the second group")
     step = at_least(-1e6, float, 1e6)
-    flag("--k", type=step, default=1.0, help="Add the difference this many times (1).")
-    flag = command(
-        run_neighbors, "Print the lines of FILE nearest to TEXT, by posterior mean.", decodes=False
-    )
-    flag("lines", metavar="FILE", help="Texts, one per line; - is standard input.")
+    flag("--k", type=step, default=1.0, help="add the difference this many times (1)")
+    about = "print the lines of FILE nearest to TEXT, by posterior mean"
+    flag = command("neighbors", run_neighbors, about)
+    flag("lines", metavar="FILE", help="texts, one per line; - is standard input")
     flag("query", metavar="TEXT")
-    flag("-n", type=at_least(1), default=10, help="How many (10).")
-    flag = command(
-        run_traverse, "Decode TEXT with one dimension of its posterior mean set from -3 to 3."
-    )
+    flag("-n", type=at_least(1), default=10, help="how many (10)")
+    about = "decode TEXT with one dimension of its posterior mean set from -3 to 3"
+    flag = command("traverse", run_traverse, about, decoding)
     flag("query", metavar="TEXT")
-    flag("--dim", type=int, nargs="+", metavar="I", help="Dimensions, from 0 (the 5 most active).")
-    flag("--steps", type=at_least(2), default=7, metavar="N", help="Values (7).")
-    flag = command(run_encode, "Write mu and logvar of the lines of FILE.", decodes=False)
-    flag(
-        "lines",
-        nargs="?",
-        default="-",
-        metavar="FILE",
-        help="Texts, one per line; - is standard input (-).",
-    )
-    flag("-o", dest="out", metavar="OUT.npz", help="Arrays mu and logvar (default: JSON lines).")
+    flag("--dim", type=int, nargs="+", metavar="I", help="dimensions, from 0 (the 5 most active)")
+    flag("--steps", type=at_least(2), default=7, metavar="N", help="values (7)")
+    flag = command("encode", run_encode, "write mu and logvar of the lines of FILE")
+    flag("lines", nargs="?", default="-", metavar="FILE", help="(-: standard input)")
+    flag("-o", dest="out", metavar="OUT.npz", help="arrays mu and logvar (default: JSON lines)")
     if argv and argv[0] in commands.choices:  # intermixed: TEXT may stand after options too
         return commands.choices[argv[0]].parse_intermixed_args(argv[1:])
     return parser.parse_args(argv)
@@ -335,14 +307,22 @@ def show(row, as_json):
     """A row as a line: JSON, or what is new in it, separated by tabs."""
     if as_json:
         return json.dumps(row, ensure_ascii=False)
-    cells = (
-        f"{value:.3f}" if isinstance(value, float) else str(value)
-        for key, value in row.items()
-        if key != "text"
-    )
-    return "\t".join(
-        cell.translate(dict.fromkeys(b"\t\n\r", " ")) for cell in cells
-    )  # one line, whatever is in it
+    cells = []
+    for key, value in row.items():
+        if key != "text":
+            cell = f"{value:.3f}" if isinstance(value, float) else str(value)
+            cells.append(cell.translate(dict.fromkeys(b"\t\n\r", " ")))  # one line
+    return "\t".join(cells)
+
+
+def load_vae(folder):
+    """The T5VAE of a folder or a hub name. InputError if it has no latent, or no tokenizer."""
+    model = T5VAE.from_pretrained(folder)
+    if model.tokenizer is None:
+        raise InputError(f"{folder} holds a model without a tokenizer")
+    if model.latent_dim == 0:
+        raise InputError(f"{folder} is a language model; it must be a VAE")
+    return model.eval()
 
 
 def main(argv=None):
@@ -350,26 +330,12 @@ def main(argv=None):
     logging.set_verbosity_error()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # as what it reads
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_line("latent.py"):
         warnings.showwarning = lambda message, *_: print(f"latent.py: {message}", file=sys.stderr)
-        try:
-            model = T5VAE.from_pretrained(args.model).to(args.device)
-            if model.tokenizer is None:
-                raise ValueError(f"{args.model} holds a model without a tokenizer")
-            if model.latent_dim == 0:
-                raise ValueError(f"{args.model} is a language model; it must be a VAE")
-            torch.manual_seed(getattr(args, "seed", 0))
-            for row in args.run(model, args):
-                print(show(row, args.json))
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader, `head` say, has enough: end as by SIGPIPE
-            # Nothing is left to flush at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except (OSError, ValueError) as error:
-            sys.exit(f"latent.py: {error}")
+        model = load_vae(args.model).to(args.device)
+        torch.manual_seed(getattr(args, "seed", 0))
+        for row in args.run(model, args):
+            print(show(row, args.json))
 
 
 if __name__ == "__main__":

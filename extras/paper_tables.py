@@ -7,29 +7,25 @@ metrics.json.
 """
 
 import argparse
-import json
 import math
-import sys
 from pathlib import Path
 
+import data
 import metrics
+from extras.latent import align, one_line
 
+PAPER_ROWS = {  # name: what its PPL is per
+    "Optimus (lambda 0.5)": "GPT-2 token",
+    "GPT-2": "GPT-2 token",
+    "Li et al. (lambda 3)": "word",
+    "Max pool": "T5 token",
+    "Max pool + Denoise": "T5 token",
+    "Max pool + Denoise + KLT": "T5 token",
+    "Max pool + Denoise + KLT + Deep": "T5 token",
+}
 # Tables 1 to 4 as printed: PPL, KL, "-ELBO", MI, AU. Two rows of PTB have a cell too few; by their
 # size, MI is the one missing. Words per test sentence, one end mark included: counted for PTB; 96 +
 # 1 for Yelp.
-PAPER_ROWS = (  # name, what its PPL is per
-    (
-        ("Optimus (lambda 0.5)", "GPT-2 token"),
-        ("GPT-2", "GPT-2 token"),
-        ("Li et al. (lambda 3)", "word"),
-    )
-    + (
-        ("Max pool", "T5 token"),
-        ("Max pool + Denoise", "T5 token"),
-        ("Max pool + Denoise + KLT", "T5 token"),
-    )
-    + (("Max pool + Denoise + KLT + Deep", "T5 token"),)
-)
 PAPER = {  # data set: number of the table, words per sentence, rows
     "yahoo": (1, 79.867, """23.11 17.45 301.21 8.85 32 | 22.00 - - - - | 59.24 7.44 328.73 6.41 32
         | 20.90 0.21 343.02 0.04 0 | 30.13 41.49 301.86 1.32 24 | 60.44 119.89 223.69 4.73 29
@@ -56,47 +52,35 @@ words). The paper cuts texts at 256 tokens. Its MI is a mean over batches of 256
 exceed ln 256 = 5.55."""
 
 
+HEADS = ["PPL", "per", "KL", '"-ELBO"', "N", "MI", "AU", "true N", "rec", "true -ELBO", "PPL/word"]
+
+
 def number(value, digits=2):
     """A cell: a dash for what nothing implies."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def align(rows):
-    """Rows of cells -> text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    first, *others = widths
-    return "\n".join(
-        row[0].ljust(first) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], others, strict=True))
-        for row in rows
-    )
-
-
 def reread(dataset):
-    """The rows of the paper's table for a data set, with what their printed digits imply, as a list
-    of dicts.
+    """The rows of the paper's table for a data set, a list of dicts, with what their digits imply.
 
     name, unit, and the printed ppl, kl, printed, mi, au (text); rec, n_printed, n, neg_elbo,
-    ppl_word (None where nothing implies them).
+    ppl_word (None if nothing implies them).
     """
     _, words, text = PAPER[dataset]
     rows, true_n = [], None
-    for (name, unit), line in zip(PAPER_ROWS, text.split("|"), strict=True):
-        row = dict(
-            zip(("ppl", "kl", "printed", "mi", "au"), line.split(), strict=True),
-            name=name,
-            unit=unit,
-        )
+    for (name, unit), line in zip(PAPER_ROWS.items(), text.split("|"), strict=True):
+        row = dict(zip(("ppl", "kl", "printed", "mi", "au"), line.split(), strict=True))
+        row |= {"name": name, "unit": unit}
         row |= dict.fromkeys(("rec", "n_printed", "n", "neg_elbo", "ppl_word"))
         if row["printed"] != "-":
             nats, kl, printed = math.log(float(row["ppl"])), float(row["kl"]), float(row["printed"])
             row["n_printed"] = printed / nats
             row["neg_elbo"] = printed
             if unit == "T5 token":
-                # The first row's KL is next to nothing: it has the true N, however its column is
-                # read.
-                true_n = true_n or (printed + 2 * kl) / nats
-                sign = min((1, -1), key=lambda s: abs((s * printed + 2 * kl) / nats - true_n))
-                row["neg_elbo"] = sign * printed + 2 * kl
+                if true_n is None:  # this row's KL is next to nothing: its N is the true one
+                    true_n = (printed + 2 * kl) / nats
+                signs = sorted((1, -1), key=lambda s: abs((s * printed + 2 * kl) / nats - true_n))
+                row["neg_elbo"] = signs[0] * printed + 2 * kl
                 row["n"] = row["neg_elbo"] / nats
             row["rec"] = row["neg_elbo"] - kl
             row["ppl_word"] = math.exp(row["neg_elbo"] / words)
@@ -104,65 +88,47 @@ def reread(dataset):
     return rows
 
 
-def format_paper(datasets, runs, configs):
-    """The paper's tables of `datasets`, and under each the runs on that data set."""
+def format_paper(datasets, runs):
+    """The paper's tables of `datasets`, each with the runs on it: {name: `read_run` of it}."""
     tables = []
     for dataset in datasets:
         number_of_table, words, _ = PAPER[dataset]
-        heads = [
-            dataset,
-            "PPL",
-            "per",
-            "KL",
-            '"-ELBO"',
-            "N",
-            "MI",
-            "AU",
-            "true N",
-            "rec",
-            "true -ELBO",
-            "PPL/word",
-        ]
-        rows = [heads]
+        rows = [[dataset, *HEADS]]
         for r in reread(dataset):
-            derived = [number(r[key]) for key in ("n", "rec", "neg_elbo")] + [
-                number(r["ppl_word"], 1)
-            ]
             printed = [r[key] for key in ("name", "ppl", "unit", "kl", "printed")]
+            derived = [number(r[key]) for key in ("n", "rec", "neg_elbo")]
+            derived.append(number(r["ppl_word"], 1))
             rows.append([*printed, number(r["n_printed"]), r["mi"], r["au"], *derived])
-        for run in (run for run in runs if configs[run]["dataset"] == dataset):
-            m = runs[run]
-            row = [run, number(m["ppl_token"]), "T5 token", metrics.cell(m, "kl"), "-", "-"]
-            row += [number(m["mi"]), str(m["au"])]
-            row += [
-                number(m["tokens"] / m["sentences"]),
-                metrics.cell(m, "rec"),
-                metrics.cell(m, "neg_elbo"),
-            ]
-            rows.append([*row, number(m["ppl_word"], 1)])
-        tables.append(
-            f"Table {number_of_table}, {dataset}: {words:g} words per sentence\n{align(rows)}"
-        )
+        for run, (config, m) in runs.items():
+            if config["dataset"] == dataset:
+                row = [run, number(m["ppl_token"]), "T5 token", metrics.cell(m, "kl"), "-", "-"]
+                row += [number(m["mi"]), str(m["au"]), number(m["tokens"] / m["sentences"])]
+                row += [metrics.cell(m, "rec"), metrics.cell(m, "neg_elbo")]
+                rows.append([*row, number(m["ppl_word"], 1)])
+        title = f"Table {number_of_table}, {dataset}: {words:g} words per sentence"
+        tables.append(f"{title}\n{align(rows)}")
     return "\n\n".join([*tables, PAPER_NOTE])
+
+
+def read_run(run):
+    """(config.json, metrics.json) of a finished run on one of the paper's data sets."""
+    config, measured = (data.read_json(Path(run, f"{name}.json")) for name in ("config", "metrics"))
+    if not config or not measured:
+        raise data.InputError(f"{run} is no finished run")
+    if config.get("dataset") not in PAPER:
+        theirs = ", ".join(PAPER)
+        raise data.InputError(f"{run} is on {config.get('dataset')}; the paper's are {theirs}")
+    return config, measured
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="paper_tables.py", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="Finished run folder of train.py.")
-    configs, results = {}, {}
-    for run in parser.parse_args(argv).runs:
-        try:
-            configs[run], results[run] = (
-                json.loads(Path(run, f"{name}.json").read_text()) for name in ("config", "metrics")
-            )
-            if configs[run]["dataset"] not in PAPER:
-                raise ValueError(
-                    f"the paper has tables of {', '.join(PAPER)}, not of {configs[run]['dataset']}"
-                )
-        except (OSError, ValueError, KeyError) as error:
-            sys.exit(f"paper_tables.py: cannot use {run}: {error}")
-    used = {config["dataset"] for config in configs.values()} or PAPER
-    print(format_paper([dataset for dataset in PAPER if dataset in used], results, configs))
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folder of train.py")
+    args = parser.parse_args(argv)
+    with one_line("paper_tables.py"):
+        runs = {run: read_run(run) for run in args.runs}
+        used = {config["dataset"] for config, _ in runs.values()} or PAPER
+        print(format_paper([dataset for dataset in PAPER if dataset in used], runs))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 was there (Raffel et al. 2020, section 3.1.4). With --lm-share 0.5, half of the batches are language
 modelling instead: the encoder reads nothing and the decoder writes whole texts. OUT/model is an
 ordinary T5 directory. --tokenizer DIR takes a vocabulary that exists, --steps 0 writes random
-weights, and --resume continues a run that was cut short.
+weights, and --resume continues an interrupted run.
 
 The log says what the loss hides: `query_growth` is the RMS of the query weights relative to their
 start. T5 does not divide attention logits by sqrt(d_kv), so queries that grew tenfold saturate
@@ -32,11 +32,54 @@ from torch import nn
 import data
 import train
 from extras.fast_cpu import quicken
-from extras.flags import at_least
-from extras.spans import pretraining_batch
+from extras.latent import at_least, one_line, seed
 from metrics import HALF
 
-RUN_FILES = {"config.json", "log.jsonl", "checkpoint.pt", "metrics.json", "model"}
+SPANS, LM = 11, 12  # what its random numbers are for, beside the uses in data.py
+
+
+def corrupt_spans(tokens, sentinels, eos_id, rng, density=0.15, mean_span=3):
+    """Replace spans of tokens by sentinels.
+
+    Args:
+        tokens: (T,) of one text, without </s>.
+        sentinels: ids of <extra_id_0>, <extra_id_1>, ...
+        rng: a numpy Generator.
+    Returns: inputs, targets: 1-d arrays. Inputs have a sentinel for each span; targets have each
+        sentinel and its span, then one more sentinel; both end in </s>.
+    """
+    lost = max(1, round(len(tokens) * density))
+    spans = max(1, min(round(lost / mean_span), len(tokens) - lost, len(sentinels) - 1))
+    # `lost` tokens are cut into `spans` pieces of at least one, the others into spans + 1 gaps.
+    cuts = np.sort(rng.choice(lost - 1, spans - 1, replace=False)) + 1
+    sizes = np.diff([0, *cuts, lost])
+    stays = len(tokens) - lost
+    bars = np.sort(rng.choice(stays + 1, spans, replace=False)) if stays > 0 else np.zeros(1, int)
+    gaps = np.diff([0, *bars, stays])
+    inputs, targets, at = [], [], 0
+    for gap, size, sentinel in zip(gaps, sizes, sentinels, strict=False):
+        inputs += [*tokens[at : at + gap], sentinel]
+        targets += [sentinel, *tokens[at + gap : at + gap + size]]
+        at += gap + size
+    return np.array([*inputs, *tokens[at:], eos_id]), np.array([*targets, sentinels[spans], eos_id])
+
+
+def pretraining_batch(corpus, epoch, index, *, sentinels, eos_id, seed, lm_share):
+    """The texts `index`, corrupted with the noise of this epoch, a function of (seed, epoch, text).
+
+    With probability `lm_share`, drawn for its first text, it is a batch of language modelling
+    instead: the encoder reads </s> alone, and the decoder writes the whole texts.
+    """
+    if np.random.default_rng([seed, epoch, LM, index[0]]).random() < lm_share:
+        pairs = [(np.array([eos_id]), corpus.row(i)) for i in index]
+    else:
+        pairs = []
+        for i in index.tolist():
+            rng = np.random.default_rng([seed, epoch, SPANS, i])
+            pairs.append(corrupt_spans(corpus.row(i)[:-1], sentinels, eos_id, rng))
+    ids, mask = data.pad([inputs for inputs, _ in pairs], corpus.pad_id)
+    labels, _ = data.pad([targets for _, targets in pairs], corpus.pad_id)
+    return data.Batch(ids, mask, labels, torch.as_tensor(index), torch.zeros(len(index), 0))
 
 
 def target_nats(t5, batch):
@@ -129,40 +172,30 @@ def parse_args(argv):
     flag("--dataset", nargs="+", required=True, help="data sets, as in train.py")
     flag("--data-dir", default="data", help="where the folders of named data sets are (data)")
     flag("--limit", type=at_least(1), help="train on the first N texts of each only")
-    flag("--max-length", type=at_least(2), default=256, help="tokens of a text (256)")
+    flag("--max-length", type=at_least(2), default=256, help="tokens per text (256)")
     flag("--tokenizer", help="folder with a vocabulary; else one is made of the training texts")
-    for name, default in train.TINY.items():  # --d-model, --layers, --heads, --vocab-size
-        name = "--" + name.replace("_", "-")
-        flag(name, type=at_least(1), default=default, help=f"as in train.py ({default})")
+    flag("--vocab-size", type=at_least(1), default=4000, help="largest vocabulary (4000)")
+    flag("--d-model", type=at_least(1), default=128, help="width (128)")
+    flag("--heads", type=at_least(1), default=4, help="attention heads (4); they divide the width")
+    flag("--layers", type=at_least(1), default=2, help="encoder layers, and decoder layers (2)")
     flag("--lm-share", type=share, default=0.0, help="share of batches of language modelling (0)")
-    flag("--epochs", type=at_least(0), default=10, help="(10)")
+    flag("--epochs", type=at_least(0), default=10, help="passes over the training texts (10)")
     flag("--steps", type=at_least(0), help="optimizer steps, instead of --epochs")
     flag("--batch-size", type=at_least(1), default=64, help="texts per step (64)")
-    flag("--lr", type=at_least(0, float), default=2e-2, help="of each weight's RMS (2e-2)")
+    flag("--lr", type=at_least(0, float), default=2e-2, help="relative to each weight's RMS (2e-2)")
     flag("--amp", choices=("off", "bf16"), default="off", help="precision (off: float32)")
     flag("--out", required=True, help="folder to write")
-    flag("--overwrite", action="store_true", help="replace what the folder holds")
     flag("--resume", action="store_true", help="resume from the last checkpoint, if there is one")
     flag("--save-every", type=at_least(0, float), default=10.0, help="minutes (10)")
     flag("--log-every", type=at_least(1), default=50, help="steps per training record (50)")
-    flag("--seed", type=at_least(0), default=0, help="of everything random (0)")
+    flag("--seed", type=seed, default=0, help="seed of everything random (0)")
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     flag("--device", choices=devices, default=devices[0], help="where to compute")
     args = parser.parse_args(argv)
     if args.d_model % args.heads:
         parser.error(f"--d-model is {args.d_model}; it must be a multiple of --heads, {args.heads}")
-    if args.resume and args.overwrite:
-        parser.error("--resume continues what --overwrite would replace: leave one out")
     args.command = shlex.join(["python", "-m", "extras.pretrain", *argv])
     return args
-
-
-def claim_folder(args):
-    """Refuse a folder with files of others, or with a run that is not to be replaced."""
-    out = Path(args.out)
-    found = train.find_files(out, "pretraining_sha256", RUN_FILES)
-    if found & {"metrics.json", "checkpoint.pt"} and not (args.resume or args.overwrite):
-        raise data.InputError(f"{out} holds a run: --resume it, give another --out, or --overwrite")
 
 
 def make_t5(args):
@@ -175,36 +208,46 @@ def make_t5(args):
     else:
         tokenizer = data.train_tokenizer(texts, args.vocab_size)
     torch.manual_seed(args.seed)
-    config = train.tiny_config(args, len(tokenizer))
+    shape = {"d_model": args.d_model, "d_kv": args.d_model // args.heads, "d_ff": 4 * args.d_model}
+    shape |= {"num_layers": args.layers, "num_heads": args.heads, "vocab_size": len(tokenizer)}
+    config = transformers.T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0)
     return transformers.T5ForConditionalGeneration(config), tokenizer
+
+
+def load_corpora(tokenizer, args):
+    """{split: the corpus of all data sets}."""
+    corpora = {}
+    for split, limit in ("train", args.limit), ("valid", None):
+        rest = split, tokenizer, args.data_dir, args.max_length, limit
+        corpora[split] = join([data.load_corpus(name, *rest) for name in args.dataset])
+        print(f"{split}: {len(corpora[split]):,} texts, {corpora[split].ids.size:,} tokens")
+    return corpora
 
 
 def run(args):
     """Train, and write OUT/model and OUT/metrics.json."""
-    claim_folder(args)
     out = Path(args.out)
-    if args.resume and (out / "metrics.json").exists():
+    if out.exists() and any(out.iterdir()) and not args.resume:
+        raise data.InputError(f"{out} is not empty: --resume its run, or give another --out")
+    if (out / "metrics.json").exists():
         print(f"{out} is finished")
         return
     t5, tokenizer = make_t5(args)
     t5.train().to(args.device)
     if args.device == "cpu":
         quicken(t5)
-    corpora = {}
-    for split, limit in ("train", args.limit), ("valid", None):
-        rest = split, tokenizer, args.data_dir, args.max_length, limit
-        corpora[split] = join([data.load_corpus(name, *rest) for name in args.dataset])
-        print(f"{split}: {len(corpora[split]):,} texts, {corpora[split].ids.size:,} tokens")
+    corpora = load_corpora(tokenizer, args)
     sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
     task = {"sentinels": sentinels, "eos_id": tokenizer.eos_token_id}
     task |= {"seed": args.seed, "lm_share": args.lm_share}
     make_batch = partial(pretraining_batch, **task)
     shas = {split: corpus.sha256 for split, corpus in corpora.items()}
     config = vars(args) | {"pretraining_sha256": shas}
-    if args.resume and (out / "checkpoint.pt").exists():
+    if (out / "config.json").exists():
         train.check_same(out, config)
-    else:  # nothing is deleted before the command has shown that it works
-        train.start_over(out, config, later=())
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        data.write_json(out / "config.json", config)
     with open(out / "log.jsonl", "a+", buffering=1) as log:
         measured = pretrain(t5, corpora, make_batch, args, out, log)
     t5.save_pretrained(out / "model")
@@ -218,10 +261,8 @@ def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else [str(word) for word in argv])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with one_line("pretrain.py"):
         run(args)
-    except (OSError, data.InputError, FloatingPointError) as error:
-        sys.exit(f"pretrain.py: {error}")
 
 
 if __name__ == "__main__":

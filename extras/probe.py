@@ -44,66 +44,280 @@ most frequent time of the same tense, and where `tense` moves, `time` has to, an
 """
 
 import argparse
+import functools
 import itertools
+import math
 import sys
 import warnings
+import zlib
 from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from transformers.utils import logging
 
 import data
-import metrics
 from data import InputError
-from extras.flags import at_least, seed
-from extras.labels import format_rows, label_means, linear_classifier, probe_labels, read_parts
-from extras.posteriors import posteriors
-from vae import T5VAE
+from extras.latent import align, at_least, fit_gaussian, load_vae, one_line, seed
 
+HELD_OUT = 5  # one text in so many is for the test, if no test texts are given
+MOST_EDITED = 3  # labels between which all edits are tried; of more, the two most frequent ones
+GRAMMAR_TEXTS = 10_000  # of a split, at most
 TIMES = {time: tense for tense, times in data.TENSES.items() for time in times}
 FACTORS = tuple("time" if name == "when" else name for name in data.FACTORS)
-HEADS = (  # of the table of grammar
-    "factor",
-    "probe %",
-    "chance %",
-    "moved: grammatical %",
-    "new value %",
-    "and no other change %",
-    "changed most with it %",
-)
+
+
+# ---------------------------------------- classifiers
+
+
+def linear_classifier():
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+
+
+def text_classifier():
+    """A bag of words: word by word, punctuation too, without order."""
+    words = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]")
+    return make_pipeline(words, LogisticRegression(max_iter=1000))
+
+
+def most_frequent(labels):
+    """The different labels, the most frequent first."""
+    return [label for label, _ in Counter(labels).most_common()]
+
+
+def label_means(mu, labels):
+    """{label: mean of its rows of mu (n, Z)}: (Z,) each."""
+    return {name: mu[[label == name for label in labels]].mean(0) for name in set(labels)}
+
+
+# ---------------------------------------- labelled texts
+
+
+class Labelled(NamedTuple):
+    texts: list  # n str
+    labels: list  # n str
+    mu: torch.Tensor | None = None  # (n, Z), with logvar the posteriors
+    logvar: torch.Tensor | None = None
+
+    def where(self, chosen):
+        """The texts for which one of n booleans is true."""
+        lists = [list(itertools.compress(column, chosen)) for column in self[:2]]
+        return Labelled(*lists, *(x if x is None else x[chosen] for x in self[2:]))
+
+    def of(self, label):
+        return self.where([other == label for other in self.labels])
+
+
+def read_column(path):
+    """The stripped lines of a UTF-8 file. InputError if one of them is empty, or there is none."""
+    raw = Path(path).read_bytes()
+    try:
+        text = raw.decode("utf-8-sig").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not UTF-8; save it as UTF-8") from None
+    lines = [line.strip() for line in text.split("\n")]
+    if not any(lines):
+        raise InputError(f"{path} is empty; it must have a line per text")
+    if "" in lines:
+        raise InputError(f"{path}, line {lines.index('') + 1}: empty; leave it out of both files")
+    return lines
+
+
+def read_labelled(texts_path, labels_path):
+    texts, labels = read_column(texts_path), read_column(labels_path)
+    if len(texts) != len(labels):
+        counts = f"{texts_path} has {len(texts):,} lines, {labels_path} {len(labels):,}"
+        raise InputError(f"{counts}; there must be one label per text")
+    return Labelled(texts, labels)
+
+
+def read_parts(texts, labels, test_texts=None, test_labels=None):
+    """The training and the test part, `Labelled` each, of files."""
+    train = read_labelled(texts, labels)
+    if test_texts:
+        test = read_labelled(test_texts, test_labels)
+    else:  # by the text alone: one that occurs twice is not in both
+        held_out = [zlib.crc32(text.encode()) % HELD_OUT == 0 for text in train.texts]
+        test, train = train.where(held_out), train.where([not out for out in held_out])
+    check_labels(train.labels, test.labels)
+    return train, test
+
+
+def check_labels(train, test):
+    """InputError if the labels of the two parts allow no classifier, or no edit."""
+    if len(names := sorted(set(train))) < 2:
+        only = "no text" if not names else f"only the label {names[0]!r}"
+        raise InputError(f"the training part has {only}; it must have at least two labels")
+    if strange := sorted(set(test) - set(names)):
+        raise InputError(f"label {strange[0]!r} is in the test part alone; nothing can learn it")
+    if missing := [name for name in edited_labels(train) if name not in test]:
+        size = f"the test part has {len(test):,} texts"
+        raise InputError(f"{size}, none with the label {missing[0]!r}; there must be one to edit")
+
+
+def edited_labels(labels):
+    """The labels between which texts are moved, the most frequent first."""
+    names = most_frequent(labels)
+    return names if len(names) <= MOST_EDITED else names[:2]
+
+
+def share(hits):
+    """(% of booleans that are true, its standard error)."""
+    p = sum(hits) / len(hits)
+    return 100 * p, 100 * math.sqrt(p * (1 - p) / len(hits))
+
+
+def words_kept(texts, edited):
+    """The share of the words of texts that are in their edited versions too, %.
+
+    Words are split at spaces. Each counts as often as it occurs in both; sums are divided once.
+    """
+    bags = [Counter(text.split()) for text in texts]
+    both = sum((a & Counter(b.split())).total() for a, b in zip(bags, edited, strict=True))
+    return 100 * both / max(1, sum(bag.total() for bag in bags))
+
+
+def read_table(judge, train, test):
+    """One row per way to tell the label of a test text; judge: the trained text classifier."""
+    most = most_frequent(train.labels)[0]
+    from_mu = linear_classifier().fit(train.mu.numpy(), train.labels)
+    guesses = {
+        f"always {most!r}, the most frequent": [most] * len(test.labels),
+        "from mu, linear": from_mu.predict(test.mu.numpy()),
+        "from the text, bag of words": judge.predict(test.texts),
+    }
+    rows = []
+    for way, guess in guesses.items():
+        hits = [a == b for a, b in zip(guess, test.labels, strict=True)]
+        rows.append({"the label": way, "texts": len(hits), "right %": share(hits)})
+    return rows
+
+
+def edit_table(decode, judge, train, test, ks, count):
+    """Moves the first `count` test texts of each edited label to each other one, k = 0 included.
+
+    decode: z (n, Z) -> n texts. Returns: rows; {number of a test text: [(what, text), ...]}.
+    """
+    means, names = label_means(train.mu, train.labels), edited_labels(train.labels)
+    rows, shown = [], {}
+    for old in names:
+        index = [i for i, label in enumerate(test.labels) if label == old][:count]
+        plain = decode(test.mu[index])
+        for i, text in zip(index, plain, strict=True):
+            shown[i] = [(old, test.texts[i]), ("k = 0", text)]
+        for new, k in itertools.product(names, sorted({0, *ks})):
+            if new == old:
+                continue
+            edited = decode(test.mu[index] + k * (means[new] - means[old])) if k else plain
+            rows.append(edit_row(judge, (old, new, k), plain, edited))
+            for i, text in zip(index, edited, strict=True):
+                shown[i] += [(f"{new}, k = {k:g}", text)] if k else []
+        if len(plain) > 1:
+            kept = words_kept(plain, plain[1:] + plain[:1])
+            row = dict.fromkeys(rows[-1], "-") | {"from": old, "to": "another text"}
+            rows.append(row | {"texts": len(plain), "words kept %": kept})
+    return rows, shown
+
+
+def edit_row(judge, edit, plain, edited):
+    """What an edit (from, to, k) did to reconstructions, `plain`, n texts."""
+    (old, new, k), said = edit, judge.predict(edited)
+    row = {"from": old, "to": new, "k": f"{k:g}", "texts": len(edited)}
+    row |= {"says from %": share(said == old), "says to %": share(said == new)}
+    return row | {"words kept %": words_kept(plain, edited)}
+
+
+def write_table(decode, judge, train, test, count):
+    """One row per kind of texts: of the test part, and decoded from `count` z of each kind.
+
+    The kinds: a sample of the posterior of each of the first `count` test texts of a label; a
+    Gaussian fitted to a label's training texts; N(0, I).
+    """
+    names = edited_labels(train.labels)
+    kinds = {f"test texts, {name}": test.of(name).texts for name in names}
+    for name in names:
+        mu, logvar = (x[:count] for x in test.of(name)[2:])
+        kinds[f"posteriors, {name}"] = decode(mu + (logvar / 2).exp() * torch.randn(mu.shape))
+    for name in names:
+        fitted = fit_gaussian(*train.of(name)[2:])
+        kinds[f"Gaussian, {name}"] = decode(fitted.sample((count,)).float())
+    kinds["N(0, I)"] = decode(torch.randn(count, train.mu.shape[1]))
+    rows = []
+    for kind, texts in kinds.items():
+        said = judge.predict(texts)
+        row = {"texts of": kind, "texts": len(texts)}
+        row |= {f"says {name} %": share(said == name) for name in names}
+        rows.append(row | {"different texts %": 100 * len(set(texts)) / len(texts)})
+    return rows
+
+
+def probe_labels(model, train, test, ks, count, examples):
+    """Lines: the tables of two `Labelled` parts, and examples. Draws from torch's generator."""
+    train = Labelled(train.texts, train.labels, *model.encode_texts(train.texts))
+    test = Labelled(test.texts, test.labels, *model.encode_texts(test.texts))
+    judge = text_classifier().fit(train.texts, train.labels)
+    lengths = map(len, data.tokenize(train.texts + test.texts, model.tokenizer))
+    decode = functools.partial(model.decode_texts, max_new_tokens=min(256, max(lengths) + 1))
+    labels = len(set(train.labels))
+    yield f"{len(train.texts):,} training texts, {len(test.texts):,} test texts, {labels} labels\n"
+    if both := sum(map(set(train.texts).__contains__, test.texts)):
+        yield f"{both:,} of the test texts are training texts too\n"
+    yield format_rows(read_table(judge, train, test))
+    if labels > MOST_EDITED:
+        yield f"\nof {labels} labels the two most frequent are edited"
+    rows, shown = edit_table(decode, judge, train, test, ks, count)
+    yield f"\n{format_rows(rows)}"
+    yield f"\n{format_rows(write_table(decode, judge, train, test, count))}"
+    for i in sorted(shown)[:examples]:
+        yield ""
+        width = max(len(what) for what, _ in shown[i])
+        yield from (f"{what:{width}}  {text}" for what, text in shown[i])
+
+
+def format_cell(value):
+    if isinstance(value, tuple):  # with its standard error
+        return f"{value[0]:.1f}±{value[1]:.1f}"
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return value if isinstance(value, str) else f"{value:,}"
+
+
+def format_rows(rows):
+    """Dicts with the same keys -> a table as text."""
+    return align([list(rows[0]), *([format_cell(value) for value in row.values()] for row in rows)])
+
+
+# ---------------------------------------- grammar
 
 
 def grammar_parse(text):
-    """The factors of a sentence of the grammar; None where the text is not one. Undoes
-    `grammar_sentence`."""
+    """The factors of a sentence of the grammar, or None. Undoes `grammar_sentence`."""
     padded, words = f" {text} ", set(text.split())
 
     def first(found):
         return next(iter(found), None)
 
-    nouns = {
-        (who, n): noun(who, n) for who in data.MEN + data.WOMEN for n in data.FACTORS["number"]
-    }
-    who = first(key for key, form in nouns.items() if form in words)
-    times = [
-        (tense, i, time) for tense, times in data.TENSES.items() for i, time in enumerate(times)
-    ]
-    when = first(t for t in times if padded.startswith(f" {t[2]} ") or padded.endswith(f" {t[2]} "))
-    found = {
-        name: first(v for v in data.FACTORS[name] if f" {v} " in padded)
-        for name in ("what", "where", *data.OPTIONAL)
-    }
+    found = {}
+    for name in "what", "where", *data.OPTIONAL:
+        found[name] = first(value for value in data.FACTORS[name] if f" {value} " in padded)
     found["verb"] = first(verb for verb, forms in data.VERBS.items() if words & {verb, *forms})
-    if not (who and when and found["verb"] and found["what"] and found["where"]):
+    for who, number in itertools.product(data.MEN + data.WOMEN, data.FACTORS["number"]):
+        if noun(who, number) in words:
+            found["who"], found["number"] = who, number
+    for time, tense in TIMES.items():
+        if padded.startswith(f" {time} ") or padded.endswith(f" {time} "):
+            found["tense"], found["when"] = tense, data.TENSES[tense].index(time)
+            found["order"] = "time first" if padded.startswith(f" {time} ") else "time last"
+    needed = set(data.FACTORS) - set(data.OPTIONAL)
+    if any(found.get(name) is None for name in needed) or data.grammar_sentence(found) != text:
         return None
-    found["who"], found["number"] = who
-    found["tense"], found["when"] = when[:2]
-    found["order"] = "time first" if padded.startswith(f" {when[2]} ") else "time last"
-    return (
-        {name: found[name] for name in data.FACTORS}
-        if data.grammar_sentence(found) == text
-        else None
-    )
+    return {name: found[name] for name in data.FACTORS}
 
 
 def noun(who, number):
@@ -133,83 +347,83 @@ def edit_of(factor, values):
 
     A time goes to one of the same tense: to leave it would be an edit of `tense`.
     """
-    old, *others = (value for value, _ in Counter(values).most_common())
+    old, *others = most_frequent(values)
     return old, next(v for v in others if factor != "time" or TIMES[v] == TIMES[old])
 
 
 def judge_edit(factor, new, before, after):
     """What an edit of a factor to the value `new` did: measures in % of the sentences.
 
-    before, after: what `in_words` returns for each sentence decoded, None where it is not
-    grammatical. Returns: grammatical; changed: it has the new value, which it did not have before;
-    alone: and every other factor as before; and the factor that changed most often with it, as
-    text.
+    before, after: what `in_words` returns for each sentence decoded, None if it is not grammatical.
+    Returns: grammatical; changed: it has the new value, which it did not have before; alone: and
+    every other factor as before; and the factor that changed most often with it, as text.
     """
-    changes = [
-        other_changes(factor, a, b) if a and b else None for a, b in zip(before, after, strict=True)
-    ]
-    changed = [
-        b is not None and b[factor] == new and (a is None or a[factor] != new)
-        for a, b in zip(before, after, strict=True)
-    ]
-    hits = {
-        "grammatical": [b is not None for b in after],
-        "changed": changed,
-        "alone": [yes and others == [] for yes, others in zip(changed, changes, strict=True)],
-    }
-    found = {name: 100 * sum(column) / max(1, len(after)) for name, column in hits.items()}
-    most = Counter(name for others in changes for name in others or ()).most_common(1)
-    found["most"] = f"{most[0][0]} {100 * most[0][1] / len(after):.1f}" if most else "-"
-    return found
+    grammatical = changed = alone = 0
+    with_it = Counter()
+    for a, b in zip(before, after, strict=True):
+        others = other_changes(factor, a, b) if a and b else None
+        with_it.update(others or ())
+        has_new = b is not None and b[factor] == new and (a is None or a[factor] != new)
+        grammatical += b is not None
+        changed += has_new
+        alone += has_new and others == []
+    counts = {"grammatical": grammatical, "changed": changed, "alone": alone}
+    found = {name: 100 * count / max(1, len(after)) for name, count in counts.items()}
+    most = [f"{name} {100 * count / len(after):.1f}" for name, count in with_it.most_common(1)]
+    return found | {"most": most[0] if most else "-"}
 
 
-def probe_grammar(model, corpora, batch_size=64, moved=200):
-    """One row per factor: is it in mu, and does a move along it change that factor and nothing
-    else?
+def probe_grammar(model, moved=200, limit=GRAMMAR_TEXTS):
+    """One row per factor: is it in mu, and does a move along it change that factor alone?
 
-    Args:
-        corpora: {"train": ..., "test": ...} of `grammar`, whole or their first texts.
-        moved: test sentences decoded for each factor.
+    moved: test sentences decoded for each factor; limit: sentences of a split.
     Returns: dicts of factor; accuracy and chance of `linear_probe`, %; and what `judge_edit` says
-        of the sentences moved from `edit_of`'s first value to its second.
+    of the sentences moved from `edit_of`'s first value to its second.
     """
-    mu = {split: posteriors(model, corpus, batch_size)[0] for split, corpus in corpora.items()}
-    true = {
-        split: list(map(in_words, itertools.islice(data.grammar_factors(split), len(mu[split]))))
-        for split in corpora
-    }
+    mu, true = {}, {}
+    for split in "train", "test":
+        mu[split], _ = model.encode_texts(data.read_texts("grammar", split)[:limit])
+        true[split] = list(map(in_words, itertools.islice(data.grammar_factors(split), limit)))
+
+    def written(z):
+        texts = model.decode_texts(z, max_new_tokens=40)
+        return [in_words(grammar_parse(text)) for text in texts]
+
     rows = []
     for factor in FACTORS:
-        classes = {split: [factors[factor] for factors in true[split]] for split in corpora}
-        accuracy, chance = linear_probe(mu["train"], classes["train"], mu["test"], classes["test"])
-        old, new = edit_of(factor, classes["train"])
-        means = label_means(mu["train"], classes["train"])
-        start = mu["test"][[c == old for c in classes["test"]]][:moved]
-        before, after = (
-            [
-                in_words(grammar_parse(text))
-                for text in model.decode_texts(z, batch_size, max_new_tokens=40)
-            ]
-            for z in (start, start + means[new] - means[old])
-        )
-        read = {"factor": factor, "accuracy": accuracy, "chance": chance}
-        rows.append(read | judge_edit(factor, new, before, after))
+        classes = [factors[factor] for factors in true["train"]]
+        test_classes = [factors[factor] for factors in true["test"]]
+        accuracy, chance = linear_probe(mu["train"], classes, mu["test"], test_classes)
+        old, new = edit_of(factor, classes)
+        means = label_means(mu["train"], classes)
+        start = mu["test"][[value == old for value in test_classes]][:moved]
+        before, after = written(start), written(start + means[new] - means[old])
+        row = {"factor": factor, "accuracy": accuracy, "chance": chance}
+        rows.append(row | judge_edit(factor, new, before, after))
     return rows
 
 
 def linear_probe(mu, classes, test_mu, test_classes):
-    """Accuracy of a linear classifier (logistic regression) from mu to a class, and chance, both in
-    % of the test rows.
+    """(accuracy, chance) of a linear classifier from mu to a class, % of the test rows.
 
-    Args:
-        mu, test_mu: (n, Z), (m, Z).
-        classes, test_classes: n and m hashable values, of at least two kinds.
-    Returns: accuracy; chance: that of always saying the most frequent class of `classes`.
+    mu, test_mu: (n, Z), (m, Z); classes, test_classes: n and m hashable values, of at least two
+    kinds. chance: of always saying the most frequent class of `classes`.
     """
     names, test_names = list(map(str, classes)), list(map(str, test_classes))
     accuracy = linear_classifier().fit(mu.numpy(), names).score(test_mu.numpy(), test_names)
-    most = Counter(names).most_common(1)[0][0]
-    return 100 * accuracy, 100 * test_names.count(most) / len(test_names)
+    chance = test_names.count(most_frequent(names)[0]) / len(test_names)
+    return 100 * accuracy, 100 * chance
+
+
+def format_grammar(rows):
+    """What `probe_grammar` found, as a table."""
+    heads = {"factor": "factor", "accuracy": "probe %", "chance": "chance %"}
+    heads |= {"grammatical": "moved: grammatical %", "changed": "new value %"}
+    heads |= {"alone": "and no other change %", "most": "changed most with it %"}
+    return format_rows([{heads[key]: value for key, value in row.items()} for row in rows])
+
+
+# ---------------------------------------- the command line
 
 
 def parse_args(argv):
@@ -235,46 +449,23 @@ def parse_args(argv):
     return args
 
 
-def load(args):
-    """The model of a command and, for a run on `grammar`, its corpora: {"train": ..., "test": ...}.
-
-    Raises OSError, ValueError or KeyError where it is no VAE, or needs --texts and has none.
-    """
-    corpora = None
-    if args.texts:
-        model = T5VAE.from_pretrained(args.run)
-    else:
-        config, model, read = metrics.load_run(args.run)
-        dataset = config["dataset"]
-        if dataset != "grammar":
-            raise InputError(f"its data set is {dataset}; without --texts it must be grammar")
-        corpora = {split: read(split, limit=10_000) for split in ("train", "test")}
-    if model.tokenizer is None:
-        raise InputError("it has no tokenizer")
-    if model.latent_dim == 0:
-        raise InputError("a language model; it must be a VAE, whose latent can be probed")
-    return model.eval(), corpora
-
-
 def main(argv=None):
     args = parse_args(argv)
-    data.replace_unprintable()
     logging.set_verbosity_error()
-    try:
-        files = args.texts, args.labels, args.test_texts, args.test_labels
-        parts = read_parts(*files) if args.texts else None
-    except (OSError, ValueError) as error:
-        sys.exit(f"probe.py: {error}")
-    try:
-        model, corpora = load(args)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"probe.py: cannot use {args.run}: {error}")
-    if not args.texts:
-        print(format_rows(probe_grammar(model, corpora, moved=args.count), HEADS))
-        return
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_line("probe.py"):
         warnings.showwarning = lambda message, *_: print(f"probe.py: {message}", file=sys.stderr)
+        parts = None
+        if args.texts:
+            parts = read_parts(args.texts, args.labels, args.test_texts, args.test_labels)
+        model = load_vae(args.run)
+        dataset = data.read_json(Path(args.run, "config.json")).get("dataset")
+        if parts is None and dataset != "grammar":
+            said = f"{args.run} is no run on grammar, but on {dataset}"
+            raise InputError(f"{said}; without --texts it must be one")
         torch.manual_seed(args.seed)
+        if parts is None:
+            print(format_grammar(probe_grammar(model, args.count)))
+            return
         for line in probe_labels(model, *parts, args.k, args.count, args.examples):
             print(line, flush=True)
 

@@ -22,8 +22,6 @@ texts of that file. Writes RUN-samples.json beside RUN.
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 import sacrebleu
@@ -31,17 +29,18 @@ import torch
 
 import data
 import metrics
-from extras.flags import at_least
-from extras.latent import fit_gaussian, interpolate, read_group
+from extras.latent import align, at_least, fit_gaussian, interpolate, one_line, read_group
 
 STEPS = 5  # of an interpolation, both ends included
+HEADS = ["bleu", "distinct_1", "distinct_2", "words", "lm_nats"]
 
 
 def distinct(texts, n):
     """The share of different ones among the n-grams of words of all texts, %."""
-    grams = [
-        gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)), strict=False)
-    ]
+    grams = []
+    for text in texts:
+        words = text.split()
+        grams += [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 100 * len(set(grams)) / max(1, len(grams))
 
 
@@ -57,104 +56,100 @@ def lm_nats(lm, texts, batch_size=64):
     return nats / sum(map(len, rows))
 
 
-def describe(texts, lm):
-    words = sum(len(text.split()) for text in texts) / len(texts)
-    return {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2), "words": words} | (
-        {"lm_nats": lm_nats(lm, texts)} if lm else {}
-    )
+def measure(texts, lm):
+    """The measures of texts, but for BLEU; lm: a language model, or None."""
+    measured = {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
+    measured["words"] = sum(len(text.split()) for text in texts) / len(texts)
+    if lm:
+        measured["lm_nats"] = lm_nats(lm, texts)
+    return measured
 
 
 def judge(model, lm, corpus, count, seed=0, like=None):
-    """({kind: measures}, {kind: texts}) of `count` texts of each kind; interpolations: a tenth as
-    many pairs. like: texts whose Gaussian is a kind too."""
+    """({kind: measures}, {kind: texts}) of `count` texts of each kind.
+
+    Interpolations are of a tenth as many pairs. like: texts whose Gaussian is a kind, too.
+    """
     torch.manual_seed(seed)
-    count = min(count, len(corpus))
-    order = torch.randperm(len(corpus))[:count].tolist()
-    texts = {
-        "test sentences": data.detokenize([corpus.row(i).tolist() for i in order], model.tokenizer)
-    }
-    longest = {"max_new_tokens": int(corpus.lengths.max())}
+    count, longest = min(count, len(corpus)), int(corpus.lengths.max())
+    rows = [corpus.row(i).tolist() for i in torch.randperm(len(corpus))[:count]]
+    texts = {"test sentences": data.detokenize(rows, model.tokenizer)}
     mu, _ = model.encode_texts(texts["test sentences"])
-    texts["reconstructions"] = model.decode_texts(mu, **longest)
-    z = torch.randn(count, model.latent_dim)
-    texts["prior, greedy"] = model.decode_texts(z, **longest)
-    texts["prior, sampled"] = model.decode_texts(z, do_sample=True, **longest)
-    half = max(1, count // 10)
-    paths = torch.stack(
-        [interpolate(a, b, STEPS) for a, b in zip(mu[:half], mu[half:], strict=False)], 1
-    )
-    for step, latents in enumerate(paths):  # (pairs, Z)
-        texts[f"interpolation {step / (STEPS - 1):.2f}"] = model.decode_texts(latents, **longest)
+    latents = {"reconstructions": mu, "prior, greedy": torch.randn(count, model.latent_dim)}
+    latents["prior, sampled"] = latents["prior, greedy"]
+    pairs = max(1, count // 10)
+    paths = [interpolate(a, b, STEPS) for a, b in zip(mu[:pairs], mu[pairs:], strict=False)]
+    for step, z in enumerate(torch.stack(paths, 1)):  # (pairs, Z)
+        latents[f"interpolation {step / (STEPS - 1):.2f}"] = z
     if like:
-        z = fit_gaussian(*model.encode_texts(like)).sample((count,)).float()
+        gaussian = fit_gaussian(*model.encode_texts(like))
+        latents["like, greedy"] = gaussian.sample((count,)).float()
+        latents["like, sampled"] = latents["like, greedy"]
+    for kind, z in latents.items():
+        torch.manual_seed(seed)  # what a kind draws does not depend on the kinds before it
+        sampled = kind.endswith("sampled")
+        texts[kind] = model.decode_texts(z, do_sample=sampled, max_new_tokens=longest)
+    if like:
         texts["like: the texts"] = like[:count]
-        texts["like, greedy"] = model.decode_texts(z, **longest)
-        texts["like, sampled"] = model.decode_texts(z, do_sample=True, **longest)
-    measured = {kind: describe(of_kind, lm) for kind, of_kind in texts.items()}
-    bleu = sacrebleu.corpus_bleu(
-        texts["reconstructions"], [texts["test sentences"]], tokenize="none", force=True
-    )
+    measured = {kind: measure(of_kind, lm) for kind, of_kind in texts.items()}
+    originals = [texts["test sentences"]]
+    bleu = sacrebleu.corpus_bleu(texts["reconstructions"], originals, tokenize="none", force=True)
     measured["reconstructions"]["bleu"] = bleu.score
     return measured, texts
 
 
 def format_lines(measured, texts):
-    heads = ["bleu", "distinct_1", "distinct_2", "words", "lm_nats"]
-    yield f"{'':20}{'count':>8}" + "".join(f"{head:>12}" for head in heads)
+    table = [["", "count", *HEADS]]
     for kind, row in measured.items():
-        cells = [f"{row[head]:.2f}" if head in row else "-" for head in heads]
-        yield f"{kind:20}{len(texts[kind]):8,}" + "".join(f"{cell:>12}" for cell in cells)
+        cells = [f"{row[head]:.2f}" if head in row else "-" for head in HEADS]
+        table.append([kind, f"{len(texts[kind]):,}", *cells])
+    yield align(table)
     for i in range(3):
         yield f"text            {texts['test sentences'][i]}"
         yield f"reconstructed   {texts['reconstructions'][i]}"
-    for kind in (kind for kind in texts if kind.startswith(("prior", "like,"))):
-        yield from (f"{kind:16}{text}" for text in texts[kind][:3])
-    for kind in (kind for kind in texts if kind.startswith("interpolation")):
-        yield f"{kind.removeprefix('interpolation '):16}{texts[kind][0]}"
+    for kind, of_kind in texts.items():
+        if kind.startswith(("prior", "like,")):
+            yield from (f"{kind:16}{text}" for text in of_kind[:3])
+    for kind, of_kind in texts.items():
+        if kind.startswith("interpolation"):
+            yield f"{kind.removeprefix('interpolation '):16}{of_kind[0]}"
+
+
+def load_lm(run, named):
+    """The language model to judge by: `named`, else lm/ beside the run, else None."""
+    folder = Path(named or Path(run).resolve().parent / "lm")
+    if not named and not (folder / "metrics.json").exists():
+        return None
+    _, lm, _ = metrics.load_run(folder)
+    if lm.latent_dim:
+        raise data.InputError(f"{folder} is a VAE; --lm must be a run of --no-latent")
+    return lm
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="samples.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("run", metavar="RUN", help="Run folder of train.py, of phase 2.")
-    flag(
-        "--lm",
-        metavar="RUN",
-        help="Run of a language model of the same data (lm beside the run, if there is one).",
-    )
-    flag("--count", type=at_least(3), default=1000, metavar="N", help="Texts of each kind (1000).")
-    flag("--like", metavar="FILE", help="Texts, one per line: also write texts of their kind.")
+    flag("run", metavar="RUN", help="run folder of train.py, of phase 2")
+    flag("--lm", metavar="RUN", help="language model of the same data (lm/ beside RUN, if any)")
+    flag("--count", type=at_least(3), default=1000, metavar="N", help="texts of each kind (1000)")
+    flag("--like", metavar="FILE", help="texts, one per line: also write texts of their kind")
     args = parser.parse_args(argv)
-    data.replace_unprintable()
-    beside = Path(args.run).resolve().parent / "lm"
-    try:
+    run = Path(args.run).resolve()
+    with one_line(f"samples.py: cannot use {args.run}"):
         _, model, read = metrics.load_run(args.run)
         if model.latent_dim == 0:
-            raise ValueError("a language model; it must be the run of a VAE")
-        lm = (
-            metrics.load_run(args.lm or beside)[1]
-            if args.lm or (beside / "metrics.json").exists()
-            else None
-        )
-        if lm and lm.latent_dim:
-            raise ValueError(f"{args.lm or beside} is a VAE; --lm must be a run of --no-latent")
-        if len(corpus := read("test")) < 3:
-            raise ValueError(f"its test split has {len(corpus)} texts; it must have at least 3")
+            raise data.InputError("it is a language model; it must be the run of a VAE")
+        lm, corpus = load_lm(args.run, args.lm), read("test")
+        if len(corpus) < 3:
+            raise data.InputError(f"{len(corpus)} test texts; there must be at least 3")
         like = read_group(args.like) if args.like else None
         measured, texts = judge(model, lm, corpus, args.count, like=like)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"samples.py: cannot use {args.run}: {error}")
-    content = {
-        "count": min(args.count, len(corpus)),
-        "measures": measured,
-        "texts": {kind: of[:20] for kind, of in texts.items()},
-    }
-    content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    run = Path(args.run).resolve()
-    run.with_name(f"{run.name}-samples.json").write_text(content, encoding="utf-8")
-    print(*format_lines(measured, texts), sep="\n")
-    if not lm:
-        print("lm_nats needs a language model: train.py --no-latent, then --lm RUN")
+        some = {kind: of_kind[:20] for kind, of_kind in texts.items()}
+        content = {"count": len(texts["reconstructions"]), "measures": measured, "texts": some}
+        data.write_json(run.with_name(f"{run.name}-samples.json"), content)
+        print(*format_lines(measured, texts), sep="\n")
+        if not lm:
+            print("lm_nats needs a language model: train.py --no-latent, then --lm RUN")
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def test_a_wrong_command_is_found(monkeypatch, capsys):
     page = """Prose with `python -m extras.nothing` and `python -m extras.compare
 A B`.
 
-    python -m extras.samples runs/grammar/phase2 --no-such-flag  # a comment
+    python -m study.plots price --no-such-flag  # a comment
     LD_PRELOAD=x python -m extras.fast_cpu --dataset ptb --epochs many && echo
 
 ```bash
@@ -309,7 +309,7 @@ python metrics.py RUN --iw-sample-count 3
 """
     assert len(commands(page)) == 6
     wrong = refused(commands(page), monkeypatch)
-    names = ["extras.fast_cpu", "extras.samples", "extras.nothing", "metrics"]
+    names = ["extras.fast_cpu", "study.plots", "extras.nothing", "metrics"]
     assert sorted(module for module, _ in wrong) == sorted(names)
 
 
@@ -387,7 +387,7 @@ def test_what_is_left_out_can_be_had(small_run, tmp_path, monkeypatch):
 
 
 def test_tests_that_pages_name_exist():
-    files = [ROOT / "test_vae.py", *(ROOT / "extras").glob("test_*.py")]
+    files = [ROOT / "test_vae.py", *ROOT.glob("extras/test_*.py"), *ROOT.glob("study/test_*.py")]
     tests = "".join(path.read_text() for path in files)
     named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
     assert named

@@ -1,13 +1,12 @@
 """The GPU path: what can be shown without a GPU, and checks that run where there is one.
 
-    pytest extras/test_gpu.py -rs        without a GPU, each check is skipped by name
+    pytest extras/test_gpu.py -rsP       without a GPU, each check is skipped by name
     python -m extras.test_gpu CHECK      one check, on the first GPU
 
 All tests hide the GPUs from their process. So each check runs in a process of its own that sees
 them again.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers import T5Config
 
 import data
 import metrics
@@ -40,8 +40,9 @@ def tokenizer():
 def small_vae(device="cpu"):
     """A VAE of `grammar` with random weights that hears z."""
     torch.manual_seed(0)
-    shape = argparse.Namespace(d_model=32, heads=4, layers=2)
-    model = T5VAE(train.tiny_config(shape, len(tokenizer())).to_dict(), 8).to(device)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 128, "num_heads": 4, "num_layers": 2}
+    shape |= {"dropout_rate": 0.0, "decoder_start_token_id": 0, "vocab_size": len(tokenizer())}
+    model = T5VAE(T5Config(**shape).to_dict(), 8).to(device)
     torch.nn.init.normal_(model.w_proj.weight, std=1.0)
     return model
 
@@ -76,8 +77,7 @@ def stepper(model, device, amp):
 
 
 class Factories(TorchFunctionMode):
-    """Collects the calls that make a tensor without saying on which device: on a GPU they would
-    make it on the CPU."""
+    """Collects the calls that make a tensor without a device: on a GPU, too, it is on the CPU."""
 
     NAMES = "empty zeros ones full arange linspace eye rand randn randint randperm tensor "
     NAMES = {*(NAMES + "as_tensor from_numpy scalar_tensor").split()}
@@ -155,8 +155,8 @@ class Reads(TorchFunctionMode):
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_a_step_of_training_reads_once_from_the_device(amp, tmp_path):
-    """Of train.train itself: two steps more are two reads more. Batches are made by a thread, on
-    the CPU, which `Reads` does not see."""
+    """Of train.train itself: two more steps are two more reads. `Reads` does not see the thread
+    that makes the batches, on the CPU."""
     command = "--dataset grammar --model tiny --phase 2 --recipe best --epochs 1 --batch-size 16"
     (args,) = train.parse_args([*command.split(), "--lr", "0.02", "--device", "cpu", "--amp", amp])
     valid = data.load_corpus("grammar", "valid", tokenizer(), limit=16)
@@ -217,15 +217,10 @@ def losses(out):
 def check_a_run_in_each_precision():
     """Both phases learn. Losses are the CPU's: float32 to 1 %, bf16 to 5 %, fp16 (it skips steps at
     first) to 10 %."""
-    runs = {
-        "cpu": ("cpu", "off"),
-        "off": ("cuda", "off"),
-        "bf16": ("cuda", "bf16"),
-        "fp16": ("cuda", "fp16"),
-    }
-    for name, (device, amp) in runs.items():
-        if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            continue
+    runs = [("cpu", "cpu", "off"), ("off", "cuda", "off"), ("fp16", "cuda", "fp16")]
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        runs.append(("bf16", "cuda", "bf16"))
+    for name, device, amp in runs:
         train.main([*RUN, "--device", device, "--amp", amp, "--log-every", "1", "--out", name])
         for phase in "phase1", "phase2":
             found, exact = losses(Path(name, phase)), losses(Path("cpu", phase))
@@ -310,11 +305,20 @@ def check_two_processes():
 
 
 def check_benchmark():
-    """Prints tokens per second against a plain transformers step, and memory, in each precision."""
-    shape = "--dataset grammar --model tiny --d-model 512 --heads 8 --layers 6"
-    for amp in "off", "bf16", "fp16":
-        flags = [*shape.split(), "--amp", amp]
-        subprocess.run([sys.executable, "-m", "extras.benchmark", *flags], check=True)
+    """Prints tokens per second against a plain transformers step, and memory, in each precision.
+
+    The shapes are t5-small's and t5-base's, with random weights.
+    """
+    for name, width, heads, layers in ("small", 512, 8, 6), ("base", 768, 12, 12):
+        shape = ["--d-model", width, "--heads", heads, "--layers", layers, "--steps", 0]
+        run_module("extras.pretrain", "--dataset", "grammar", *shape, "--out", name)
+        for amp in "off", "bf16", "fp16":
+            model = ["--model", Path(name, "model"), "--amp", amp]
+            run_module("extras.benchmark", "--dataset", "grammar", *model)
+
+
+def run_module(*words):
+    subprocess.run([sys.executable, "-m", *map(str, words)], check=True)
 
 
 CHECKS = {
@@ -326,12 +330,11 @@ CHECKS = {
 
 def gpu_environment():
     """The environment of these tests, with the GPUs visible again."""
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": os.environ["TEST_GPUS"],
-        "PYTHONPATH": str(ROOT),
-    }
-    if environment["CUDA_VISIBLE_DEVICES"] == "all":
+    environment, gpus = os.environ | {"PYTHONPATH": str(ROOT)}, os.environ["TEST_GPUS"]
+    if gpus == "all":
         del environment["CUDA_VISIBLE_DEVICES"]
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus
     return environment
 
 
@@ -345,12 +348,11 @@ def gpus():
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_a_gpu(check, tmp_path):
-    if gpus() < (needed := 2 if check == "two_processes" else 1):
-        pytest.skip(f"{check} needs {needed} GPU{'s' * (needed > 1)}; torch finds {gpus()}")
-    command = [sys.executable, "-m", "extras.test_gpu", check]
-    child = subprocess.run(
-        command, cwd=tmp_path, env=gpu_environment(), capture_output=True, text=True
-    )
+    needed = 2 if check == "two_processes" else 1
+    if gpus() < needed:
+        pytest.skip(f"{check}: GPUs needed: {needed}, found: {gpus()}")
+    command, where = [sys.executable, "-m", "extras.test_gpu", check], {"cwd": tmp_path}
+    child = subprocess.run(command, **where, env=gpu_environment(), capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-3000:]
     print(child.stdout)
 

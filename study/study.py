@@ -1,21 +1,22 @@
 """The study of RESULTS.md: its rows as data, one command that runs them, and their tables.
 
-    python -m extras.study --list                  what is missing, most informative first
-    python -m extras.study --data-dir data         runs that, one process per core
-    python -m extras.study --tables                the tables of RESULTS.md, from results/
+    python -m study.study --list                  what is missing, most informative first
+    python -m study.study --data-dir data         runs that, one process per core
+    python -m study.study --tables                the tables of RESULTS.md, from study/results/
 
 It can be stopped at any moment: the same command continues. Two of them may run side by side, on
-different --texts, once the T5s that they start from are made. Runs are written to runs/study/, what
-is kept of them to results/<text>/<row>/<seed>/: metrics.json, and config.json with the machine, the
-commit and the minutes. results/<text>/paired.json has the differences of pairs of rows over the
-same test texts, with their standard errors.
+different --texts, once the T5s that they start from are made. Runs are written to runs/study/. What
+is kept of them goes to study/results/<text>/<row>/<seed>/: metrics.json, and config.json with the
+machine, the commit and the minutes. <text>/paired.json has the differences of pairs of rows over
+the same test texts, with their standard errors.
 
 The paper's own experiment, for whoever has a GPU and a network:
 
-    python -m extras.study --model t5-small --deep t5-base --texts ptb snli yahoo yelp
+    python -m study.study --model t5-small --deep t5-base --texts ptb snli yahoo yelp
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -37,9 +38,9 @@ except ImportError:  # Windows
     fcntl = None
 
 import data
-from extras import compare, positions, study_tables
-from extras.flags import at_least
-from extras.study_tables import read_dict
+from extras import compare
+from study import positions, study_tables
+from study.study_tables import read_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,7 +57,7 @@ class Text:
 
     dataset: str
     limit: int | None = None  # of training texts; here about 0.3 million tokens per epoch
-    iw_samples: int = 10
+    iw_samples: int = 20
     width: int = 128
     seeds: int = 2  # of the rows with more than one
     rows: tuple = ()
@@ -96,10 +97,11 @@ PAPER_FLAGS = "--recipe paper --dropout 0.1"  # t5-small's dropout
 WARM_UPS = {  # phase 1: what it starts from, flags
     "autoencoder": ("small", f"{BEST_FLAGS} --epochs 3"),
     "autoencoder-random": ("random", f"{BEST_FLAGS} --epochs 3"),
-    "recommended": ("small", f"{PAPER_FLAGS} --denoise 0.15"),
+    "paper-default": ("small", f"{PAPER_FLAGS} --denoise 0.15"),
     "no-deletion": ("small", f"{PAPER_FLAGS} --denoise 0"),
     "deletion0.4": ("small", f"{PAPER_FLAGS} --denoise 0.4"),
     "deletion0.4-deep": ("deep", f"{PAPER_FLAGS} --denoise 0.4"),
+    "li2019": ("small", f"{PAPER_FLAGS} --denoise 0 --no-freeze-decoder"),
     "unfrozen": ("small", f"{PAPER_FLAGS} --denoise 0.15 --no-freeze-decoder"),
     "mean": ("small", f"{PAPER_FLAGS} --denoise 0.15 --pool mean"),
     "last": ("small", f"{PAPER_FLAGS} --denoise 0.15 --pool last"),
@@ -121,28 +123,39 @@ class Row:
     special: bool = False  # only for texts that name it
 
 
-ROWS = [  # the most informative first
+# Li et al. 2019: an autoencoder, then its encoder with the T5's own decoder; 3 nats are free.
+LI2019 = "--denoise 0 --reset-decoder --kl-threshold 0.09375 --kl-anneal-epochs 10 --epochs 10"
+# Optimus' finetuning: one cycle, of which half at KL weight 0 and a quarter rising.
+OPTIMUS = "--denoise 0 --kl-threshold 0.5 --epochs 8"
+OPTIMUS += " --kl-schedule cyclical --kl-cycles 1 --kl-zero 0.5 --kl-rise 0.25"
+
+ROWS = [  # the systems of the paper's tables and two targets first, then the claims
     Row("lm", None, f"{BEST_FLAGS} --no-latent --epochs 8", several=True),
     Row("r8", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 8", several=True),
     Row("paper-max", "no-deletion", f"{PAPER_FLAGS} --denoise 0 --kl-threshold 0"),
     Row("paper-denoise", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 0"),
     Row("paper-klt", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 3"),
-    Row("lm-paper", None, f"{PAPER_FLAGS} --no-latent"),  # the paper's phase 2 without z
+    Row("li2019", "li2019", f"{PAPER_FLAGS} {LI2019}"),
+    Row("optimus", None, f"{PAPER_FLAGS} {OPTIMUS}"),
     Row("r16", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 16"),
-    Row("r24", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 24", special=True),
+    Row("lm-paper", None, f"{PAPER_FLAGS} --no-latent"),  # the paper's phase 2 without z
+    Row("paper-deep", "deletion0.4-deep", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 3"),
+    Row("lm-deep", None, f"{BEST_FLAGS} --no-latent --epochs 8", "deep"),
+    Row("linear", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-schedule linear"),
     Row("r4", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 4"),
-    Row("recommended", "recommended", f"{PAPER_FLAGS} --denoise 0.15", several=True),
-    Row("no-deletion", "no-deletion", f"{PAPER_FLAGS} --denoise 0"),
-    Row("deletion0.4", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4"),
+    Row("r24", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 24", special=True),
+    Row("paper-default", "paper-default", f"{PAPER_FLAGS} --denoise 0.15", several=True),
+    Row("unfrozen-reset", "unfrozen", f"{PAPER_FLAGS} --denoise 0.15 --reset-decoder"),
     Row("threshold0.25", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-threshold 0.25"),
     Row("threshold0.5", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-threshold 0.5"),
-    Row("linear", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-schedule linear"),
     Row("cold", None, f"{PAPER_FLAGS} --denoise 0.15 --kl-threshold 0"),
     Row("cold-constant", None, f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule constant"),
-    Row("no-threshold", "recommended", f"{PAPER_FLAGS} --denoise 0.15 --kl-threshold 0"),
-    Row("cyclical", "recommended", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule cyclical"),
-    Row("constant", "recommended", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule constant"),
+    Row("no-threshold", "paper-default", f"{PAPER_FLAGS} --denoise 0.15 --kl-threshold 0"),
+    Row("cyclical", "paper-default", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule cyclical"),
+    Row("constant", "paper-default", f"{PAPER_FLAGS} --kl-threshold 0 --kl-schedule constant"),
     Row("unfrozen", "unfrozen", f"{PAPER_FLAGS} --denoise 0.15"),
+    Row("no-deletion", "no-deletion", f"{PAPER_FLAGS} --denoise 0"),
+    Row("deletion0.4", "deletion0.4", f"{PAPER_FLAGS} --denoise 0.4"),
     Row("mean", "mean", f"{PAPER_FLAGS} --denoise 0.15"),
     Row("last", "last", f"{PAPER_FLAGS} --denoise 0.15"),
     Row("all-layers", "all-layers", f"{PAPER_FLAGS} --denoise 0.15"),
@@ -151,8 +164,6 @@ ROWS = [  # the most informative first
     Row(
         "r16-random", "autoencoder-random", f"{BEST_FLAGS} --epochs 5 --kl-target 16", special=True
     ),
-    Row("lm-deep", None, f"{BEST_FLAGS} --no-latent --epochs 8", "deep"),
-    Row("paper-deep", "deletion0.4-deep", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 3"),
     Row("z64", "z64", f"{PAPER_FLAGS} --denoise 0.15"),
     Row("z128", "z128", f"{PAPER_FLAGS} --denoise 0.15"),
 ]
@@ -191,10 +202,14 @@ def text_flags(text, args):
 
 def start_job(start, text, args):
     """(T5 to start from, the job that makes it, or None) of a row's or phase 1's `start`."""
-    if text.dataset == "grammar":
-        return "tiny", None
     if args.model:
         return (args.deep if start == "deep" else args.model), None
+    if text.dataset == "grammar":
+        if start != "deep":
+            return "tiny", None
+        out = Path(args.runs, "t5-grammar-deep")
+        flags = ["--dataset", "grammar", "--layers", "4", "--steps", "0", "--out", str(out)]
+        return str(out / "model"), Job(out, ["-m", "extras.pretrain", *flags, "--resume"])
     out, small = (Path(args.runs, f"t5-{name}-{text.width}") for name in (start, "small"))
     datasets = [dataset_path(name, args) for name in PRETRAINING_TEXTS]
     flags = ["--dataset", *datasets, *shlex.split(f"{PRETRAINING} {STARTS[start]}")]
@@ -208,45 +223,49 @@ def start_job(start, text, args):
     return str(out / "model"), Job(out, ["-m", "extras.pretrain", *flags, "--resume"], needs)
 
 
+def warm_up_job(name, text, out, rest, args):
+    """The job of a phase 1 in the folder `out`; rest: the flags that phase 2 has, too."""
+    start_name, flags = WARM_UPS[name]
+    start, needs = start_job(start_name, text, args)
+    epochs = text.epochs[0] if text.epochs else None
+    command = ["train.py", "--phase", "1", "--model", start, *flags_of(flags, epochs, text.lr)]
+    return Job(out / "phase1", [*command, *rest, "--out", str(out)], needs)
+
+
+def run_folder(row, name, seed, args):
+    """Where train.py writes a row of the text `name`."""
+    folder = "lm" if "--no-latent" in row.flags else "phase2"
+    return Path(args.runs, name, row.name, str(seed), folder)
+
+
 def row_job(row, name, seed, args):
     """The job of a row on the text `name`, which needs those of its phase 1 and its start."""
     text = find_text(name, args)
     rest = [*text_flags(text, args), "--seed", str(seed), "--resume"]
-    parent = Path(args.runs, name)
-    warm_epochs, epochs = text.epochs or (None, None)
-    if "--no-latent" in row.flags:
-        lr = text.lr if row.start == "random" else text.lm_lr  # chosen with a pretrained start
-        flags = flags_of(row.flags, sum(text.epochs), lr)
-    else:
-        flags = flags_of(row.flags, epochs, text.lr)
+    epochs, lr, no_latent = text.epochs[1:], text.lr, "--no-latent" in row.flags
+    if no_latent:
+        epochs = text.epochs
+        if row.start != "random":  # lm_lr was chosen with a pretrained start
+            lr = text.lm_lr
+    flags = flags_of(row.flags, sum(epochs), lr)
     if text.dataset == "grammar" and row.flags.startswith(BEST_FLAGS):
         flags += ["--dropout", "0"]  # its training texts are no sample to overfit
     if row.warm_up is None:
         start, needs = start_job(row.start, text, args)
-        flags += ["--model" if "--no-latent" in flags else "--init", start]
-        flags += ["--layers", "4"] if start == "tiny" and row.start == "deep" else []
     else:
-        start_name, warm_flags = WARM_UPS[row.warm_up]
-        start, needs = start_job(start_name, text, args)
-        out = parent / row.warm_up / str(seed)
-        warm = ["train.py", "--phase", "1", "--model", start]
-        warm += [*flags_of(warm_flags, warm_epochs, text.lr), *rest]
-        warm += ["--layers", "4"] if start == "tiny" and start_name == "deep" else []
-        needs = Job(out / "phase1", [*warm, "--out", str(out)], needs)
-        flags += ["--init", str(needs.out)]
-    out, phase = parent / row.name / str(seed), "phase2"
-    if "--no-latent" in flags:
-        phase = "lm"
-    else:
-        flags += ["--phase", "2"]
-    command = ["train.py", *flags, *rest, "--iw-samples", str(text.iw_samples), "--out", str(out)]
+        out = Path(args.runs, name, row.warm_up, str(seed))
+        needs = warm_up_job(row.warm_up, text, out, rest, args)
+        start = str(needs.out)
+    flags += ["--model", start] if no_latent else ["--phase", "2", "--init", start]
+    out = run_folder(row, name, seed, args)
+    command = ["train.py", *flags, *rest, "--iw-samples", str(text.iw_samples)]
+    command += ["--out", str(out.parent)]
     result = Path(args.results, name, row.name, str(seed))
-    return Job(out / phase, command, needs, result, text.positions)
+    return Job(out, command, needs, result, text.positions)
 
 
 def flags_of(text, epochs, lr):
-    """The flags in a text: with this number of epochs unless it is 0 or None, and, in the recipe
-    `best`, with this learning rate."""
+    """The flags in a text: with so many epochs, unless it is 0 or None, and the rate of `best`."""
     if epochs:
         text = re.sub(r"--epochs \d+", f"--epochs {epochs}", text)
     return shlex.split(text.replace(BEST_FLAGS, f"{BEST_FLAGS} --lr {lr}"))
@@ -264,8 +283,8 @@ def runs_on(row, text, args):
         return row.name in text.rows
     if row.special:
         return False
-    if text.dataset == "grammar" and (start == "random" or row.name == "lm-paper"):
-        return False  # all its rows start from random weights; the systems are of real texts
+    if text.dataset == "grammar" and start == "random":
+        return False  # all its rows start from random weights
     return not args.model or start == "small" or start == "deep" and bool(args.deep)
 
 
@@ -311,7 +330,7 @@ def next_job(jobs, tried):
 def keep(job):
     """Copy a finished run's settings and measures into results/, with the commit and the machine
     of this moment. Its minutes include pauses."""
-    config = json.loads((job.out / "config.json").read_text())
+    config = read_dict(job.out / "config.json")
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     begun, ended = ((job.out / f"{name}.json").stat().st_mtime for name in ("config", "metrics"))
@@ -322,20 +341,19 @@ def keep(job):
     forget_pairs(job)
     job.result.mkdir(parents=True, exist_ok=True)
     data.write_json(job.result / "config.json", config)
-    measured = json.loads((job.out / "metrics.json").read_text())
+    measured = read_dict(job.out / "metrics.json")
     if measured["latent_dim"] and job.positions:
         measured["positions"] = positions.of_run(job.out)
     data.write_json(job.result / "metrics.json", measured)
 
 
 def forget_pairs(job):
-    """Drop the paired differences of a row that is made again. Where the other run of a pair is not
-    here, write_pairs cannot replace them."""
+    """Drop the paired differences of a row that is made again: without the other run of a pair,
+    write_pairs cannot replace them."""
     path = job.result.parent.parent / "paired.json"
     if path.exists():
         name = f"{job.result.parent.name}/{job.result.name}"
-        pairs = read_dict(path)
-        pairs = {pair: pairs[pair] for pair in pairs if name not in pair.split()}
+        pairs = {pair: found for pair, found in read_dict(path).items() if name not in pair.split()}
         data.write_json(path, pairs) if pairs else path.unlink()
 
 
@@ -352,35 +370,36 @@ def machine():
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
 
 
+def old_pairs(path, wanted):
+    """Those of the pairs in a paired.json, if there is one, whose rows are `wanted`."""
+    pairs = read_dict(path) if path.exists() else {}
+    return {p: pairs[p] for p in pairs if tuple(re.findall(r"(\S+)/\d+", p)) in wanted}
+
+
 def write_pairs(args):
-    """paired.json of each text: the pairs of study_tables of which both runs are there, and those
-    of them that it had."""
-    seeds = max(args.seeds or 0, MOST_SEEDS)
-    every = argparse.Namespace(**vars(args) | {"rows": None, "seeds": seeds})
-    outs = {str(job.result): job.out for job in study_jobs(every)}
+    """paired.json of each text: the pairs of study_tables whose two runs are there, and those that
+    it had."""
+    rows = {row.name: row for row in ROWS}
+    wanted, seeds = study_tables.pairs(rows), range(max(args.seeds or 0, MOST_SEEDS))
     for name in args.texts:
         path = Path(args.results, name, "paired.json")
-        pairs = read_dict(path) if path.exists() else {}
-        wanted = study_tables.pairs([row.name for row in ROWS])
-        rows = {pair: tuple(re.findall(r"(\S+)/\d+", pair)) for pair in pairs}
-        pairs = {pair: pairs[pair] for pair in pairs if rows[pair] in wanted}
-        for a, b in wanted:
-            for seed in range(seeds):
-                runs = [outs.get(str(path.parent / row / str(seed))) for row in (a, b)]
-                if all(out and (out / "metrics.json").exists() for out in runs):
-                    try:
-                        pairs[f"{a}/{seed} - {b}/{seed}"] = compare.compare(runs[1], runs[0])
-                    except (OSError, ValueError, KeyError) as error:
-                        print(f"not compared: {error}", file=sys.stderr)
+        pairs = old_pairs(path, wanted)
+        for (a, b), seed in itertools.product(wanted, seeds):
+            runs = [run_folder(rows[row], name, seed, args) for row in (a, b)]
+            if all((run / "metrics.json").exists() for run in runs):
+                try:
+                    pairs[f"{a}/{seed} - {b}/{seed}"] = compare.compare(runs[1], runs[0])
+                except (OSError, data.InputError) as error:
+                    print(f"not compared: {error}", file=sys.stderr)
         if pairs:
             data.write_json(path, dict(sorted(pairs.items())))
 
 
 def time_left(jobs, args):
     """One line: how much is missing, and how long it takes at the pace of the rows in results/."""
-    paths = Path(args.results).glob("*/*/*/config.json")
-    minutes = [data.read_json(path).get("minutes") for path in paths]
-    minutes = [value for value in minutes if study_tables.is_number(value)]
+    runs = study_tables.read(args.results)[0] if Path(args.results).exists() else {}
+    seeds = [seed for rows in runs.values() for row in rows.values() for seed in row.values()]
+    minutes = [measured["minutes"] for measured in seeds if measured["minutes"] is not None]
     rows, left = sum(not job.finished() for job in jobs), len(commands_left(jobs))
     said = f"{rows} of {len(jobs)} rows are missing, {left} commands"
     if not minutes:
@@ -390,10 +409,10 @@ def time_left(jobs, args):
 
 
 def start(job, log, environment):
-    """The process of a job, which writes to `log`; None where another process writes there.
+    """The process of a job, which writes to `log`; None if another process writes there.
 
-    The process inherits the lock of its log, and holds it until it ends: also where its study is
-    killed, so that the same command does not start a second one in the same run folder.
+    The process inherits the lock of its log, and holds it until it ends, even if its study is
+    killed: so the same command does not start a second one in the same run folder.
     """
     print(f"{time.strftime('%H:%M')} python {shlex.join(job.command)}", flush=True)
     with open(log, "a") as file:
@@ -456,16 +475,19 @@ def run(jobs, args):
 def parse_args(argv):
     parser = argparse.ArgumentParser("study.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("--texts", nargs="+", help=f"({' '.join(TEXTS)}; with --model: captions ptb answers)")
+    texts = f"data sets ({' '.join(TEXTS)}; with --model: captions ptb answers)"
+    flag("--texts", nargs="+", help=texts)
     flag("--rows", nargs="+", choices=[r.name for r in ROWS], metavar="ROW", help="only these")
-    flag("--seeds", type=at_least(1), help="so many of each row (1; of some 2, on grammar 3)")
+    flag(
+        "--seeds", type=data.number(int, 1), help="so many of each row (1; of some 2, on grammar 3)"
+    )
     flag("--model", help="start of all rows: a T5 of the hub, or a folder (pretrained here)")
     flag("--deep", help="that of the row paper-deep, with --model; without it the row is left out")
     flag("--data-dir", default="data", help="where the folders of the texts are (data)")
     flag("--runs", default="runs/study", help="where run folders are written (runs/study)")
-    flag("--results", help="(results; with --model: results/<model>)")
+    flag("--results", help="where results are kept (study/results; --model: study/results/<model>)")
     cores = 1 if torch.cuda.is_available() else os.cpu_count()
-    flag("--jobs", type=at_least(1), default=cores, help=f"processes at a time ({cores})")
+    flag("--jobs", type=data.number(int, 1), default=cores, help=f"processes at a time ({cores})")
     flag("--list", action="store_true", help="print what is missing, and run nothing")
     flag("--tables", action="store_true", help="print the tables of RESULTS.md, and run nothing")
     args = parser.parse_args(argv)
@@ -487,25 +509,17 @@ def parse_args(argv):
     if args.model:  # two models share neither run folders nor results
         name = Path(args.model).as_posix().strip("/").replace("/", "--")
         args.runs = str(Path(args.runs, name))
-        args.results = args.results or str(Path("results", name))
-    args.results = args.results or "results"
+        args.results = args.results or str(Path("study", "results", name))
+    args.results = args.results or str(Path("study", "results"))
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    data.replace_unprintable()
-    try:
+    with data.command("study.py", "; the same command continues"):
         failed = run_command(args)
-    except KeyboardInterrupt:
-        sys.exit("study.py: interrupted; the same command continues")
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"study.py: {error}")
-    if failed:
-        sys.exit(f"study.py: commands that failed: {len(failed)}")
+        if failed:
+            sys.exit(f"study.py: commands that failed: {len(failed)}")
 
 
 def run_command(args):

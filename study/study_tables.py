@@ -1,9 +1,9 @@
-"""The tables of RESULTS.md, from what extras.study keeps in results/.
+"""The tables of RESULTS.md, from what study.study keeps in study/results/.
 
-    python -m extras.study --tables
+    python -m study.study --tables
 
 Nats are per sentence. ± is the standard error over sentences (of a difference: that of the paired
-differences), or, where a row has several seeds, the standard deviation over them if it is larger.
+differences). If a row has several seeds, it is the standard deviation over them if that is larger.
 """
 
 import math
@@ -27,12 +27,13 @@ SYSTEMS = {  # row: its name in the paper's tables
 # The paper's text of the kind of ours.
 OF_ITS_KIND = {"captions": "snli", "ptb": "ptb", "answers": "yahoo"}
 OF_ITS_KIND |= {"snli": "snli", "yahoo": "yahoo", "yelp": "yelp"}
+NEEDED = ("kl", "rec", "au")  # of each metrics.json
 
 
 @dataclass(frozen=True)
 class Claim:
     """What the paper says of two rows: `measure` of row `a` is `expected` (<, > or =) that of `b`;
-    or of one: a's is below or above 1 nat, where z is lost or kept.
+    or of one row: a's is below 1 nat (z is lost) or above it (z is kept).
     """
 
     says: str
@@ -47,20 +48,20 @@ CLAIMS = (
     Claim("(a) the same, KL weight 1", "swap_cost", "cold-constant", "<"),
     Claim("(a) phase 1 keeps z, KL weight 1", "swap_cost", "constant", ">"),
     Claim("(a) phase 1 makes z say more", "swap_cost", "no-threshold", ">", "cold"),
-    Claim("(b) phase 1 needs a frozen decoder", "swap_cost", "recommended", ">", "unfrozen"),
-    Claim("(b) phase 1 needs a frozen decoder", "neg_elbo", "recommended", "<", "unfrozen"),
-    Claim("(c) max informs more than mean", "swap_cost", "recommended", ">", "mean"),
-    Claim("(c) max informs more than last", "swap_cost", "recommended", ">", "last"),
+    Claim("(b) phase 1 needs a frozen decoder", "swap_cost", "paper-default", ">", "unfrozen"),
+    Claim("(b) phase 1 needs a frozen decoder", "neg_elbo", "paper-default", "<", "unfrozen"),
+    Claim("(c) max informs more than mean", "swap_cost", "paper-default", ">", "mean"),
+    Claim("(c) max informs more than last", "swap_cost", "paper-default", ">", "last"),
     Claim("(d) deletion helps long texts", "swap_cost", "paper-denoise", ">", "paper-max"),
     Claim("(d) deletion helps long texts", "neg_elbo", "paper-denoise", "<", "paper-max"),
     Claim("(d) with a threshold, too", "neg_elbo", "deletion0.4", "<", "no-deletion"),
-    Claim("(e) a threshold of 0.5 helps", "neg_elbo", "recommended", "<", "no-threshold"),
+    Claim("(e) a threshold of 0.5 helps", "neg_elbo", "paper-default", "<", "no-threshold"),
     Claim("(e) 0.5 is better than 3", "neg_elbo", "deletion0.4", "<", "paper-klt"),
     Claim("(f) cyclical annealing loses z", "swap_cost", "cyclical", "<"),
-    Claim("(g) of 64 dimensions as many are active", "active", "z64", "=", "recommended"),
-    Claim("(g) of 128 dimensions fewer are active", "active", "z128", "<", "recommended"),
+    Claim("(g) of 64 dimensions as many are active", "active", "z64", "=", "paper-default"),
+    Claim("(g) of 128 dimensions fewer are active", "active", "z128", "<", "paper-default"),
     Claim("(h) a deeper T5 is better", "neg_elbo", "paper-deep", "<", "paper-klt"),
-    Claim("(i) all layers inform more", "swap_cost", "all-layers", ">", "recommended"),
+    Claim("(i) all layers inform more", "swap_cost", "all-layers", ">", "paper-default"),
     Claim("(k) deletion raises the KL", "kl", "paper-denoise", ">", "paper-max"),
     Claim("(k) a threshold raises the KL", "kl", "paper-klt", ">", "paper-denoise"),
     Claim("pretraining helps a language model", "rec", "lm-random", ">", "lm"),
@@ -77,7 +78,7 @@ def pairs(rows):
 
 
 def read_dict(path, *keys):
-    """The dict in a JSON file, with these keys. InputError where there is none."""
+    """The dict in a JSON file, with these keys. InputError if there is none."""
     content = data.read_json(path)
     missing = [key for key in keys if key not in content]
     if missing or not content:
@@ -91,36 +92,19 @@ def is_number(value):
 
 
 def check_numbers(path, measured):
-    """Raises InputError where a measure is neither a finite number nor null: there is none."""
-    needed = ("kl", "rec", "au")
+    """InputError if a measure is neither a finite number nor null, or a needed one is null."""
     for name, value in measured.items():
-        if name == "positions" or value is None and name not in needed:
+        if name in ("positions", "word", "precision") or value is None and name not in NEEDED:
             continue
         if not is_number(value):
             raise data.InputError(f"{path} is damaged: {name} is {value!r}, no number")
 
 
-def check_pairs(path, pairs):
-    """Raises InputError where paired.json does not hold {pair: {measure: [mean, error]}}."""
-    for name, measures in pairs.items():
-        for pair in measures.values() if isinstance(measures, dict) else [measures]:
-            mean, error = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
-            if not is_number(mean) or not (error is None or is_number(error)):
-                raise data.InputError(f"{path} is damaged: {name} is {str(measures)[:80]}")
-
-
-def check_positions(path, places):
-    """Raises InputError where `positions` of a metrics.json is not what extras.positions finds."""
-    needed = ("start", "stop", "rec", "rec_other")
-    for place in places if isinstance(places, list) else [places]:
-        if not isinstance(place, dict) or not all(is_number(place.get(key)) for key in needed):
-            raise data.InputError(f"{path} is damaged: positions has {str(place)[:80]}")
-
-
 def read(results):
-    """({text: {row: {seed: (config, measures)}}}, {text: paired.json}), in TEXT_ORDER.
+    """({text: {row: {seed: measures}}}, {text: paired.json}), in TEXT_ORDER.
 
-    Raises InputError where a file is damaged, or where there is no folder.
+    The measures are those of metrics.json, with the share of active dimensions, and the minutes and
+    the KL after each epoch of phase 1 of config.json. Raises InputError if a file is damaged.
     """
     if not Path(results).is_dir():
         raise data.InputError(f"there is no folder {results}")
@@ -130,15 +114,14 @@ def read(results):
         if not seed.isdecimal():
             raise data.InputError(f"{path.parent} is no seed: its name must be a number")
         config = read_dict(path.with_name("config.json"), "command")
-        measured = read_dict(path, "latent_dim", "kl", "rec", "au")
+        measured = read_dict(path, "latent_dim", *NEEDED)
         check_numbers(path, measured)
-        check_positions(path, measured.get("positions", []))
         if measured["latent_dim"]:
             measured["active"] = measured["au"] / measured["latent_dim"]
-        runs.setdefault(text, {}).setdefault(row, {})[seed] = config, measured
+        measured["minutes"], measured["phase1_kl"] = map(config.get, ("minutes", "phase1_kl"))
+        runs.setdefault(text, {}).setdefault(row, {})[seed] = measured
     for path in Path(results).glob("*/paired.json"):
         paired[path.parent.name] = read_dict(path)
-        check_pairs(path, paired[path.parent.name])
     order = [*TEXT_ORDER, *runs]
     return {text: runs[text] for text in sorted(runs, key=order.index)}, paired
 
@@ -151,13 +134,13 @@ def spread(values, error):
 
 
 def number(runs, text, row, key, beside=None):
-    """(mean over seeds, ±) of a measure, or None where the row or the measure is missing.
+    """(mean over seeds, ±) of a measure, or None if the row or the measure is missing.
 
     beside: another row: only the seeds that both have.
     """
     rows = runs.get(text, {})
     seeds = [seed for seed in rows.get(row, {}) if seed in rows.get(beside or row, {})]
-    found = [rows[row][seed][1] for seed in seeds]
+    found = [rows[row][seed] for seed in seeds]
     values = [measured.get(key) for measured in found]
     if not values or None in values:
         return None
@@ -166,10 +149,10 @@ def number(runs, text, row, key, beside=None):
 
 def differences(runs, paired, text, a, b, key):
     """[(a - b of a measure, its standard error)] for each seed that both rows have. The error is
-    that of the paired differences, None where paired.json has none."""
+    that of the paired differences, None if paired.json has none."""
     rows, found = runs[text], []
     for seed in rows.get(a, {}):
-        values = [rows.get(row, {}).get(seed, (None, {}))[1].get(key) for row in (a, b)]
+        values = [rows.get(row, {}).get(seed, {}).get(key) for row in (a, b)]
         if None not in values:
             pair = paired.get(text, {}).get(f"{a}/{seed} - {b}/{seed}", {})
             found.append((values[0] - values[1], pair.get(key, [None, None])[1]))
@@ -194,7 +177,7 @@ def cell(pair, sign=""):
 
 
 def table(heads, rows):
-    """Rows of cells -> a table in Markdown, numbers to the right; None where there is no row."""
+    """Rows of cells -> a table in Markdown, numbers to the right; None if there is no row."""
     if not rows:
         return None
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
@@ -248,7 +231,7 @@ def systems_table(runs, paired):
 
 def seed_range(runs, text, row, key):
     """How far the seeds of a row differ in a measure; 0 for one seed, or none."""
-    values = [measured.get(key) for _, measured in runs[text].get(row, {}).values()]
+    values = [measured.get(key) for measured in runs[text].get(row, {}).values()]
     values = [value for value in values if value is not None]
     return max(values) - min(values) if values else 0.0
 
@@ -256,9 +239,9 @@ def seed_range(runs, text, row, key):
 def holds(claim, runs, paired, text, a, b):
     """Whether a claim holds: "yes", "no", "unclear", or "?" without paired differences.
 
-    Of two rows: yes or no, where each seed's difference is beyond two standard errors of the paired
+    Of two rows: yes or no, if each seed's difference is beyond two standard errors of the paired
     differences, all on the same side, and their mean is more than the seeds of one of the rows
-    differ (if neither has several: those of `recommended`); else unclear. The share of active
+    differ (if neither has several: those of `paper-default`); else unclear. The share of active
     dimensions has no error: "=" is less than 2 % apart.
     """
     if claim.b is None:
@@ -272,7 +255,7 @@ def holds(claim, runs, paired, text, a, b):
     errors = [error for _, error in found if error is not None]
     if not errors:
         return "?"
-    rows = [row for row in (claim.a, claim.b) if len(runs[text][row]) > 1] or ["recommended"]
+    rows = [row for row in (claim.a, claim.b) if len(runs[text][row]) > 1] or ["paper-default"]
     gains = [side * mean for mean, _ in found]
     if abs(statistics.fmean(gains)) > max(seed_range(runs, text, row, key) for row in rows):
         if min(gains) > 2 * max(errors):
@@ -284,7 +267,7 @@ def holds(claim, runs, paired, text, a, b):
 
 def verdict(claim, runs, paired, text):
     """Whether a claim holds, and the two numbers that it rests on, means over the seeds that both
-    rows have (of one row: its swap cost and its KL); "-" where there are none."""
+    rows have (of one row: its swap cost and its KL); "-" if there are none."""
     a = number(runs, text, claim.a, claim.measure, beside=claim.b)
     if claim.b is None:
         b = number(runs, text, claim.a, "kl")
@@ -296,12 +279,9 @@ def verdict(claim, runs, paired, text):
 
 
 def plateau(runs, text):
-    """Claim (j), of phase 1 of the row `recommended`: its KL after the last two epochs."""
-    seeds = runs[text].get("recommended", {})
-    found = [config.get("phase1_kl") for config, _ in seeds.values()]
-    if not found or not all(isinstance(kl, list) and len(kl) > 1 for kl in found):
-        return "-"
-    if not all(is_number(value) for kl in found for value in kl):
+    """Claim (j), of phase 1 of the row `paper-default`: its KL after the last two epochs."""
+    found = [measured["phase1_kl"] for measured in runs[text].get("paper-default", {}).values()]
+    if not found or not all(found):
         return "-"
     before, last = (statistics.fmean(kl[i] for kl in found) for i in (-2, -1))
     return f"{'yes' if abs(last - before) <= 0.02 * before else 'no'}: {before:.2f}, {last:.2f}"
@@ -314,7 +294,7 @@ def claims_table(runs, paired):
         said = f"`{claim.measure}`: {claim.a} {claim.expected}"
         said += f" {claim.b}" if claim.b else " 1 nat; `kl`"
         rows.append([claim.says, said, *(verdict(claim, runs, paired, text) for text in runs)])
-    said = "`kl`: recommended, epoch 4 = epoch 5 (2 %)"
+    said = "`kl`: paper-default, epoch 4 = epoch 5 (2 %)"
     rows.append(["(j) phase 1's KL plateaus", said, *(plateau(runs, text) for text in runs)])
     rows = [row for row in rows if set(row[2:]) - {"-"}]
     if not rows:
@@ -328,7 +308,7 @@ def claims_table(runs, paired):
 def positions_table(runs):
     """What another text's z costs in `answers`, by position: rec_other - rec, nats per token."""
     rows = {row: runs.get("answers", {}).get(row) for row in POSITIONS}
-    found = {row: seeds[min(seeds)][1].get("positions") for row, seeds in rows.items() if seeds}
+    found = {row: seeds[min(seeds)].get("positions") for row, seeds in rows.items() if seeds}
     found = {row: places for row, places in found.items() if places}
     lines = []
     for places in zip(*found.values(), strict=False):

@@ -1,24 +1,19 @@
-"""Pictures of runs. Needs `pip install -r extras/requirements.txt`.
+"""The figures of RESULTS.md. Needs `pip install -r extras/requirements.txt`.
 
-    python -m extras.plots curves --out curves.png RUN ...
-    python -m extras.plots price --out price.png [--results results]
-    python -m extras.plots buys --out buys.png [--results results]
-    python -m extras.plots plane --out plane-ptb.png [--text ptb] [--results results]
+    python -m study.plots price --out study/figures/price.png
+    python -m study.plots buys --out study/figures/buys.png
+    python -m study.plots plane --out study/figures/plane-ptb.png [--text ptb]
 
-curves: MI, AU, KL and PPL per word on the validation split, of any runs. The others show the study,
-whose runs are results/<text>/<row>/<seed>. price: what a nat of KL costs in NLL, per text. buys:
-what it buys, in exact sentences and in rec. plane: KL across, rec up, for one text in all its
-folders (ptb, ptb-256), with the published rows where the paper has a table of it.
+price: what a nat of KL costs in NLL, per text. buys: what it buys, in exact sentences and in swap
+cost. plane: KL across, rec up, for one text in all its folders (ptb, ptb-256), with the published
+rows if the paper has a table of it.
 """
 
 import argparse
 import itertools
-import json
 import math
 import re
 import statistics
-import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,26 +23,19 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from extras import paper_tables, study_tables
-from train import INCIDENTAL
-
-PANELS = {
-    "MI, nats": "mi",
-    "AU": "au",
-    "KL, nats per sentence": "kl",
-    "PPL/word, of -ELBO": "ppl_word",
-}
-NOT_IN_LABELS = INCIDENTAL | {"init", "data_sha256"}
+import data
+from extras import paper_tables
+from extras.latent import one_line
+from study import study_tables
 
 # The study's rows by method, with the color and the marker of each. Other rows are not drawn.
 METHODS = {
     "KL target": (r"r\d+", "#0072B2", "o"),
-    "the paper's recipe": (r"paper-.+|recommended|cyclical|constant", "#D55E00", "^"),
+    "the paper's recipe": (r"paper-.+|cyclical|constant", "#D55E00", "^"),
     "KL threshold": (r"threshold[\d.]+", "#009E73", "s"),
     "annealing": (r"linear\d*", "#CC79A7", "D"),
 }
 TEXT_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-DEEP, DEEP_LM = "paper-deep", "lm-deep"  # has more layers than the other rows; its language model
 KL_TICKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)
 # Linear up to 4 nats, logarithmic beyond: 0, 8 and 96 nats must all be seen. The two parts have the
 # same slope where they meet.
@@ -55,62 +43,6 @@ KL_SCALE = {"base": 2, "linthresh": 4, "linscale": 0.5 / math.log(2)}
 LM_LINE = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 1}
 # GPT-2's tokens per test sentence, counted, and the two marks that Optimus' perplexities count too.
 GPT2_TOKENS = {"ptb": 28.09}
-
-
-def run_labels(configs):
-    """{run: what sets it apart from the others}: the settings that differ, and the run where they
-    do not tell."""
-    keys = dict.fromkeys(
-        key for config in configs.values() for key in config if key not in NOT_IN_LABELS
-    )
-    differ = [
-        key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1
-    ]
-    labels = {
-        run: ", ".join(f"{k} {c[k]}" for k in differ if c.get(k) is not None)
-        for run, c in configs.items()
-    }
-    seen = list(labels.values())
-    return {
-        run: label if label and seen.count(label) == 1 else ", ".join(filter(None, (label, run)))
-        for run, label in labels.items()
-    }
-
-
-def draw_curves(logs):
-    """A matplotlib Figure of {label: validation records}: one panel per measure, one line per run,
-    against steps."""
-    wide = max(map(len, logs)) > 50
-    figure = Figure(figsize=(10, 7 + 0.25 * len(logs) / (1 if wide else 2)), layout="constrained")
-    for axes, (title, key) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        for i, (label, records) in enumerate(logs.items()):
-            # Thinner ones on top: lines that coincide still show, one around the other.
-            width = 1.5 + 4 * (len(logs) - 1 - i) / len(logs)
-            steps, values = ([record[k] for record in records] for k in ("step", key))
-            axes.plot(
-                steps, values, marker="o", markersize=width + 1.5, linewidth=width, label=label
-            )
-        axes.set(title=title, xlabel="step", ylim=panel_range(key, logs.values()))
-        axes.grid(alpha=0.3)
-        if key == "ppl_word" and axes.get_ylim()[1] > 1000:
-            axes.set(yscale="log", ylim=(1, None))
-    text = ["\n".join(textwrap.wrap(label, 110)) for label in logs]
-    figure.legend(axes.get_lines(), text, loc="outside lower center", ncols=1 if wide else 2)
-    return figure
-
-
-def panel_range(key, logs):
-    """The y-axis of a panel: from 0, or from 1 for PPL. KL and PPL of the first record count only
-    if they leave the others legible: those of an untrained W_logvar can be a hundred times as
-    large."""
-    values = [record[key] for records in logs for record in (records[1:] or records)]
-    limit = 3 * max(values) if key in ("kl", "ppl_word") else math.inf
-    values += [records[0][key] for records in logs if records[0][key] <= limit]
-    low, high = min(1 if key == "ppl_word" else 0, *values), max(values)
-    return low - 0.03 * (high - low), high + 0.05 * (high - low) + 1e-3
-
-
-# ---------------------------------------- the study's runs
 
 
 @dataclass
@@ -121,51 +53,49 @@ class Point:
     seed: str
     method: str
     measured: dict  # its metrics.json
-    fair: bool  # whether the language model that it is compared with has as many layers
 
-
-def read_results(folder):
-    """{text: (runs, pairs)} of the study; runs: {row: {seed: measures}}, pairs: paired.json."""
-    results, (runs, paired) = {}, study_tables.read(folder)
-    for text, rows in runs.items():
-        measures = {row: {seed: m for seed, (_, m) in seeds.items()} for row, seeds in rows.items()}
-        results[text] = measures, paired.get(text, {})
-    return results
+    @property
+    def language_model(self):
+        """The row that it is compared with, which has as many layers."""
+        return "lm-deep" if self.row == "paper-deep" else "lm"
 
 
 def points_of(runs, *keys):
     """The Points of a text that have these measures, method by method. All need nll: the end of a
     phase 1 has none."""
-    return [
-        Point(row, seed, method, measured, row != DEEP or DEEP_LM in runs)
-        for method, (rows, _, _) in METHODS.items()
-        for row in sorted(runs)
-        if re.fullmatch(rows, row)
-        for seed, measured in sorted(runs[row].items())
-        if all(measured.get(key) is not None for key in (*keys, "kl", "rec", "nll"))
-    ]
+    points = []
+    for method, (rows, _, _) in METHODS.items():
+        for row in sorted(runs):
+            if not re.fullmatch(rows, row):
+                continue
+            for seed, measured in sorted(runs[row].items()):
+                if all(measured.get(key) is not None for key in (*keys, "kl", "rec", "nll")):
+                    points.append(Point(row, seed, method, measured))
+    return points
 
 
 def above(point, runs, pairs):
     """(NLL of a run minus what it is compared with, standard error), nats per sentence.
 
-    That is the entropy where it is known, else the NLL of the language model: the deep one for the
-    deep row if there is one; of the seed that it is paired with, else of its own, else the first.
+    That is the entropy if it is known, else the NLL of the language model: of the seed that the run
+    is paired with, else of its own, else the first.
     Paired errors are far smaller than those of two means: the sentences are the same.
     """
     nll, error = point.measured["nll"], point.measured.get("nll_se") or 0
     if point.measured.get("entropy") is not None:
         return nll - point.measured["entropy"], error
-    lm = DEEP_LM if point.row == DEEP and DEEP_LM in runs else "lm"
-    paired = {}
+    lm, paired = point.language_model, {}
     for seed in runs[lm]:
-        names = f"{point.row}/{point.seed}", f"{lm}/{seed}"
-        found = pairs.get(" - ".join(names)) or pairs.get(" - ".join(reversed(names))) or {}
+        found = pairs.get(f"{point.row}/{point.seed} - {lm}/{seed}", {})
         if "nll" in found:
             paired[seed] = found["nll"][1] or 0
-    seed = min(runs[lm], key=lambda seed: (seed not in paired, seed != point.seed, seed))
-    independent = math.hypot(error, runs[lm][seed].get("rec_se") or 0)
-    return nll - runs[lm][seed]["rec"], paired.get(seed, independent)
+    if paired:
+        seed = min(paired, key=lambda seed: (seed != point.seed, seed))
+        error = paired[seed]
+    else:
+        seed = point.seed if point.seed in runs[lm] else min(runs[lm])
+        error = math.hypot(error, runs[lm][seed].get("rec_se") or 0)
+    return nll - runs[lm][seed]["rec"], error
 
 
 def mean_nll(runs, row="lm"):
@@ -191,29 +121,23 @@ def names_of(points):
     return names
 
 
-# ---------------------------------------- what the pictures of the study share
+# ---------------------------------------- what the figures share
 
 
 def look(point, color=None):
     """Keywords that draw a point: the marker is its method's; the color too, unless given."""
     _, own, marker = METHODS[point.method]
-    color = color or own
-    face = color if point.fair else "white"
-    style = {"marker": marker, "color": color, "markerfacecolor": face, "linestyle": ""}
-    return style | {"markersize": 5.5, "markeredgewidth": 1.2, "label": f"{point.row}/{point.seed}"}
+    style = {"marker": marker, "color": color or own, "linestyle": "", "markersize": 5.5}
+    return style | {"markeredgewidth": 1.2, "label": f"{point.row}/{point.seed}"}
 
 
-def legend_handles(points, color=None, hollow=True):
-    """A handle for each method that is drawn, and one for hollow points if there are any."""
+def legend_handles(points, color=None):
+    """A handle for each method that is drawn."""
     handles = []
     for method, (_, own, marker) in METHODS.items():
         if any(point.method == method for point in points):
             style = {"marker": marker, "color": color or own, "linestyle": ""}
             handles.append(Line2D([], [], label=method, **style))
-    if hollow and not all(point.fair for point in points):
-        style = {"marker": METHODS["the paper's recipe"][2], "color": "0.3", "linestyle": ""}
-        label = "hollow: deeper than the language model"
-        handles.append(Line2D([], [], label=label, markerfacecolor="white", **style))
     return handles
 
 
@@ -254,25 +178,24 @@ def name_points(axes, points):
 # ---------------------------------------- price, buys, plane
 
 
-def draw_price(results):
+def draw_price(results, paired):
     """A Figure of what a nat of KL costs in NLL: a panel for each text with a language model."""
-    panels = {
-        text: points
-        for text, (runs, _) in results.items()
-        if "lm" in runs and (points := points_of(runs))
-    }
+    panels = {}
+    for text, runs in results.items():
+        points = [point for point in points_of(runs) if point.language_model in runs]
+        if points and "lm" in runs:
+            panels[text] = points
     if not panels:
-        raise ValueError("no text has a language model (row lm) and a row to compare with it")
+        raise data.InputError("no text has a language model (row lm) and a row to compare with it")
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(8, 1.2 + 3.2 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    named = {
-        axes: price_panel(axes, text, *results[text])
-        for axes, text in zip(grid.flat, panels, strict=False)
-    }
+    named = {}
+    for axes, (text, points) in zip(grid.flat, panels.items(), strict=False):
+        named[axes] = price_panel(axes, text, points, results[text], paired.get(text, {}))
     low = min(axes.dataLim.y0 for axes in named)  # with the ends of the error bars
     high = max(axes.dataLim.y1 for axes in named)
     first, points = grid[0, 0], sum(panels.values(), [])
@@ -288,17 +211,16 @@ def draw_price(results):
     handles = legend_handles(points)
     handles.append(Line2D([], [], **LM_LINE, label="the language model"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
-    figure.suptitle(
-        "What KL costs: NLL (a bound) above the language model's, or the known entropy", fontsize=11
-    )
+    title = "What KL costs: NLL (a bound) above the language model's, or the known entropy"
+    figure.suptitle(title, fontsize=11)
     for axes, names in named.items():
         name_points(axes, names)
     return figure
 
 
-def price_panel(axes, text, runs, pairs):
+def price_panel(axes, text, points, runs, pairs):
     """Draw a text's points and its language model; returns [(KL, gap, name)] of the points."""
-    named, points = [], points_of(runs)
+    named = []
     for point, name in zip(points, names_of(points), strict=True):
         kl, (gap, error) = point.measured["kl"], above(point, runs, pairs)
         axes.errorbar(kl, gap, error, **look(point), elinewidth=1, capsize=2)
@@ -317,18 +239,18 @@ def price_panel(axes, text, runs, pairs):
 def draw_buys(results):
     """A Figure of what KL buys: exact sentences, and what another sentence's z costs."""
     texts = {}
-    for text, (runs, _) in results.items():
+    for text, runs in results.items():
         if points := points_of(runs, "rec_other", "exact_match"):
             texts[text] = points
     if not texts:
-        raise ValueError("no row has exact_match and rec_other in its metrics.json")
+        raise data.InputError("no row has exact_match and rec_other in its metrics.json")
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     exact, swap = figure.subplots(1, 2)
     handles = []
     for (text, points), color in zip(texts.items(), itertools.cycle(TEXT_COLORS)):
         for point in points:
             m = point.measured
-            style = look(point, color) | {"markerfacecolor": color}
+            style = look(point, color)
             exact.plot(m["kl"], m["exact_match"], **style)
             swap.plot(m["kl"], m["rec_other"] - m["rec"], **style)
         handles.append(Patch(color=color, label=text_name(text)))
@@ -346,7 +268,7 @@ def draw_buys(results):
         set_kl_axis(axes, highest)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.25)
-    handles += legend_handles(shown, "0.3", hollow=False)
+    handles += legend_handles(shown, "0.3")
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)
     figure.suptitle("What depends on z: exact sentences (from mu, without noise), swap cost")
     return figure
@@ -371,16 +293,21 @@ def published(text):
     return points, lines
 
 
+def points_in_folders(results, text):
+    """{folder: its Points} of a text and of those named <text>-..., at least one."""
+    folders = {}
+    for folder, runs in results.items():
+        if (folder == text or folder.startswith(text + "-")) and (points := points_of(runs)):
+            folders[folder] = points
+    if not folders:
+        raise data.InputError(f"no row of {text} that is drawn has kl, rec and nll")
+    return folders
+
+
 def draw_plane(results, text):
     """A Figure of the rate-distortion plane of a text: what z costs (KL) against what is left to
     say (rec). A line is what a language model pays: rec + KL = its NLL."""
-    folders = {
-        folder: points
-        for folder, (runs, _) in results.items()
-        if (folder == text or folder.startswith(text + "-")) and (points := points_of(runs))
-    }
-    if not folders:
-        raise ValueError(f"no row of {text} that is drawn has kl, rec and nll")
+    folders = points_in_folders(results, text)
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     axes, handles = figure.subplots(), []
     named, lines = published(text)
@@ -390,10 +317,11 @@ def draw_plane(results, text):
         for point, name in zip(points, names_of(points), strict=True):
             axes.plot(point.measured["kl"], point.measured["rec"], **look(point, color))
             named.append((point.measured["kl"], point.measured["rec"], name))
-        runs = results[folder][0]
-        for row, style in ("lm", "-"), (DEEP_LM, "--"):
+        runs = results[folder]
+        for row, style in ("lm", "-"), ("lm-deep", "--"):
             if row in runs:
-                label = f"our language model of {text_name(folder)}{', deep' * (row == DEEP_LM)}"
+                deep = ", deep" if row == "lm-deep" else ""
+                label = f"our language model of {text_name(folder)}{deep}"
                 handles += diagonal(axes, label, mean_nll(runs, row), color, style)
     entropy = next(iter(folders.values()))[0].measured.get("entropy")
     if entropy is not None:
@@ -411,10 +339,8 @@ def draw_plane(results, text):
     axes.set(ylim=(max(0, min(recs) - margin), max(recs) + margin))
     axes.set_ylabel("rec: what is left to say, nats per sentence")
     axes.grid(alpha=0.25)
-    axes.set_title(
-        f"{text_name(text)}: rate and distortion; on a curve, rec + KL is that model's NLL",
-        fontsize=11,
-    )
+    title = f"{text_name(text)}: rate and distortion; on a curve, rec + KL is that model's NLL"
+    axes.set_title(title, fontsize=11)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
     name_points(axes, named)
     return figure
@@ -433,57 +359,31 @@ def diagonal(axes, label, nats, color, style):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="plots.py", description=__doc__.splitlines()[0])
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for kind in ("curves", "price", "buys", "plane"):
-        flag = kinds.add_parser(kind).add_argument
-        flag("--out", required=True, metavar="PNG", help="File to write.")
-        if kind == "curves":
-            flag("runs", nargs="+", metavar="RUN", help="Run folder of train.py.")
-            continue
-        flag("--results", default="results", metavar="DIR", help="The study's runs (results).")
-        if kind == "plane":
-            flag(
-                "--text",
-                default="ptb",
-                help="Folder of DIR, and those that begin with it and - (ptb).",
-            )
+    flag = parser.add_argument
+    flag("kind", choices=("price", "buys", "plane"))
+    flag("--out", required=True, metavar="PNG", help="file to write")
+    results = str(Path("study", "results"))
+    flag("--results", default=results, metavar="DIR", help="the study's runs (study/results)")
+    flag("--text", default="ptb", help="of plane: its folder, and those named TEXT-... (ptb)")
     args = parser.parse_args(argv)
-    if not Path(args.out).suffix:  # matplotlib would write to another file
-        parser.error(f"--out is {args.out}; it must name a file, for instance price.png")
+    if Path(args.out).suffix != ".png":
+        parser.error(f"--out is {args.out}; it must end in .png")
     return args
 
 
-def read_logs(runs):
-    """{label: validation records} of run folders."""
-    configs, logs = {}, {}
-    for run in runs:
-        configs[run] = study_tables.read_dict(Path(run, "config.json"))
-        records = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
-        logs[run] = [record for record in records if record["split"] == "valid"]
-        if not logs[run]:
-            raise ValueError(f"{run}/log.jsonl has no record of the validation split")
-    labels = run_labels(configs)
-    return {labels[run]: records for run, records in logs.items()}
-
-
 def draw(args):
-    """The Figure that a command asks for. Raises OSError, ValueError, KeyError where a run cannot
-    be used."""
-    if args.kind == "curves":
-        return draw_curves(read_logs(args.runs))
-    results = read_results(args.results)
+    """The Figure that a command asks for."""
+    runs, paired = study_tables.read(args.results)
     if args.kind == "price":
-        return draw_price(results)
-    return draw_buys(results) if args.kind == "buys" else draw_plane(results, args.text)
+        return draw_price(runs, paired)
+    return draw_buys(runs) if args.kind == "buys" else draw_plane(runs, args.text)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
+    with one_line("plots.py"):
         draw(args).savefig(args.out, dpi=150)
-    except (OSError, ValueError, KeyError) as error:  # no such run, no such folder, no such format
-        sys.exit(f"plots.py: {error}")
-    print(f"wrote {args.out}")
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

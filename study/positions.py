@@ -1,6 +1,6 @@
 """Where in a text does z matter? rec by position, with a text's own z and with another text's.
 
-    python -m extras.positions RUN
+    python -m study.positions RUN
 
 The difference is the swap cost of the tokens there. One z is the only thing that the decoder reads
 of a text; the words it has already written are the rest of what it knows. So z may matter at the
@@ -8,15 +8,12 @@ beginning alone, or to the end. Late positions are those of long texts only.
 """
 
 import argparse
-import sys
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
 import metrics
-from extras.posteriors import posteriors, sample
 
 EDGES = (0, 5, 10, 20, 40, 80, 160, 320, 640, 10**9)  # of the rows, in tokens
 
@@ -30,18 +27,16 @@ def token_nats(model, z, labels):
 
 
 @torch.no_grad()
-def by_position(model, corpus, batch_size=32):
+def by_position(model, corpus):
     """Rows of {"start", "stop": positions [start, stop); "tokens": their number; "rec",
     "rec_other": nats per token, with a sample of the text's own posterior and of another's}.
     """
     model.eval()
-    z = sample(*posteriors(model, corpus, batch_size))
-    cycle = np.random.default_rng(0).permutation(len(corpus))  # that of metrics.measure
-    other = np.empty_like(cycle)
-    other[cycle] = np.roll(cycle, 1)
+    z = metrics.measure(model, corpus)["z"].float()
+    other = metrics.other_texts(len(corpus))
     longest = int(corpus.lengths.max())
     nats, counts = torch.zeros(2, longest, dtype=torch.float64), torch.zeros(longest)
-    for index in data.evaluation_order(corpus.lengths, batch_size):
+    for index in data.evaluation_order(corpus.lengths):
         batch = data.make_batch(corpus, index).to(model.device)
         length = batch.labels.shape[1]
         counts[:length] += batch.mask.sum(0).cpu()
@@ -59,11 +54,10 @@ def by_position(model, corpus, batch_size=32):
 
 
 def of_run(run):
-    """`by_position` of a run's test split. Raises OSError, ValueError or KeyError where it is no
-    run of a VAE."""
+    """`by_position` of a run's test split."""
     _, model, read = metrics.load_run(run)
     if model.latent_dim == 0:
-        raise data.InputError("it is a language model: it has no z")
+        raise data.InputError(f"{run} is a language model: it has no z")
     return by_position(model, read("test"))
 
 
@@ -71,19 +65,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser("positions.py", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="finished run folder of train.py")
     args = parser.parse_args(argv)
-    try:
+    with data.command("positions.py"):
         found = of_run(args.run)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"positions.py: cannot use {args.run}: {error}")
-    print("tokens of a text    number     rec  rec_other  swap cost")
-    for row in found:
-        place = f"{row['start'] + 1} to {row['stop']}"
-        swap_cost = row["rec_other"] - row["rec"]
-        print(
-            f"{place:16}{row['tokens']:10,}{row['rec']:8.3f}"
-            f"{row['rec_other']:11.3f}{swap_cost:11.3f}"
-        )
-    print("Nats per token; swap cost: rec_other - rec.")
+        print("tokens of a text    number     rec  rec_other  swap cost")
+        for row in found:
+            place = f"{row['start'] + 1} to {row['stop']}"
+            rec, other = row["rec"], row["rec_other"]
+            print(f"{place:16}{row['tokens']:10,}{rec:8.3f}{other:11.3f}{other - rec:11.3f}")
+        print("Nats per token; swap cost: rec_other - rec.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1543 @@
+"""Tests of the four modules that take longer than those of test_vae.py.
+
+Checkpoints as the hub has them, at test size, and a local server that speaks its protocol; data
+sets and downloads; training that is killed, interrupted, damaged or mistaken; several processes.
+"""
+
+import argparse
+import hashlib
+import http.server
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import sentencepiece
+import torch
+import torch.nn.functional as F
+import transformers
+from huggingface_hub import hub_mixin
+from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig, GenerationConfig
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
+
+import data
+import metrics
+import train
+from data import InputError
+from test_vae import (
+    EOS,
+    PAD,
+    ROOT,
+    SHORT,
+    TINY,
+    command,
+    cut,
+    distance,
+    end,
+    home,
+    log_records,
+    main,
+    one_thread,
+    plain,
+    quiet,
+    random_texts,
+    same_log,
+    same_run,
+    saved_state,
+    send,
+    start,
+    tiny_config,
+    tiny_vae,
+    train_run,
+    whole_run,
+)
+from vae import T5VAE, Float32Activation, Float32Output, kl_divergence
+
+TEXTS = ["the old king sells a boat", "two monks paint <a> clock near the lake: 3 / 4 = 0.75!"]
+TEXTS += ["a quick brown fox jumps over the lazy dog_s ear", "UNKNOWN Extra PAD <extra_id_10> </s>"]
+MARKED = ["a </s> b", "a<pad>b </s>", "the <extra_id_0> king <extra_id_1>", "</s>", "<pad> <pad>"]
+SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
+FFN = "encoder.block.1.layer.1.DenseReluDense.wi.weight"
+STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+BASE = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 256}
+BASE |= {"model_type": "t5", "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+BASE |= {"relative_attention_num_buckets": 8, "n_positions": 512, "is_encoder_decoder": True}
+SMALL = BASE | {"task_specific_params": {"summarization": {"num_beams": 4, "max_length": 200}}}
+GATED = BASE | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+MT5 = GATED | {"model_type": "mt5", "tokenizer_class": "T5Tokenizer", "vocab_size": 512}
+BYT5 = GATED | {"vocab_size": 384, "num_layers": 3, "num_decoder_layers": 1}
+EFFICIENT = BASE | {"num_layers": 1, "num_decoder_layers": 3, "d_kv": 12, "num_heads": 3}
+UMT5 = MT5 | {"model_type": "umt5", "scalable_attention": True, "is_gated_act": True}
+ALL = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
+KINDS = {  # config.json, the file of the weights, the vocabulary, its files
+    "t5-small": (SMALL, "stray", "t5", ALL),
+    "t5-small-old": (SMALL, "bin", "t5", ALL[:2]),
+    "t5-base": (SMALL | {"num_layers": 3}, "stray", "t5", ALL[:2]),
+    "t5-v1_1": (GATED, "bin", "t5", ALL[:1]),
+    "flan": (GATED, "shards", "t5", ALL),
+    "mt5": (MT5, "bin", "mt5", (ALL[0], ALL[2])),
+    "mt5-alone": (MT5, "bin", "mt5-alone", ALL[:1]),
+    "byt5": (BYT5, "bin", "byt5", ALL[2:]),
+    "t5-efficient": (EFFICIENT, "bin", "t5", ALL),
+    "umt5": (UMT5, "bin", "umt5", ALL),
+    "community": (BASE | {"tie_word_embeddings": False}, "safetensors", "t5", ALL[:1]),
+}
+
+
+KILL = partial(send, signal.SIGKILL)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def vocabularies(tmp_path_factory):
+    """A folder that holds the files of each vocabulary, <kind>/<file>."""
+    root = tmp_path_factory.mktemp("vocabularies")
+    common = {"hard_vocab_limit": False, "minloglevel": 2, "pad_id": 0, "eos_id": 1}
+    large = common | {"vocab_size": 330, "byte_fallback": True, "bos_id": -1, "unk_id": 2}
+    kinds = {"t5": large | {"vocab_size": 90, "byte_fallback": False}, "mt5-alone": large}
+    kinds["mt5"] = large | {"user_defined_symbols": [f"▁<extra_id_{i}>" for i in range(3)]}
+    kinds["umt5"] = large | {"bos_id": 2, "unk_id": 3}
+    for kind, settings in {**kinds, "byt5": None}.items():
+        folder, listed = root / kind, {"extra_ids": 0, "additional_special_tokens": None}
+        folder.mkdir()
+        if kind in ("t5", "umt5"):
+            listed = {"extra_ids": 100, "additional_special_tokens": SENTINELS}
+        listed |= {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+        if kind == "byt5":
+            listed = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
+        (folder / ALL[2]).write_text(json.dumps({"tokenizer_class": "T5Tokenizer"} | listed))
+        if kind == "byt5":
+            continue
+        with open(folder / ALL[0], "wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(TEXTS * 5), model_writer=file, **settings
+            )
+        if kind != "mt5-alone":
+            tokenizer = transformers.T5Tokenizer.from_pretrained(folder)
+            content = json.loads(tokenizer.backend_tokenizer.to_str())
+            content["model"]["unk_id"] = settings["unk_id"]
+            (folder / ALL[1]).write_text(json.dumps(content))
+    return root
+
+
+def make_t5(config):
+    """A T5 with random weights, its own head included."""
+    torch.manual_seed(0)
+    t5 = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**config)).eval()
+    for name, weight in t5.named_parameters():
+        if "relative" in name or "layer_norm" in name:
+            nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
+    if config.get("tie_word_embeddings") is False:
+        t5.lm_head.weight = nn.Parameter(torch.randn_like(t5.lm_head.weight) / 4)
+        t5.config.tie_word_embeddings = False  # it means: no scale before the head
+    return t5
+
+
+def write_t5(folder, vocabularies, config, weights, vocabulary, files, t5=None):
+    """The folder of a checkpoint. Returns the T5 in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    t5 = t5 or make_t5(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {name: weight.detach().clone() for name, weight in t5.state_dict().items()}
+    if weights in ("stray", "safetensors"):
+        dropped = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+        dropped |= {"lm_head.weight"} if weights == "stray" else set()
+        state = {name: weight for name, weight in state.items() if name not in dropped}
+    if weights == "stray":
+        state[STRAY] = torch.randn(config["relative_attention_num_buckets"], config["num_heads"])
+    if weights == "bin":
+        torch.save(state, folder / "pytorch_model.bin")
+    elif weights == "shards":
+        places = {}
+        for i in range(2):
+            name, part = f"model-0000{i + 1}-of-00002.safetensors", dict(list(state.items())[i::2])
+            safetensors.torch.save_file(part, folder / name, {"format": "pt"})
+            places |= dict.fromkeys(part, name)
+        index = {"metadata": {"total_size": 1}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    for name in files:
+        (folder / name).write_bytes((vocabularies / vocabulary / name).read_bytes())
+    return t5
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, vocabularies):
+    """hub(kind): the folder of a checkpoint and its T5, made once."""
+    made, root = {}, tmp_path_factory.mktemp("hub")
+
+    def make(kind):
+        if kind not in made:
+            made[kind] = root / kind, write_t5(root / kind, vocabularies, *KINDS[kind])
+        return made[kind]
+
+    return make
+
+
+def load(folder):
+    torch.manual_seed(1)
+    vae = T5VAE.from_t5(folder, latent_dim=5)
+    nn.init.normal_(vae.w_proj.weight)
+    return vae
+
+
+def labels_of(vae, texts=TEXTS):
+    return data.pad([[*row, 1] for row in data.tokenize(texts, vae.tokenizer)], 0)
+
+
+def literal(t5, memory, labels):
+    """Logits with T5's own cross-attention: a cache that holds the one key, which is the value."""
+    cache = transformers.EncoderDecoderCache(
+        transformers.DynamicCache(), transformers.DynamicCache()
+    )
+    for layer in range(t5.config.num_decoder_layers):
+        one_key = memory[:, layer].view(len(labels), t5.config.num_heads, 1, t5.config.d_kv)
+        cache.cross_attention_cache.update(one_key, one_key, layer)
+        cache.is_updated[layer] = True
+    unread = BaseModelOutput(torch.randn(len(labels), 1, t5.config.d_model))
+    start = t5.prepare_decoder_input_ids_from_labels(labels)
+    return t5(encoder_outputs=unread, decoder_input_ids=start, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_kinds_of_the_hub(kind, hub, tmp_path):
+    folder, t5 = hub(kind)
+    vae = load(folder)
+    theirs, (ids, mask), z = t5.state_dict(), labels_of(vae), torch.randn(len(TEXTS), 5)
+    for name, weight in vae.t5.state_dict().items():
+        name = name.replace("layer.1.o.", "layer.1.EncDecAttention.o.")
+        assert torch.equal(weight, theirs.pop(name)), name
+    assert all("layer.1" in name and "decoder" in name for name in theirs), "and no other is lost"
+    logits = vae.decode(z, ids)
+    torch.testing.assert_close(logits, literal(t5, vae.memory(z), ids), atol=1e-4, rtol=1e-4)
+    assert (logits - literal(t5, vae.memory(z.flip(0)), ids)).abs().max() > 1e-2, "the control"
+    hidden = t5.encoder(ids, mask).last_hidden_state.masked_fill(mask[:, :, None] == 0, -torch.inf)
+    mu = vae.encode(ids, mask)[0]
+    torch.testing.assert_close(mu, vae.w_mu(hidden.amax(1)), atol=1e-4, rtol=1e-4)
+    vae.save_pretrained(tmp_path)
+    again = T5VAE.from_pretrained(tmp_path)
+    assert torch.equal(again.decode(z, ids), logits)
+    assert torch.equal(again.encode_texts(TEXTS)[0], vae.encode_texts(TEXTS)[0])
+    assert again.decode_texts(mu, max_new_tokens=6) == vae.decode_texts(mu, max_new_tokens=6)
+
+
+def break_weights(folder, change):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def break_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def check_refused(folder, words, tmp_path):
+    """from_t5 names the folder and the words. train.py says one line, and writes nothing."""
+    with pytest.raises((OSError, InputError)) as refused:
+        load(folder)
+    assert all(word in str(refused.value) for word in [str(folder), *words.split()])
+    (tmp_path / "texts.txt").write_text("a king\n" * 3)
+    flags = ["--dataset", tmp_path / "texts.txt", "--phase", 1, "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--model", folder])
+    assert "\n" not in str(stop.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "said", "words"),
+    [
+        ({"vocab_size": 130}, {"vocab_size": 130}, "130"),  # than the tokenizer has
+        ({}, {"vocab_size": 300}, "shared.weight"),
+        ({}, {"pad_token_id": 3}, "pad_token_id 3"),
+        ({}, {"eos_token_id": 2}, "eos_token_id 2"),
+        ({}, {"model_type": "longt5"}, "longt5 umt5"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(made, said, words, tmp_path, vocabularies):
+    config, *rest = KINDS["t5-small"]
+    write_t5(tmp_path / "t5", vocabularies, config | said, *rest, make_t5(config | made))
+    check_refused(tmp_path / "t5", words, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "size", "words"),
+    [
+        ("t5-small", ["model.safetensors"], 20_000, ""),
+        ("t5-small-old", ["pytorch_model.bin"], 20_000, ""),
+        ("flan", ["model-00002-of-00002.safetensors"], None, "model-00002-of-00002.safetensors"),
+        ("t5-small", ["config.json"], 9, "config.json"),
+        ("t5-small", ["tokenizer.json"], 9, ""),
+        ("t5-small", ALL, None, "tokenizer"),
+    ],
+)
+def test_files_that_are_cut_off_or_missing(kind, names, size, words, hub, tmp_path):
+    folder = shutil.copytree(hub(kind)[0], tmp_path / "t5")
+    for path in [folder / name for name in names]:
+        if size is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:size])
+    check_refused(folder, words, tmp_path)
+
+
+def test_a_t5_that_lacks_a_weight(hub, tmp_path):
+    folder = shutil.copytree(hub("t5-small")[0], tmp_path / "t5")
+    break_weights(folder, lambda weights: weights.pop(FFN))
+    check_refused(folder, FFN, tmp_path)
+
+
+@pytest.fixture
+def saved(hub, tmp_path):
+    """The folder of a saved VAE."""
+    load(hub("t5-small")[0]).save_pretrained(tmp_path / "old")
+    return tmp_path / "old"
+
+
+@pytest.mark.parametrize(
+    ("harm", "lacks"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda f: (f / "model.safetensors").write_text("version https://"), "model.safetensors"),
+        (lambda f: break_weights(f, lambda w: w.pop("w_mu.weight")), "w_mu.weight"),
+        (lambda f: break_weights(f, lambda w: w.update(w_logsd=torch.ones(1))), "w_logsd"),
+        (lambda f: break_config(f, lambda c: c.update(latent_dim=6)), "w_logvar"),
+        (lambda f: break_config(f, lambda c: c["t5_config"].update(model_type="bart")), "config"),
+    ],
+)
+def test_folders_of_others_are_refused_by_name(saved, harm, lacks):
+    T5VAE.from_pretrained(saved)
+    harm(saved)
+    with pytest.raises(ValueError, match=r"old.*" + lacks.replace(".", r"\.")) as caught:
+        T5VAE.from_pretrained(saved)
+    assert str(saved) in str(caught.value)
+
+
+def test_a_t5_is_no_vae_and_others_are_no_t5(hub, tmp_path):
+    with pytest.raises(ValueError, match="holds no T5VAE"):
+        T5VAE.from_pretrained(hub("t5-small")[0])
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it is a bert; it must be one of t5, mt5, umt5"):
+        T5VAE.from_t5(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no/such/run is neither a folder here"):
+        T5VAE.from_pretrained("no/such/run")
+
+
+def test_generation_settings_of_the_checkpoint_do_not_stay(hub, tmp_path):
+    folder = shutil.copytree(hub("t5-v1_1")[0], tmp_path / "t5")
+    z, plain = torch.randn(4, 5), load(folder)
+    settings = {"num_beams": 3, "repetition_penalty": 9.0, "eos_token_id": 1}
+    settings = GenerationConfig(**settings, decoder_start_token_id=0)
+    settings.save_pretrained(folder)
+    assert torch.equal(load(folder).generate(z, 8), plain.generate(z, 8))
+    before = plain.generate(z, 8)
+    plain.t5.generation_config = settings
+    assert not torch.equal(plain.generate(z, 8), before), "the control"
+
+
+def test_a_run_folder_is_a_model_too_and_can_be_pushed(saved, tmp_path, monkeypatch):
+    run, pushed = tmp_path / "run", {}
+    shutil.copytree(saved, run / "model")
+    models = T5VAE.from_pretrained(run), T5VAE.from_pretrained(saved)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
+
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **kwargs):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, **kwargs):
+            pushed[repo_id] = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr(hub_mixin, "HfApi", Hub)
+    T5VAE.from_pretrained(run).push_to_hub("me/sentences")
+    assert pushed["me/sentences"]["model.safetensors"] == (saved / "model.safetensors").read_bytes()
+    assert {"config.json", "tokenizer_config.json", "README.md"} <= pushed["me/sentences"].keys()
+
+
+# A model that the first edition saved has these names: it still loads.
+SAVED = """t5.decoder.block.0.layer.0.SelfAttention.k t5.decoder.block.0.layer.0.SelfAttention.o
+t5.decoder.block.0.layer.0.SelfAttention.q t5.decoder.block.0.layer.0.SelfAttention.v
+t5.decoder.block.0.layer.0.SelfAttention.relative_attention_bias
+t5.decoder.block.0.layer.0.layer_norm t5.decoder.block.0.layer.1.o
+t5.decoder.block.0.layer.2.DenseReluDense.wi t5.decoder.block.0.layer.2.DenseReluDense.wo
+t5.decoder.block.0.layer.2.layer_norm t5.decoder.final_layer_norm
+t5.encoder.block.0.layer.0.SelfAttention.k t5.encoder.block.0.layer.0.SelfAttention.o
+t5.encoder.block.0.layer.0.SelfAttention.q t5.encoder.block.0.layer.0.SelfAttention.v
+t5.encoder.block.0.layer.0.SelfAttention.relative_attention_bias
+t5.encoder.block.0.layer.0.layer_norm t5.encoder.block.0.layer.1.DenseReluDense.wi
+t5.encoder.block.0.layer.1.DenseReluDense.wo t5.encoder.block.0.layer.1.layer_norm
+t5.encoder.final_layer_norm t5.shared w_logvar w_mu w_proj"""
+
+
+def test_the_names_in_a_saved_model_stay(tmp_path):
+    tiny_vae(num_layers=1).save_pretrained(tmp_path)
+    saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert set(saved) == {f"{name}.weight" for name in SAVED.split()}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert set(config) == {"latent_dim", "pool_layers", "pooling", "t5_config"}
+    promised = {"d_ff", "d_kv", "d_model", "decoder_start_token_id", "feed_forward_proj"}
+    promised |= {"model_type", "num_heads", "num_layers", "tie_word_embeddings", "vocab_size"}
+    assert promised < set(config["t5_config"])
+
+
+# ------------------------------------------------------------------------------------------ fp16
+
+
+def overflowing(config):
+    """A model whose activations reach 1e5 at each wo and, where it is gated, before it."""
+    torch.manual_seed(0)
+    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}
+    vae = T5VAE(AutoConfig.for_model(**config).to_dict() | tied, 5).eval()
+    nn.init.normal_(vae.w_proj.weight)
+    if not tied["tie_word_embeddings"]:
+        nn.init.normal_(vae.t5.lm_head.weight, std=config["d_model"] ** -0.5)
+    layers, seen = [m for m in vae.modules() if hasattr(m, "wo")], {}
+    for layer in layers:
+        layer.wo.register_forward_hook(
+            lambda wo, x, y: seen.update({wo: (x[0].abs().max(), y.abs().max())})
+        )
+    ids, mask = data.pad([np.arange(3, 30), np.arange(40, 60)], 0)
+    for _ in range(4):  # each wo changes what the next ones see
+        with torch.no_grad():
+            vae.rec(vae.encode(ids, mask)[0], ids)
+        for layer in layers:
+            before, after = seen[layer.wo]
+            if hasattr(layer, "wi_0"):
+                layer.wi_0.weight.data *= (1e5 / before) ** 0.5
+                layer.wi_1.weight.data *= (1e5 / before) ** 0.5
+            layer.wo.weight.data *= (before if hasattr(layer, "wi_0") else 1e5) / after
+    assert 6.6e4 < max(map(max, seen.values())) < 1e6
+    return vae, ids, mask
+
+
+@pytest.mark.parametrize("config", [SMALL, GATED], ids=["plain", "gated"])
+@torch.no_grad()
+def test_fp16_reaches_as_far_as_a_pretrained_t5(config):
+    vae, ids, mask = overflowing(config)
+    z, names = vae.encode(ids, mask)[0], list(vae.state_dict())
+    rec = vae.rec(z, ids)
+
+    def half(dtype):
+        with torch.autocast("cpu", dtype):
+            return vae.rec(z, ids), *vae.encode(ids, mask)
+
+    fp16, bf16 = half(torch.float16), half(torch.bfloat16)
+    assert (fp16[0] - rec).abs().max() < 0.01
+    assert torch.stack(fp16[1:]).isfinite().all()
+    for module in vae.modules():  # as transformers makes it
+        if isinstance(module, Float32Output):
+            module.__class__ = nn.Linear
+        if isinstance(getattr(module, "act", None), Float32Activation):
+            module.act = module.act.activation
+    assert list(vae.state_dict()) == names
+    assert all(torch.equal(a, b) for a, b in zip(half(torch.bfloat16), bf16, strict=True))
+    assert not half(torch.float16)[0].isfinite().all(), "the control"
+
+
+def into(errors, argv):
+    """train.main in a process of its own, whose standard error goes to `errors`, a file."""
+    torch.set_num_threads(1)
+    sys.stderr = open(errors, "a", buffering=1)  # noqa: SIM115
+    train.main(argv)
+
+
+def training(tmp_path, vae, *more):
+    """A command that trains `vae` on eight texts with fp16, and a function that reads its log."""
+    vae.tokenizer = data.train_tokenizer(TEXTS, 60)
+    vae.save_pretrained(tmp_path / "vae")
+    for split in data.SPLITS:
+        (tmp_path / f"{split}.txt").write_text("\n".join(TEXTS * (20 if split == "train" else 1)))
+    flags = ["--dataset", tmp_path, "--init", tmp_path / "vae", "--phase", 1, "--batch-size", 4]
+    flags += ["--no-freeze-decoder", "--log-every", 1, "--amp", "fp16", "--out", tmp_path / "out"]
+
+    def steps():
+        lines = (tmp_path / "out" / "phase1" / "log.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["split"] == "train"]
+
+    return [str(flag) for flag in [*flags, *more]], steps
+
+
+@pytest.mark.parametrize(("config", "world", "epochs"), [(GATED, 2, 5), (SMALL, 1, 5)])
+def test_training_in_fp16(config, world, epochs, tmp_path):
+    flags, steps = training(tmp_path, overflowing(config)[0], "--epochs", epochs)
+    assert run_all(*[(into, tmp_path / "errors", flags)] * world) == [0] * world
+    recs = [step["rec"] for step in steps()]
+    assert len(recs) == 20 * epochs
+    assert np.mean(recs[-4:]) < np.mean(recs[:4])
+    assert sum(step["grad_norm"] == 0 for step in steps()) < 20, "few steps overflow"
+
+
+@pytest.mark.parametrize("world", [2, 1])
+@torch.no_grad()
+def test_overflow_in_every_step_stops_with_advice_that_works(world, tmp_path):
+    vae = T5VAE(AutoConfig.for_model(**SMALL).to_dict() | {"tie_word_embeddings": False}, 5)
+    for name, weight in vae.named_parameters():
+        weight *= 3e3 if "lm_head" in name else 1 if "norm" in name else 1e-2
+    with torch.enable_grad():
+        flags, steps = training(tmp_path, vae, "--epochs", 2, "--save-every", 0)
+        assert run_all(*[(into, tmp_path / "errors", flags)] * world) == [1] * world
+        said = (tmp_path / "errors").read_text().splitlines()
+        assert [line[:9] for line in said if "--amp off" in line] == ["train.py:"] * world
+        assert "Traceback" not in "".join(said)
+        scales = [step["scale"] for step in steps()]
+        assert len(scales) <= 20
+        assert scales[0] > scales[-1]
+        flags[flags.index("fp16")] = "off"
+        assert run_all(*[(into, tmp_path / "errors", [*flags, "--resume"])] * world) == [0] * world
+        assert len(steps()) == 40
+
+
+# ------------------------------------------------------------------------------- the Python API
+
+
+def test_texts_in_and_out(hub):
+    vae = load(hub("t5-small")[0])
+    mu = vae.encode_texts(TEXTS)[0]
+    values = type("Series", (), {"__iter__": lambda _: iter(TEXTS)})()  # as pandas has: no sequence
+    kinds = TEXTS, iter(TEXTS), tuple(TEXTS), dict.fromkeys(TEXTS).keys(), np.array(TEXTS), values
+    for texts in kinds:
+        assert torch.equal(vae.encode_texts(texts)[0], mu), "nothing is drawn"
+    with pytest.raises(InputError, match=r"encode_texts\(\['a king'\]\)"):
+        vae.encode_texts("a king")
+    for texts in [None], ["a", 1], [b"a"], [["a"]], [float("nan")]:
+        with pytest.raises(InputError, match="must be a str"):
+            vae.encode_texts(texts)
+    apart = vae.encode_texts(["a", "a </s>", "a <pad>", "a <extra_id_0>"])[0]
+    assert torch.pdist(apart).min() > 1e-3
+    assert [x.shape for x in vae.encode_texts([])] == [(0, 5)] * 2
+    with pytest.warns(UserWarning, match="4 of 4 texts are cut at 2 tokens"):
+        assert not torch.allclose(vae.encode_texts(TEXTS, max_length=2)[0], mu, atol=1e-3)
+    for i, text in enumerate(TEXTS):  # the order stays, and a text does not feel its neighbors
+        one = vae.encode_texts([text])[0][0]
+        torch.testing.assert_close(vae.encode_texts(TEXTS, 3)[0][i], one, atol=1e-5, rtol=1e-4)
+    written = vae.decode_texts(mu, max_new_tokens=5)
+    for z in mu.numpy(), mu.double().numpy(), mu.tolist():
+        assert vae.decode_texts(z, max_new_tokens=5) == written
+    for z in mu[0], mu[:, :3], mu[None]:
+        with pytest.raises(InputError, match=r"it must be \(N, 5\)"):
+            vae.decode_texts(z)
+    assert len(vae.decode_texts(mu, 3, num_return_sequences=2, do_sample=True, max_length=5)) == 8
+    vae.tokenizer = None
+    with pytest.raises(InputError, match="no tokenizer"):
+        vae.encode_texts(["a king"])
+
+
+@pytest.mark.parametrize("kind", ["t5-small", "flan", "umt5"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(kind, dtype, hub):
+    vae = load(hub(kind)[0])
+    mu = vae.encode_texts(TEXTS)[0]
+    vae = vae.half() if dtype == torch.float16 else vae.bfloat16()
+    torch.testing.assert_close(vae.encode_texts(TEXTS)[0], mu, atol=0.15, rtol=0.1)
+    assert len(vae.decode_texts(mu, max_new_tokens=5)) == len(TEXTS)
+    assert vae.rec(mu, labels_of(vae)[0]).isfinite().all()
+
+
+def test_generate_takes_what_transformers_documents(hub):
+    vae, z = load(hub("t5-small")[0]), torch.randn(3, 5)
+    for flags in {"max_length": 5}, {"max_new_tokens": 4}:
+        assert vae.generate(z, **flags, eos_token_id=255).shape == (3, 5)
+        assert vae.generate(z, generation_config=GenerationConfig(**flags)).shape == (3, 5)
+    four = {"max_new_tokens": 4, "eos_token_id": 255}
+    assert vae.generate(z, do_sample=True, num_return_sequences=2, **four).shape == (6, 5)
+    beams = vae.generate(z, num_beams=3, num_return_sequences=2, **four)
+    alone = [vae.generate(row[None], num_beams=3, num_return_sequences=2, **four) for row in z]
+    assert torch.equal(beams, torch.cat(alone)), "each sentence depends on its own z alone"
+    greedy = vae.generate(z, **four)
+    one = {"top_k": 1, "do_sample": True}, {"top_p": 1e-6, "do_sample": True}, {"use_cache": False}
+    for flags in one:
+        assert torch.equal(vae.generate(z, **four, **flags), greedy)
+    with pytest.raises(ValueError, match="max_tokens"):
+        vae.generate(z, max_tokens=4)
+
+
+REPLACING = ["inputs", "input_ids", "encoder_outputs", "decoder_input_ids"]
+REPLACING += ["inputs_embeds", "decoder_inputs_embeds", "past_key_values"]
+
+
+@pytest.mark.parametrize("name", REPLACING)
+def test_what_would_replace_z_is_refused(name, hub):
+    with pytest.raises(InputError, match=f"generate takes no {name}"):
+        load(hub("t5-small")[0]).generate(torch.randn(3, 5), **{name: torch.zeros(3, 1, 32)})
+
+
+def test_sampling_draws_from_the_whole_distribution(hub):
+    vae = load(hub("t5-small")[0])
+    vae.t5.lm_head.weight = nn.Parameter(1e-4 * torch.randn(256, 32))  # nearly flat
+    one, configured = {"max_new_tokens": 1}, GenerationConfig(do_sample=True, max_new_tokens=1)
+    for flags, most in [
+        ({"do_sample": True} | one, 256),
+        ({"do_sample": True, "generation_config": GenerationConfig(**one)}, 256),
+        ({"generation_config": configured}, 256),
+        ({"do_sample": True, "top_k": 50} | one, 50),
+        ({"generation_config": GenerationConfig(do_sample=True, top_k=50, **one)}, 50),
+    ]:
+        assert most - 6 < len(vae.generate(torch.zeros(3000, 5), **flags)[:, 1].unique()) <= most
+
+
+@pytest.mark.parametrize("kind", ["t5-small", "mt5", "umt5"])
+@torch.no_grad()
+def test_every_attention_masks_padding(kind, hub):
+    vae = load(hub(kind)[0])
+    ids, mask = labels_of(vae, TEXTS[:1])
+    alone = vae.encode(ids, mask)[0]
+    for name in "eager", "sdpa":
+        vae.t5.set_attn_implementation(name)
+        for padding in 0, 5:
+            padded = F.pad(ids, (0, padding)), F.pad(mask, (0, padding))
+            torch.testing.assert_close(vae.encode(*padded)[0], alone, atol=1e-5, rtol=1e-5)
+        unmasked = vae.encode(padded[0], torch.ones_like(padded[1]))[0]
+        assert (unmasked - alone).abs().max() > 1e-3, "the control"
+
+
+@pytest.mark.parametrize("kind", ["tiny", "t5-small", "t5-v1_1", "mt5", "umt5", "byt5"])
+def test_text_is_text(kind, hub, tmp_path):
+    if kind == "tiny":
+        tokenizer = data.train_tokenizer([*TEXTS, "</s> <pad> <extra_id_10>"] * 3, 90)
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(hub(kind)[0])
+    rows, unk = data.tokenize(MARKED, tokenizer), tokenizer.unk_token_id
+    for row in rows:
+        assert (set(tokenizer.all_special_ids) - {unk}).isdisjoint(row)
+    assert data.detokenize(rows, tokenizer) == MARKED
+    ptb = data.tokenize(["king <unk> a"], tokenizer)
+    assert ptb[0].count(unk) == 1
+    assert data.detokenize(ptb, tokenizer) == ["king <unk> a"]
+    (tmp_path / "train.txt").write_text("\n".join(MARKED))
+    corpus = data.load_corpus(str(tmp_path), "train", tokenizer)
+    assert [corpus.row(i).tolist() for i in range(len(rows))] == [[*row, 1] for row in rows]
+
+
+def test_the_unknown_token_is_no_regular_expression():
+    tokenizer = transformers.ByT5Tokenizer(unk_token="<|unk|>")
+    assert data.detokenize(data.tokenize(["a < b"], tokenizer), tokenizer) == ["a < b"]
+
+
+def test_unknown_tokens_are_written_as_they_were_read(hub):
+    vae, text = load(hub("t5-small")[0]), "the <unk> king <unk>"
+    ids, _ = labels_of(vae, [text])
+    vae.generate = lambda z, **_: F.pad(ids, (1, 3), value=PAD)
+    assert vae.decode_texts(torch.zeros(1, 5)) == [text]
+
+
+def test_no_dropout_comes_right_before_pooling():
+    vae = tiny_vae(dropout_rate=0.5).train()
+    ids, mask = random_texts(3, 9)
+    once, again = vae.encode(ids, mask)[0], vae.encode(ids, mask)[0]
+    assert not torch.equal(once, again), "the control: dropout elsewhere"
+    vae.t5.encoder.block.eval()
+    assert torch.equal(vae.encode(ids, mask)[0], vae.encode(ids, mask)[0])
+
+
+def test_what_is_exponentiated_is_float32_under_autocast():
+    model = tiny_vae()
+    ids, mask = random_texts(8, 12)
+    eps = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    batch = data.Batch(ids, mask, ids, torch.arange(8), eps)
+    exact = model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(batch)
+        mu, logvar = model.encode(ids, mask)
+        logits = model.decode(mu, ids)
+    assert logits.dtype == torch.bfloat16, "the control: autocast is on"
+    assert {t.dtype for t in (mu, logvar, *half)} == {torch.float32}
+    assert not torch.equal(mu, mu.bfloat16().float()), "mu is not a rounded number"
+    for ours, value in zip(half, exact, strict=True):
+        torch.testing.assert_close(ours, value, rtol=0.05, atol=0.2)
+
+
+def test_loss_halves_on_one_batch():
+    vae = tiny_vae().train()
+    ids, mask = random_texts(8, 9)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        mu, logvar = vae.encode(ids, mask)
+        loss = (vae.rec(mu, ids) + 0.01 * kl_divergence(mu, logvar).sum(1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2, losses[::10]
+
+
+# ----------------------------------------------------------------------------- hub and downloads
+
+
+class Repository(http.server.BaseHTTPRequestHandler):
+    """me/my-t5, the files of `server.folder`. It can be slow, and break off within the weights."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, content, headers):
+        self.send_response(status)
+        for name, value in ({"Content-Length": len(content)} | headers).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        for sent in range(0, len(content) if self.command == "GET" else 0, 20_000):
+            time.sleep(0.05 if self.server.mode == "slow" else 0)
+            if self.server.mode == "broken" and "safetensors" in self.path and sent >= 20_000:
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            self.wfile.write(content[sent : sent + 20_000])
+
+    def do_GET(self):
+        path, commit = self.path.split("?")[0], "c" * 40
+        file = self.server.folder / path.rsplit("/", 1)[-1]
+        names = [path.name for path in self.server.folder.iterdir()]
+        self.server.asked += [file.name] * (self.command == "GET")
+        if path.startswith("/api/models/me/my-t5"):
+            info = {"id": "me/my-t5", "sha": commit, "siblings": [{"rfilename": n} for n in names]}
+            if "/tree/" in path:
+                info = [{"type": "file", "path": name, "size": 1, "oid": name} for name in names]
+            return self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        if not path.startswith("/me/my-t5/resolve/") or file.name not in names:
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        content, first = file.read_bytes(), self.headers.get("Range", "bytes=0-")[6:].split("-")[0]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{file.name}"', "Accept-Ranges": "bytes"}
+        if "Range" in self.headers:
+            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        self.answer(206 if "Range" in self.headers else 200, content[int(first) :], headers)
+
+    do_HEAD = do_GET
+
+
+def test_a_hub_that_is_slow_or_breaks_off(hub, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Repository)
+    server.folder = hub("flan")[0]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    texts = [f"{text} {i}" for i in range(20) for text in TEXTS]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    command = [sys.executable, ROOT / "train.py", "--dataset", tmp_path / "texts.txt"]
+    command += ["--phase", "1", "--model", "me/my-t5", "--limit", "4", "--epochs", "1"]
+    command += ["--out", str(tmp_path / "out")]
+    address = f"http://127.0.0.1:{server.server_port}"
+    variables = os.environ | {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
+    variables |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    for mode in "broken", "slow":
+        server.mode, server.asked = mode, []
+        run = subprocess.run(command, env=variables, capture_output=True, text=True)
+        assert "Traceback" not in run.stderr
+        assert run.returncode == (mode == "broken"), run.stderr
+        if mode == "broken":
+            told = [line for line in run.stderr.splitlines() if line.startswith("train.py: ")]
+            assert len(told) == 1, run.stderr
+            assert "me/my-t5" in told[0]
+            assert not (tmp_path / "out").exists()
+            weights = [i for i, name in enumerate(server.asked) if name.endswith(".safetensors")]
+            assert server.asked.index("spiece.model") < weights[0]
+    server.shutdown()
+
+
+SENT = b"a king paints\n" * 9000
+CHECKSUMS = [hashlib.sha256(SENT), hashlib.sha1(b"blob %d\0" % len(SENT) + SENT)]
+
+
+@pytest.mark.parametrize("right", CHECKSUMS, ids=["sha256", "blob"])
+def test_a_download_is_whole_and_checked_or_leaves_nothing(monkeypatch, tmp_path, right, capsys):
+    served, url = tmp_path / "valid.txt", f"file://{tmp_path}/{{split}}.txt"
+
+    def fetch():
+        monkeypatch.setitem(data.SOURCES, "ptb", (url, *[right.hexdigest()] * 3))
+        return data.split_path("ptb", "valid", tmp_path / "data")
+
+    served.write_bytes(SENT)
+    path = fetch()
+    assert path.read_bytes() == SENT
+    assert "docs/data.md" in capsys.readouterr().out
+    served.unlink()
+    assert fetch() == path, "what is there is not fetched again"
+    path.unlink()
+    for content, reason in (None, "No such file"), (SENT[:4000], "checksum"):
+        if content:
+            served.write_bytes(content)
+        with pytest.raises(FileNotFoundError, match=reason) as error:
+            fetch()
+        assert "\n" not in str(error.value)
+        assert "--data-dir" in str(error.value)
+        assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+
+
+def test_sources_are_pinned():
+    for url, *checksums in data.SOURCES.values():
+        assert re.search(r"/[0-9a-f]{40}/.*\{split\}", url), url
+        assert {len(bytes.fromhex(checksum)) for checksum in checksums} <= {32, 20}
+        assert len(checksums) == len(data.SPLITS)
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.train_tokenizer(data.read_texts("grammar", "valid"), 300)
+
+
+def write(folder, name="train.txt", content=b"a king paints\na queen sings\n"):
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def texts_of(corpus, tokenizer):
+    return [tokenizer.decode(corpus.row(i)[:-1]) for i in range(len(corpus))]
+
+
+def test_own_directory(tokenizer, tmp_path):
+    own = write(tmp_path, content="\ufeffa king\r\n\r\n  a queen \r\n\n".encode())
+    write(tmp_path, "ptb.valid.txt")
+    assert list(data.read_texts(own, "train")) == ["a king", "", "a queen", ""]
+    corpus = data.load_corpus(own, "train", tokenizer)
+    assert texts_of(corpus, tokenizer) == ["a king", "a queen"]
+    assert (corpus.skipped, corpus.truncated, corpus.words.tolist()) == (2, 0, [3, 3])
+    with pytest.raises(FileNotFoundError, match=r"no valid.txt in .*" + tmp_path.name):
+        data.load_corpus(own, "valid", tokenizer)
+    (one,) = texts_of(data.load_corpus(own, "train", tokenizer, limit=1), tokenizer)
+    assert one == "a king"
+    write(tmp_path / "ptb", "ptb.valid.txt")
+    assert data.split_path("ptb", "valid", tmp_path).name == "ptb.valid.txt"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\r\n   \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_refused_by_name(tokenizer, tmp_path, content):
+    own = write(tmp_path, "test.txt", content)
+    with pytest.raises(ValueError, match="test.txt: no text"):
+        data.load_corpus(own, "test", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"good\n\ncaf\xe9 bad\n", r"train.txt, line 3, byte 4"),
+        ("text".encode("utf-16"), r"train.txt, line 1, byte 1"),
+        ("\ufeffab".encode() + b"\xc3\n", r"train.txt, line 1, byte 6"),
+    ],
+)
+def test_what_is_not_utf8_is_refused_with_its_place(tmp_path, content, place):
+    with pytest.raises(ValueError, match=place):
+        list(data.read_texts(write(tmp_path, content=content), "train"))
+    with pytest.raises(ValueError, match="^" + re.escape(str(tmp_path)) + ".*" + place):
+        data.train_tokenizer(data.read_texts(str(tmp_path), "train"), 100)
+
+
+def test_a_vocabulary_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="vocab_size is 5"):
+        data.train_tokenizer(["a king paints"], 5)
+    with pytest.raises(ValueError, match="vocab_size is 100"):
+        data.train_tokenizer([], 100)
+
+
+def test_overlong_lines_are_cut_and_counted(tokenizer, tmp_path):
+    long = b"the old king paints a red boat " * 5000
+    own = write(tmp_path, content=b"a king paints\n" + long + b"\na queen\n")
+    corpus = data.load_corpus(own, "train", tokenizer, max_length=16)
+    assert corpus.truncated == 1
+    assert corpus.lengths.max() == corpus.lengths[1] == 16
+    assert corpus.ids[corpus.offsets[2] - 1] == tokenizer.eos_token_id
+    assert corpus.words[1] == len(texts_of(corpus, tokenizer)[1].split()) + 1
+    own = write(tmp_path, content=b"the <unk> king paints a <unk> boat " * 10)
+    corpus = data.load_corpus(own, "train", tokenizer, max_length=40)
+    kept = data.detokenize([corpus.row(0).tolist()], tokenizer)[0]
+    assert kept.startswith("the <unk> king paints a <unk> boat the <unk>")
+    assert corpus.words[0] == len(kept.split()) + 1
+    own = write(tmp_path, content=long)
+    whole = data.load_corpus(own, "train", tokenizer, max_length=10**6)
+    assert whole.truncated == 0
+    assert whole.words[0] == 7 * 5000 + 1
+
+
+def test_one_file_is_split_by_its_texts(tmp_path):
+    lines = [f"text {i % 3000}" for i in range(4000)]  # a quarter of them twice
+    (tmp_path / "all.txt").write_text("\n".join(lines))
+    one = str(tmp_path / "all.txt")
+    parts = {split: list(data.read_texts(one, split)) for split in data.SPLITS}
+    assert sorted(sum(parts.values(), [])) == sorted(lines)
+    shares = [len(set(part)) / 3000 for part in parts.values()]
+    assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.02)
+    assert not set(parts["train"]) & set(parts["test"])  # the same text twice is in the same split
+    (tmp_path / "all.txt").write_text("\n".join(reversed(lines)))
+    assert set(data.read_texts(one, "test")) == set(parts["test"])  # whatever the order
+    (tmp_path / "all.txt").write_text("one text")
+    with pytest.raises(ValueError, match="all.txt: no text for '(valid|test)'"):
+        [list(data.read_texts(one, split)) for split in data.SPLITS]
+
+
+def test_yelp_loses_its_labels_and_other_texts_keep_their_tabs(tmp_path):
+    for name in ("yelp", "ptb"):
+        write(tmp_path / name, "train.txt", b"4\tgood food\nno label\n")
+    assert data.read_texts("yelp", "train", tmp_path) == ["good food", "no label"]
+    assert data.read_texts("ptb", "train", tmp_path) == ["4\tgood food", "no label"]
+
+
+def test_a_vocabulary_is_made_of_long_texts_too():
+    texts = [f"{i} " + "the old king paints a red boat " * 300 for i in range(20)]
+    tokenizer = data.train_tokenizer(texts, 60)
+    assert tokenizer.unk_token_id not in tokenizer(texts[0])["input_ids"]
+
+
+def test_words_become_pieces():
+    tokenizer = data.train_tokenizer(data.read_texts("grammar", "train")[:5000], 4000)
+    text = "the lonely queens will secretly repair a purple statue outside the palace soon"
+    assert tokenizer.tokenize(text) == ["\u2581" + word for word in text.split()]
+    assert tokenizer.pad_token_id == PAD
+    assert tokenizer.eos_token_id == EOS
+
+
+@pytest.mark.parametrize("letter", ["\u0250", "\u0298"])
+def test_a_vocabulary_has_all_letters_of_its_texts(letter):
+    texts = [f"a {letter} b {letter}c", f"c{letter} d"] * 5
+    tokenizer = data.train_tokenizer(texts, 200)
+    assert data.detokenize(data.tokenize(texts, tokenizer), tokenizer) == texts
+
+
+def lengths_like(name):
+    """As many lengths as a data set has training texts, with its mean."""
+    rng = np.random.default_rng(0)
+    if name == "ptb":  # mean 28
+        return rng.gamma(5.5, 5.1, 42_068).astype(int).clip(2, 133)
+    return (20 + rng.lognormal(4.3, 0.6, 100_000)).astype(int).clip(28, 256)  # yahoo: mean 110
+
+
+@pytest.mark.parametrize("name", ["ptb", "yahoo"])
+def test_epochs_are_whole_random_and_waste_little(name):
+    lengths, world = lengths_like(name), 4
+    first = data.epoch_order(lengths, 32, seed=0, epoch=0)
+    shares = [index[rank::world] for index in first for rank in range(world) if len(index) > rank]
+    assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(len(lengths)))
+    waste = 1 - lengths.sum() / sum(len(share) * lengths[share].max() for share in shares)
+    assert waste <= 0.05, f"{waste:.2%} of positions are padding"
+    order = np.random.default_rng(0).permutation(len(lengths))
+    parts = np.array_split(order, len(lengths) // 32)
+    unsorted = 1 - lengths.sum() / sum(32 * lengths[part].max() for part in parts)
+    assert unsorted > 0.2, "what the buckets spare"
+    again = data.epoch_order(lengths, 32, seed=0, epoch=1)
+    together = {tuple(sorted(batch)) for batch in first} & {tuple(sorted(batch)) for batch in again}
+    assert len(together) < 0.01 * len(first)  # other company in the next epoch
+    means = np.array([lengths[batch].mean() for batch in first])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.1  # short and long batches come mixed
+    repeat = data.epoch_order(lengths, 32, seed=0, epoch=0)
+    assert all(np.array_equal(a, b) for a, b in zip(first, repeat, strict=True))
+
+
+def test_evaluation_has_every_text_once(tokenizer):
+    corpus = data.load_corpus("grammar", "train", tokenizer, limit=5)
+    order = data.evaluation_order(corpus.lengths, 2)
+    assert sorted(np.concatenate(order).tolist()) == list(range(5))
+    lengths = corpus.lengths[np.concatenate(order)]
+    assert (np.diff(lengths) >= 0).all(), "shortest first"
+
+
+def test_prefetch_keeps_the_order_works_ahead_and_passes_errors_on():
+    ahead = threading.Event()
+    results = data.prefetch(lambda i: (i == 2 and ahead.set()) or 10 // i, [5, 2, 1, 0])
+    assert next(results) == 2
+    assert ahead.wait(60), "the second item, while nobody asks for it"
+    assert [next(results), next(results)] == [5, 10]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert list(data.prefetch(str, [])) == []
+
+
+def test_a_training_batch_holds_the_noise_of_its_texts(tokenizer):
+    corpus = data.load_corpus("grammar", "train", tokenizer, limit=9)
+    settings = {"denoise": 0.4, "latent_dim": 3, "seed": 5}
+    batch = data.training_batch(corpus, 2, np.array([8, 0, 4]), **settings)
+    assert torch.equal(batch.eps, data.latent_noise(3, 5, 2, [8, 0, 4]))
+    for i, labels, ids in zip([8, 0, 4], batch.labels, batch.ids, strict=True):
+        assert labels[labels != PAD].tolist() == corpus.row(i).tolist(), "the target stays whole"
+        assert len(ids[ids != PAD]) < len(corpus.row(i))
+    with pytest.raises(ValueError, match=r"prob is 1.0; .* must be in \[0, 1\)"):
+        data.training_batch(corpus, 2, np.arange(2), **settings | {"denoise": 1.0})
+    one = data.make_batch(corpus, np.array([8, 0, 4]))
+    assert torch.equal(one.ids, one.labels)
+    assert torch.equal(one.labels, batch.labels)
+
+
+# ------------------------------------------------------------------------------- kills and damage
+
+
+@pytest.mark.parametrize("kind", ["target", "schedule", "phase 1"])
+def test_killed_at_random(tmp_path, home, command, kind):
+    kills, rng = int(os.environ.get("KILLS", 3)), random.Random(int(os.environ.get("SEED", 0)))
+    flags, done, longest = [*command, "--save-every", 0], 0, 0.5
+    if kind == "schedule":
+        flags += ["--kl-target", 0]
+    elif kind == "phase 1":
+        flags = ["--dataset", home, "--phase", 1, "--init", home / "dropout", *SHORT]
+        flags += ["--save-every", 0]
+    assert train_run(main, *flags, "--out", tmp_path / "whole") == 0
+    flags += ["--out", tmp_path, "--resume"]
+    phase = "phase1" if kind == "phase 1" else "phase2"
+    while done < kills:
+        child = start(main, *flags)
+        child.join(rng.uniform(0, longest))
+        child.kill()
+        child.join()
+        if child.exitcode == 0:  # it was quicker: once more, from the beginning
+            longest *= 0.8
+            shutil.rmtree(tmp_path / phase)
+        else:
+            done += 1
+    assert train_run(main, *flags) == 0
+    assert same_run(tmp_path / phase, tmp_path / "whole" / phase)
+    assert same_log(tmp_path / phase, tmp_path / "whole" / phase)
+
+
+def interrupt():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    send(signal.SIGINT)
+
+
+def test_ctrl_c_names_resume_in_one_line(tmp_path, command, whole_run):
+    report, flags = tmp_path / "report", [*command, "--out", tmp_path, "--save-every", 0]
+    assert train_run(cut, 7, "seed_dropout", interrupt, *flags, report=report) == 130
+    assert report.read_text().count("\n") == 2  # one is for the terminal's ^C
+    assert "--resume" in report.read_text()
+    assert train_run(main, *flags, "--resume") == 0
+    assert same_run(tmp_path / "phase2", whole_run)
+
+
+def test_a_log_that_is_ahead_of_its_checkpoint_is_cut(tmp_path, command, whole_run):
+    """No checkpoint until the epoch's end at step 5: a kill in step 5 leaves a record of step 3."""
+    flags = [*command, "--out", tmp_path, "--resume"]
+    for calls in 5, 9:
+        assert train_run(cut, calls, "seed_dropout", KILL, *flags) == -signal.SIGKILL
+    assert saved_state(tmp_path / "phase2")["step"] == 5
+    assert train_run(main, *flags) == 0
+    assert same_log(tmp_path / "phase2", whole_run)
+
+
+def files_of(out):
+    return {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+
+
+def test_what_a_finished_run_says(tmp_path, command, whole_run):
+    report = tmp_path / "report"
+    run = shutil.copytree(whole_run, tmp_path / "phase2")
+    flags, before = [*command, "--out", tmp_path, "--resume"], files_of(run)
+    assert train_run(main, *flags, "--lr", 0.1, report=report) == 1
+    assert "lr was 0.001, not 0.1" in report.read_text()
+    assert train_run(main, *flags, "--iw-samples", 5) == 0, "which changes nothing in training"
+    assert train_run(main, *command, "--out", tmp_path, report=report) == 1
+    assert re.search(r"phase2 .*--resume", report.read_text())
+    assert files_of(run) == before
+
+
+def test_files_of_others_are_never_touched(tmp_path, home):
+    flags = ["--dataset", home, *TINY, *SHORT, "--phase", 1, "--epochs", 0, "--out", tmp_path]
+    report, model = tmp_path / "report", tmp_path / "phase1" / "model" / "model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"somebody's T5")
+    assert train_run(main, *flags, report=report) == 1
+    assert "phase1" in report.read_text()
+    assert files_of(tmp_path / "phase1") == {model: b"somebody's T5"}
+
+
+@pytest.fixture(scope="module")
+def stopped(home, command):
+    """A run that was killed after step 6."""
+    flags = [*command, "--out", home / "stopped", "--save-every", 0]
+    assert train_run(cut, 7, "seed_dropout", KILL, *flags) == -signal.SIGKILL
+    return home / "stopped"
+
+
+def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, command, stopped):
+    report, out = tmp_path / "report", tmp_path / "run"
+    flags = [*command, "--out", out, "--resume"]
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    def halve(path):
+        os.truncate(path, path.stat().st_size // 2)
+
+    def make_old(path):  # the controller's weight was a value of its own
+        state = torch.load(path)
+        state["kl_weight"] = state["controller"].pop("weight")
+        torch.save(state, path)
+
+    def explode(path):
+        torch.save(Bomb(), path)
+
+    for harm in halve, explode, make_old, lambda path: path.write_bytes(b""):
+        shutil.copytree(stopped, out)
+        harm(out / "phase2" / "checkpoint.pt")
+        assert train_run(main, *flags, report=report) == 1
+        assert "checkpoint.pt is damaged or of another version" in report.read_text()
+        assert report.read_text().count("\n") == 1
+        shutil.rmtree(out)
+    assert not (tmp_path / "exploded").exists()
+    shutil.copytree(stopped, out)
+    before = files_of(out)
+    for more, word in (["--lr", 0.1], "lr was 0.001"), (["--kl-target", 3], "kl_target was 0.2"):
+        assert train_run(main, *flags, *more, report=report) == 1
+        assert word in report.read_text()
+        assert files_of(out) == before
+    assert train_run(main, *flags, "--amp", "bf16") == 0, "the precision may change"
+
+
+@pytest.mark.parametrize(("calls", "name"), [(5, "torch.save"), (1, "T5VAE.save_pretrained")])
+def test_full_disk(tmp_path, command, whole_run, calls, name):
+    """The fifth checkpoint, or the model, finds no room: the checkpoint before it stays."""
+    resource = pytest.importorskip("resource")
+    flags, report = [*command, "--out", tmp_path, "--save-every", 0], tmp_path / "report"
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert train_run(cut, calls, name, full, *flags, report=report) == 1
+    assert saved_state(tmp_path / "phase2")["step"] == (4 if name == "torch.save" else 10)
+    assert "Traceback" not in report.read_text()
+    assert train_run(main, *flags, "--resume") == 0
+    assert same_run(tmp_path / "phase2", whole_run)
+    modes = {path.stat().st_mode for path in (tmp_path / "phase2").iterdir() if path.is_file()}
+    assert len(modes) == 1, "whoever may read one file may read all"
+
+
+def test_both_phases_resume(tmp_path, home):
+    flags = ["--dataset", home, *TINY, *SHORT, "--save-every", 0]
+    assert train_run(main, *flags, "--out", tmp_path / "whole") == 0
+    out = [*flags, "--out", tmp_path / "run"]
+    for calls in 4, 9:  # in phase 1, in phase 2
+        assert train_run(cut, calls, "seed_dropout", KILL, *out, "--resume") == -signal.SIGKILL
+    assert (tmp_path / "run" / "phase1" / "metrics.json").exists()
+    assert train_run(main, *out, "--resume") == 0
+    for phase in "phase1", "phase2":
+        assert same_run(tmp_path / "run" / phase, tmp_path / "whole" / phase)
+        assert same_log(tmp_path / "run" / phase, tmp_path / "whole" / phase)
+    assert train_run(main, *out) == 1, "a run is not replaced unasked"
+
+
+def test_changed_texts_are_refused(whole_run, home, tmp_path):
+    run, texts = shutil.copytree(whole_run, tmp_path / "run"), tmp_path / "texts"
+    texts.mkdir()
+    for split in data.SPLITS:
+        shutil.copy(home / f"{split}.txt", texts)
+    config = json.loads((run / "config.json").read_text())
+    data.write_json(run / "config.json", config | {"dataset": str(texts)})
+    metrics.main([str(run), "--iw-samples", "1"])
+    before = (run / "metrics.json").read_bytes()
+    (texts / "test.txt").write_text("another text\n")
+    with pytest.raises(SystemExit, match="the test texts of .* have changed"):
+        metrics.main([str(run)])
+    assert (run / "metrics.json").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------- a step and its pieces
+
+
+def poisoned(calls, *args, report):
+    """main, in which rec of step number `calls` is NaN."""
+    forward, count = T5VAE.forward, 0
+
+    def counted(self, batch):
+        nonlocal count
+        count += 1
+        rec, kl = forward(self, batch)
+        return (rec * math.nan if count == calls else rec), kl
+
+    T5VAE.forward = counted
+    main(*args, report=report)
+
+
+def test_not_a_number_ends_the_run_before_it_reaches_the_weights(tmp_path, command):
+    report, flags = tmp_path / "report", [*command, "--save-every", 0, "--out", tmp_path]
+    assert train_run(poisoned, 7, *flags, report=report) == 1
+    assert report.read_text().count("\n") == 1
+    assert "step 6: the loss is nan" in report.read_text()
+    assert "texts [" in report.read_text()
+    state = saved_state(tmp_path / "phase2")
+    assert state["step"] == 6
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_a_mistake_in_the_code_is_a_traceback(tmp_path, command, monkeypatch):
+    """Somebody who changes vae.py sees where, also if it is a ValueError."""
+    monkeypatch.setattr(T5VAE, "reparameterize", lambda *args, **kwargs: int("a mistake"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        train.main([*command, "--out", tmp_path])
+
+
+def test_the_controller_anneals_rests_and_leads_the_kl_to_its_target():
+    def controller(integral, anneal_steps=100):
+        made = train.KLController(8.0, anneal_steps)
+        made.integral = integral
+        return made
+
+    def weight_after(controller, kl):
+        controller.update(kl)
+        return controller.weight
+
+    far, near = controller(0.3), controller(0.3)
+    assert weight_after(far, 80.0) == pytest.approx(0.31), "far above the target: linear annealing"
+    assert weight_after(near, 8.0) == pytest.approx(0.1), "at the target the integral rests"
+    assert (far.integral, near.integral) == (pytest.approx(0.31), pytest.approx(0.3))
+    assert (weight_after(controller(0.0), 1.0), weight_after(controller(2.0), 80.0)) == (0, 2)
+    half = controller(0.3)
+    half.ratio = 0.5  # KL of held-out texts is half of that in training
+    assert weight_after(half, 16.0) == pytest.approx(0.1)
+
+    def lowest_kl(brake):  # of a KL that answers the weight late and steeply, as in training
+        made, kl, low = controller(0.0, 400), 100.0, 100.0
+        for _ in range(8000):
+            weight = weight_after(made, kl)
+            weight = weight if brake else made.integral
+            kl += (min(100, 8 * (0.95 / max(weight, 0.01)) ** 10) - kl) / 50
+            low = min(low, kl)
+        assert (kl, weight) == pytest.approx((8, 0.95), rel=0.01)
+        return low
+
+    assert lowest_kl(brake=True) > 6
+    assert lowest_kl(brake=False) < 4
+
+
+def test_the_controller_leads_the_kl_of_held_out_texts(tmp_path, command, monkeypatch):
+    seen, update = [], train.KLController.update
+
+    def watched(self, kl):
+        update(self, kl)
+        seen.append((kl, self.ratio, self.weight))
+
+    monkeypatch.setattr(train.KLController, "update", watched)
+    train.main([*command, "--log-every", "1", "--out", tmp_path])
+    records = [r for r in log_records(tmp_path / "phase2") if r["split"] == "train"]
+    assert [r["kl"] for r in records] == [kl for kl, _, _ in seen]
+    assert [r["kl_weight"] for r in records[1:]] == [weight for _, _, weight in seen[:-1]]
+    assert len({ratio for _, ratio, _ in seen}) == 2, "one for each epoch"
+    assert max(abs(ratio - 1) for _, ratio, _ in seen) > 0.01
+
+
+def test_the_kl_threshold_holds_each_dimension_of_each_sentence(tmp_path, quiet, monkeypatch):
+    """The loss of one step at weight 1 is rec + the sum of max(threshold, KL) of each dimension."""
+    losses, forward = [], T5VAE.forward
+
+    def kept(self, batch):
+        rec, kl = forward(self, batch)
+        losses.append((rec + kl.clamp(min=0.3).sum(1)).mean().item())
+        return rec, kl
+
+    monkeypatch.setattr(T5VAE, "forward", kept)
+    flags = [*quiet[:-2], "--kl-schedule", "constant", "--kl-threshold", 0.3, "--log-every", 1]
+    train.main([*flags, "--out", tmp_path])
+    records = [r for r in log_records(tmp_path / "phase2") if r["split"] == "train"]
+    assert [r["loss"] for r in records] == pytest.approx(losses, rel=1e-5)
+    assert all(r["loss"] > r["rec"] + r["kl"] for r in records), "the threshold was above some KL"
+    mu, logvar = torch.tensor([0.4, 1.0, 2.0], requires_grad=True), torch.zeros(3)
+    kl_divergence(mu, logvar).clamp(min=0.3).sum().backward()
+    assert mu.grad.tolist() == [0, 1, 2], "below the threshold nothing pushes"
+
+
+def test_dropout_is_the_configurations_unless_it_is_given(home, tmp_path, monkeypatch):
+    found, original = [], train.train
+
+    def look(model, *args):
+        modules = list(model.modules())
+        numbers = [getattr(module, "dropout", None) for module in modules]
+        of_attention = {number for number in numbers if isinstance(number, float)}
+        found.append(of_attention | {m.p for m in modules if isinstance(m, torch.nn.Dropout)})
+        return original(model, *args)
+
+    monkeypatch.setattr(train, "train", look)
+    flags = ["--dataset", home, "--init", home / "dropout", *SHORT, "--epochs", 0]
+    for phase, more in (1, []), (2, []), (2, ["--dropout", 0.3]):
+        out = tmp_path / str(len(found))
+        train.main([*flags, "--phase", phase, *more, "--out", out])
+    assert found == [{0.1}, {0.1}, {0.3}]
+
+
+@pytest.mark.parametrize("rate", [0, 0.0])  # an int, too, where JSON has one
+def test_dropout_reaches_attention_whatever_the_checkpoint_has(rate):
+    model = T5VAE(tiny_config(dropout_rate=rate).to_dict(), 4)
+    args = argparse.Namespace(phase=2, device="cpu", dropout=0.3)
+    train.prepare(model, args)
+    attention = model.t5.encoder.block[0].layer[0].SelfAttention
+    assert attention.dropout == 0.3
+    assert model.t5.decoder.dropout.p == 0.3
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_stays_close_and_resumes(tmp_path, quiet, plain, amp):
+    flags = [*quiet, "--amp", amp, "--save-every", 0]
+    assert train_run(main, *flags, "--out", tmp_path) == 0
+    assert 0 < distance(plain, tmp_path / "phase2") < 0.05
+    flags += ["--out", tmp_path / "cut"]
+    assert train_run(cut, 7, "seed_dropout", KILL, *flags) == -signal.SIGKILL
+    assert train_run(main, *flags, "--resume") == 0, "with the state of the loss scaler"
+    assert same_run(tmp_path / "cut" / "phase2", tmp_path / "phase2")
+
+
+def test_without_a_terminal_the_log_tells_rate_and_time_left(tmp_path, quiet, monkeypatch, capsys):
+    """And --max-length reaches samples.txt: what is read is cut, what is written is as long."""
+    asked, original = [], T5VAE.decode_texts
+
+    def decode_texts(self, z, **settings):
+        asked.append(settings["max_new_tokens"])
+        return original(self, z, **settings)
+
+    monkeypatch.setattr(T5VAE, "decode_texts", decode_texts)
+    train.main([*quiet, "--max-length", "7", "--out", tmp_path])
+    line = r"^step (\d+) train: loss .*; \d+\.\d steps/s, \d+ min left$"
+    told = re.findall(line, capsys.readouterr().out, re.M)
+    assert told == ["3", "6", "9", "10"]
+    assert asked == [7, 7]
+    tokenizer = T5VAE.from_pretrained(tmp_path / "phase2").tokenizer
+    lines = (tmp_path / "phase2" / "samples.txt").read_text().splitlines()
+    texts = [line.removeprefix("text").strip() for line in lines if line.startswith("text")]
+    assert max(len(row) for row in data.tokenize(texts, tokenizer)) == 6
+
+
+# ------------------------------------------------------------------------------- several processes
+
+
+def one_of(rank, world, port, job, *args, **kwargs):
+    """What torchrun does for a process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    job(*args, **kwargs)
+
+
+def run_all(*jobs):
+    """The exit codes of the processes of a group, each (function, arguments)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [start(one_of, rank, len(jobs), port, *job) for rank, job in enumerate(jobs)]
+    return [end(child) for child in children]
+
+
+@pytest.mark.parametrize(("phase", "batch_size", "count"), [(1, 5, 2), (2, 5, 3), (2, 1, 2)])
+def test_processes_give_the_same_result(tmp_path, home, phase, batch_size, count):
+    """With 23 texts the last batch has 3; of one text per step, one process has nothing to do."""
+    flags = ["--dataset", home, "--phase", phase, "--init", home / "vae", *SHORT]
+    flags += ["--lr-schedule", "linear", "--batch-size", batch_size]
+    flags += ["--kl-target", 2] if phase == 2 else []
+    assert train_run(main, *flags, "--out", tmp_path / "one") == 0
+    assert run_all(*[(main, *flags, "--out", tmp_path / "more")] * count) == [0] * count
+    one, more = (tmp_path / name / f"phase{phase}" for name in ("one", "more"))
+    assert distance(one, more) < 1e-5
+    assert distance(one, home / "vae") > 1e-3, "the control: they were trained"
+    for a, b in zip(log_records(one), log_records(more), strict=True):
+        numbers = {name for name, value in a.items() if isinstance(value, int | float)}
+        found = [b[name] for name in numbers]
+        assert found == pytest.approx([a[name] for name in numbers], rel=1e-3, abs=1e-4)
+
+
+def test_processes_resume_after_a_kill(tmp_path, quiet):
+    flags = [*quiet, "--save-every", 0]
+    assert run_all(*[(main, *flags, "--out", tmp_path / "whole")] * 2) == [0, 0]
+    killed = (cut, 7, "seed_dropout", KILL, *flags, "--out", tmp_path / "cut")
+    assert run_all(killed, killed) == [-signal.SIGKILL] * 2
+    assert run_all(*[(main, *flags, "--out", tmp_path / "cut", "--resume")] * 2) == [0, 0]
+    assert same_run(tmp_path / "cut" / "phase2", tmp_path / "whole" / "phase2")
+    assert same_log(tmp_path / "cut" / "phase2", tmp_path / "whole" / "phase2")
+
+
+def test_language_model_in_two_processes(tmp_path, home):
+    """Nothing that trains is left out of the loss: DistributedDataParallel would complain."""
+    flags = ["--dataset", home, *TINY, *SHORT, "--no-latent", "--out", tmp_path]
+    assert run_all(*[(main, *flags)] * 2) == [0, 0]
+
+
+def test_evaluation_split_among_processes(tmp_path, quiet):
+    """The test split is one batch: two of three processes have none."""
+    flags = [*quiet, "--epochs", 0]
+    assert train_run(main, *flags, "--out", tmp_path / "one") == 0
+    assert run_all(*[(main, *flags, "--out", tmp_path / "three")] * 3) == [0, 0, 0]
+    one, three = (
+        json.loads((tmp_path / out / "phase2" / "metrics.json").read_text())
+        for out in ("one", "three")
+    )
+    assert one == three
+    assert one["rec"] != one["rec_prior"]
+
+
+def test_fewer_texts_than_processes(tmp_path, home):
+    """Two texts in each split, three processes: one of them never has a sentence of its own."""
+    for split in data.SPLITS:
+        texts = (home / f"{split}.txt").read_text().splitlines()[:2]
+        (tmp_path / f"{split}.txt").write_text("\n".join(texts))
+    flags = ["--dataset", tmp_path, "--phase", 2, "--init", home / "vae", *SHORT, "--kl-target", 2]
+    assert train_run(main, *flags, "--out", tmp_path / "one") == 0
+    assert run_all(*[(main, *flags, "--out", tmp_path / "three")] * 3) == [0, 0, 0]
+    one, three = (tmp_path / out / "phase2" for out in ("one", "three"))
+    assert distance(one, three) < 1e-5
+    assert distance(one, home / "vae") > 1e-4, "the control: they were trained"
+    one, three = (json.loads((run / "metrics.json").read_text()) for run in (one, three))
+    assert one.pop("entropy") is three.pop("entropy") is None
+    assert three == pytest.approx(one, rel=1e-3, abs=1e-4)
+    assert one["sentences"] == 2
+
+
+def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def init(backend):
+        raise Enough(backend)
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(train.distributed, "init_process_group", init)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for bf16, amp in (True, "bf16"), (False, "fp16"):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, b=bf16: b)
+        flags = ["--dataset", "grammar", "--device", "cuda"]
+        assert train.parse_args(flags)[0].amp == amp
+        with pytest.raises(Enough, match="^cpu:gloo,cuda:nccl$"):
+            train.main(flags)
+    with pytest.raises(Enough, match="^gloo$"):
+        train.main(["--dataset", "grammar", "--device", "cpu"])
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+# Flags that are refused, each by its name: a number out of its limits, an unknown choice.
+LIMITS = """--phase 0, --dropout 1, --dropout=-0.5, --epochs -1, --epochs 1.5, --lr inf, --lr nan,
+    --lr=-1e-3, --denoise 1, --denoise=-0.1, --batch-size 0, --max-length 1, --limit 0, --limit x,
+    --latent-dim 0, --iw-samples 0, --log-every 0, --seed -1, --seed 9223372036854775808,
+    --save-every nan, --kl-target=-1, --kl-threshold inf, --kl-threshold=-1, --kl-schedule sine,
+    --kl-anneal-epochs nan, --pool sum, --recipe worst, --amp fp8, --optimizer sgd"""
+LIMITS = [flags.strip() for flags in LIMITS.split(",")]
+MISTAKES = [
+    ("--phase 1", "--dataset is missing"),
+    ("--dataset grammar --phase 1 2", "unrecognized arguments: 2"),
+    ("--dataset grammar --kl-target 8 --kl-threshold 0", "--kl-target takes no --kl-threshold"),
+    ("--dataset grammar --kl-target 8 --kl-schedule linear", "--kl-schedule"),
+    ("--dataset grammar --no-latent --phase 1", "--no-latent"),
+    ("--dataset grammar --no-latent --latent-dim 5", "--latent-dim"),
+    ("--dataset grammar --device cuda", "torch finds no GPU"),
+    ("--dataset no/such/folder --model no/such/t5 --phase 1", "no train.txt in"),
+    ("--dataset {home}/nothing.txt --model tiny", "no train.txt in"),
+    ("--dataset grammar --model no/such/t5 --phase 1", "no/such/t5"),
+    ("--dataset grammar --phase 2", "runs/grammar/phase1"),
+    ("--dataset {home} --phase 2 --init {home}/vae --latent-dim 5", "--latent-dim is 5, but"),
+    ("--dataset {home} --phase 2 --init {home}/vae --pool mean", "--pool is mean, but"),
+    ("--dataset {home} --phase 2 --init {home}/vae --pool-layers all", "--pool-layers is all, but"),
+    ("--dataset {home} --phase 2 --init {home}/vae --model t5-base", "--model is t5-base, but"),
+    ("--dataset {home} --no-latent --init {home}/vae", "vae is a VAE: a language model cannot"),
+    ("--dataset {home} --init {home} --phase 1", "is no T5 to start from"),
+    ("--dataset {home} --init {home}/train.txt --phase 2", "{home}/train.txt"),
+    ("--dataset {home} --out {home}/vae/config.json --model tiny", "config.json"),
+]
+MISTAKES += [(f"--dataset grammar {flags}", re.split("[ =]", flags)[0]) for flags in LIMITS]
+
+
+def line_said(stop, capsys):
+    """The one line with which a command ended: its own, or the last of argparse's."""
+    said = stop.value.code
+    if not isinstance(said, str):
+        said = capsys.readouterr().err.splitlines()[-1]
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(("flags", "words"), MISTAKES)
+def test_mistakes_are_told_in_one_line(flags, words, home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags.format(home=home).split())
+    said = line_said(stop, capsys)
+    assert words.format(home=home) in said, said
+    assert said.startswith("train.py: ")
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("{run} --iw-samples 0", "--iw-samples"),
+        ("no/run", "cannot use no/run"),
+        ("{home}", "cannot use {home}"),
+        ("{run}/model", "it has no config.json of a run"),
+        ("{run} --lm no/run", "--lm is no/run; it must be a finished --no-latent run"),
+        ("{run} --lm {run}", "it must be a finished --no-latent run on these texts"),
+        ("{run} --device cuda", "--device is cuda, but torch finds no GPU"),
+    ],
+)
+def test_mistakes_in_measuring(flags, words, home, whole_run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["metrics.py"])
+    before = files_of(whole_run)
+    with pytest.raises(SystemExit) as stop:
+        metrics.main(flags.format(home=home, run=whole_run).split())
+    said = line_said(stop, capsys)
+    assert words.format(home=home, run=whole_run) in said, said
+    assert said.startswith("metrics.py: ")
+    assert files_of(whole_run) == before
+
+
+def test_a_single_text_has_no_other_and_a_cut_one_no_known_entropy(tmp_path, home):
+    for split in data.SPLITS:
+        texts = (home / f"{split}.txt").read_text().splitlines()
+        (tmp_path / f"{split}.txt").write_text("\n".join(texts[: 1 if split == "test" else 9]))
+    model = T5VAE.from_pretrained(home / "vae")
+    for where, one in (tmp_path, True), (home, False):
+        corpus = data.load_corpus(str(where), "test", model.tokenizer)
+        measured = metrics.evaluate(model, corpus, thorough=True)
+        assert ("swap_cost" in measured) == ("rec_other" in measured) == (not one)
+        assert metrics.verdict(measured).startswith("rec " if one else "z is")
+    short, whole = (
+        data.load_corpus("grammar", "test", model.tokenizer, max_length=length, limit=9)
+        for length in (4, 256)
+    )
+    assert (short.entropy, whole.entropy) == (None, data.GRAMMAR_ENTROPY)
+
+
+def test_a_language_model_is_no_start_for_a_vae(tmp_path, home):
+    flags, report = ["--dataset", home, *SHORT, "--epochs", 0, "--out", tmp_path], tmp_path / "say"
+    assert train_run(main, *flags, *TINY, "--no-latent") == 0
+    start = ["--phase", 2, "--init", tmp_path / "lm", "--kl-target", 8]
+    assert train_run(main, *flags, *start, report=report) == 1
+    assert "is a language model: a VAE cannot start from it" in report.read_text()
+
+
+def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path, home, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for parent in "a", "b":
+        (tmp_path / parent / "x").mkdir(parents=True)
+        for split in data.SPLITS:
+            shutil.copy(home / f"{split}.txt", tmp_path / parent / "x")
+    flags, report = [*SHORT, "--epochs", 0], tmp_path / "report"
+    assert train_run(main, "--dataset", "a/x", "--phase", 1, *TINY, *flags) == 0
+    assert train_run(main, "--dataset", "b/x", "--phase", 2, *flags, report=report) == 1
+    assert "--dataset is b/x, but runs/x/phase1 has a/x" in report.read_text()
+    more = ["--dataset", "a/x", "--phase", 2, "--model", "t5-base"]
+    assert train_run(main, *more, *flags, report=report) == 1
+    assert "--model is t5-base, but runs/x/phase1 has tiny" in report.read_text()
+    init = ["--init", "runs/x/phase1"]
+    assert train_run(main, "--dataset", "b/x", "--phase", 2, *init, *flags) == 0
+
+
+def test_the_folder_of_a_run_has_the_name_of_its_texts(monkeypatch, tmp_path, home):
+    folder = shutil.copytree(home, tmp_path / "stories")
+    monkeypatch.chdir(folder)
+    train.main(["--dataset", ".", *TINY, *SHORT, "--phase", 1, "--epochs", 0])
+    assert (folder / "runs" / "stories" / "phase1" / "metrics.json").exists()

@@ -1,0 +1,1 @@
+"""What makes RESULTS.md: the runs of `study.study`, its tables and its figures."""

@@ -1,0 +1,113 @@
+"""How good is the untempered posterior? The encoder of a run is trained on at KL weight 1.
+
+    python -m study.refit RUN [--limit 800]
+
+The decoder stays as it is; the encoder, W_mu and W_logvar descend along the gradient of -ELBO, with
+weight 1 and without threshold, deletion and dropout, until that of the validation texts rests. Then
+q itself is the best posterior at weight 1 that this encoder can give. Prints three columns: q as
+the run trained it, q untempered in closed form (`metrics.untemper`), and q refitted.
+
+KL of the posterior should be the same in all three: it belongs to the decoder. Where it differs,
+the number of samples is too small for the proposal (see `iw_ess`).
+"""
+
+import argparse
+import copy
+from functools import partial
+
+import torch
+
+import data
+import metrics
+import train
+
+ROWS = ("rec", "kl", "neg_elbo", "nll", "kl_posterior", "iw_ess")
+PATIENCE = 3  # checks without a better bound, after which it rests
+
+
+def bound(model, corpus):
+    """-ELBO of the first 500 texts at weight 1, nats."""
+    (found,) = metrics.untempered_bounds(model, corpus, (1.0,), 500, 0, metrics.MOST).values()
+    return found
+
+
+def refit(model, corpus, valid, args):
+    """A copy of the model, whose encoder is trained on at weight 1; prints the bounds."""
+    model = copy.deepcopy(model).eval().requires_grad_(True)  # eval: without dropout
+    model.freeze_decoder()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, fused=True)
+    noise = {"denoise": 0.0, "latent_dim": model.latent_dim, "seed": args.seed}
+    best, step, worse, epoch = bound(model, valid), 0, 0, 0
+    best_state = copy.deepcopy(model.state_dict())
+    print(f"step 0: -ELBO of validation texts {best:.2f}", flush=True)
+    while worse < PATIENCE:
+        order = data.epoch_order(corpus.lengths, 32, args.seed, epoch)
+        load = partial(data.training_batch, corpus, epoch, **noise)
+        for batch in data.prefetch(load, order):
+            rec, kl = model(batch.to(model.device))
+            (rec + kl.sum(1)).mean().backward()
+            torch.nn.utils.clip_grad_norm_(weights, train.MAX_GRADIENT_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % args.check_every == 0:
+                now = bound(model, valid)
+                print(f"step {step}: -ELBO of validation texts {now:.2f}", flush=True)
+                worse += 1
+                if now < best - 0.01:
+                    best, best_state, worse = now, copy.deepcopy(model.state_dict()), 0
+                if worse == PATIENCE:
+                    break
+        epoch += 1
+    model.load_state_dict(best_state)
+    return model.requires_grad_(False)
+
+
+def column(model, corpus, weight, samples, suffix=""):
+    """ROWS of the posterior that `weight` untempers; suffix: of the measures of r, not of q."""
+    measured = metrics.evaluate(model, corpus, weight, samples)
+    named = [name + suffix if name in ("rec", "kl", "neg_elbo") else name for name in ROWS]
+    return [(measured[name], measured[name + "_se"] or 0.0) for name in named]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("refit.py", description=__doc__.splitlines()[0])
+    flag, count = parser.add_argument, data.number(int, 1)
+    flag("run", metavar="RUN", help="finished run folder of phase 2")
+    flag("--dataset", help="where the texts are, if they have moved")
+    flag("--limit", type=count, help="measure the first N test texts only")
+    flag("--iw-samples", type=count, default=20, help="samples per text (20)")
+    flag("--lr", type=data.number(float, 0), default=1e-3, help="of AdamW (1e-3)")
+    flag("--check-every", type=count, default=200, help="steps between validations (200)")
+    flag("--seed", type=data.number(int, 0), default=0, help="of the order and of eps (0)")
+    args = parser.parse_args(argv)
+    with data.command("refit.py"):
+        config, model, read = metrics.load_run(args.run, dataset=args.dataset)
+        if model.latent_dim == 0 or config["phase"] == 1:
+            raise data.InputError(f"{args.run} is no phase 2 with a latent")
+        corpus, valid, test = (
+            read("train", config["limit"]),
+            read("valid"),
+            read("test", args.limit),
+        )
+        weight = metrics.find_weight(model, valid)
+        refitted = refit(model, corpus, valid, args)
+        columns = [
+            column(model, test, 1.0, args.iw_samples),
+            column(model, test, weight, args.iw_samples, "_untempered"),
+            column(refitted, test, 1.0, args.iw_samples),
+        ]
+        print(
+            f"{len(test):,} test texts, K = {args.iw_samples}; untempered by w = {weight:.3g};",
+            end="",
+        )
+        print(f" the refitted encoder by {metrics.find_weight(refitted, valid):.3g}")
+        print(f"{'':14}{'q':>16}{'untempered':>16}{'refitted':>16}")
+        for name, *cells in zip(ROWS, *columns, strict=True):
+            shown = "".join(f"{f'{value:.2f}±{error:.2f}':>16}" for value, error in cells)
+            print(f"{name:14}{shown}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,591 @@
+"""Tests of the study: its commands, what it keeps, its tables and figures, and RESULTS.md."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from matplotlib.container import ErrorbarContainer
+
+import data
+import metrics
+import train
+from extras import compare, paper_tables, pretrain
+from extras.test_extras import home, one_thread, read_json
+from study import plots, positions, study, study_tables
+from test_vae import EOS, ROOT, tiny_vae
+
+# ---------------------------------------- commands
+
+
+def settings(*flags):
+    return study.parse_args(list(flags))
+
+
+PAPERS = ("--model", "t5-small", "--deep", "t5-base", "--texts", "ptb", "snli", "yahoo", "yelp")
+
+
+@pytest.mark.parametrize("flags", [(), PAPERS])
+def test_commands_are_understood_and_stand_after_what_they_need(flags):
+    args = settings(*flags, "--results", "nowhere")
+    jobs = study.commands_left(study.study_jobs(args))
+    assert len(jobs) > 100
+    outs = [str(job.out) for job in jobs]
+    assert len(set(outs)) == len(outs)
+    for i, job in enumerate(jobs):
+        assert job.needs is None or str(job.needs.out) in outs[:i]
+        *_, script = [word for word in job.command if word in ("train.py", "extras.pretrain")]
+        if script == "train.py":
+            (parsed,) = train.parse_args(job.command[1:])
+            folder = "lm" if parsed.latent_dim == 0 else f"phase{parsed.phase}"
+            assert Path(parsed.out, folder) == job.out
+            assert parsed.limit is None or not args.model
+            if parsed.init and job.needs:
+                assert Path(parsed.init).is_relative_to(job.needs.out)
+        else:
+            assert str(job.out) == pretrain.parse_args(job.command[2:]).out
+    with pytest.raises(SystemExit):
+        train.parse_args([*jobs[-1].command[1:], "--no-such-flag"])
+
+
+def test_rows_of_a_random_start_are_not_repeated_where_all_start_from_it():
+    args = settings("--texts", "grammar", "captions", "--results", "nowhere")
+    rows = {str(job.result) for job in study.study_jobs(args)}
+    assert "nowhere/captions/r8-random/0" in rows
+    assert not any(row.startswith("nowhere/grammar/") and "random" in row for row in rows)
+    assert not any("r24" in row for row in rows)
+    assert {f"nowhere/grammar/r8/{seed}" for seed in range(3)} <= rows
+    assert "nowhere/captions/r8/2" not in rows
+
+
+@pytest.mark.parametrize("text", ["captions", "captions-all"])
+def test_any_row_can_be_remade_with_another_seed(text):
+    flags = ["--texts", text, "--rows", "r16", "r8", "r4", "--results", "nowhere"]
+    rows = ["r8", "r16"] if text == "captions-all" else ["r8", "r16", "r4"]
+    for seeds in 1, 2, 5:
+        jobs = study.study_jobs(settings(*flags, "--seeds", str(seeds)))
+        found = [job.result.parts[2:] for job in jobs]
+        assert found == [(row, str(seed)) for seed in range(seeds) for row in rows]
+
+
+def test_two_models_share_no_folder():
+    models = "a/b", "a-b", "a/b.1", "a/b-1", "x/a/b"
+    found = [settings("--model", model) for model in models]
+    for folders in {args.results for args in found}, {args.runs for args in found}:
+        assert len(folders) == len(models)
+        assert all(".." not in folder for folder in folders)
+
+
+def test_a_language_model_has_the_learning_rate_of_its_text():
+    jobs = study.study_jobs(settings("--texts", "ptb", "captions", "--results", "nowhere"))
+    rates = {}
+    for job in jobs:
+        text, row = job.result.parts[1:3]
+        if row in ("lm", "lm-random", "r8", "r8-random"):
+            rates[f"{text}/{row}"] = job.command[job.command.index("--lr") + 1]
+    assert {name for name, rate in rates.items() if rate == "5e-3"} == {"ptb/lm"}
+    assert len(rates) == 8
+    assert set(rates.values()) == {"5e-3", "2e-2"}
+
+
+def test_a_text_may_have_rows_and_epochs_of_its_own():
+    jobs = study.study_jobs(settings("--texts", "captions-all", "--results", "nowhere"))
+    epochs = {}
+    for job in jobs:
+        while job and "train.py" in job.command:
+            epochs[str(job.out)] = job.command[job.command.index("--epochs") + 1]
+            job = job.needs
+    home = "runs/study/captions-all"
+    assert epochs == {
+        f"{home}/lm/0/lm": "5",
+        f"{home}/autoencoder/0/phase1": "2",
+        **{f"{home}/r{target}/0/phase2": "3" for target in (8, 16, 24)},
+    }
+
+
+def test_mistakes_are_refused(capsys):
+    with_grammar = ["--model", "t5-small", "--texts", "grammar"]
+    nameless = ["--model", ".."]
+    unknown = ["--texts", "captoins"]
+    texts = (["--texts", ".."], unknown, with_grammar, nameless)
+    unset = ["--model", ""], ["--model", "t5-small", "--deep", ""], ["--deep", ""]
+    for flags in (*texts, *unset, ["--deep", "t5-base"], ["--rows", "r5"]):
+        with pytest.raises(SystemExit):
+            settings(*flags)
+    assert "r5" in capsys.readouterr().err
+
+
+# ---------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(home, tmp_path_factory):
+    out = tmp_path_factory.mktemp("t5")
+    shape = ["--d-model", 16, "--layers", 1, "--heads", 2, "--vocab-size", 60, "--steps", 0]
+    pretrain.main(["--dataset", home, *shape, "--out", out / "t5", "--device", "cpu"])
+    return out / "t5" / "model"
+
+
+def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path, capsys):
+    results, runs = tmp_path / "results", tmp_path / "runs"
+    flags = ["--model", str(tiny_t5), "--texts", home.name, "--data-dir", str(home.parent)]
+    flags += ["--results", str(results), "--runs", str(runs), "--rows", "lm", "r4", "--jobs", "2"]
+    name = str(tiny_t5).strip("/").replace("/", "--")
+    kept, folder = results / home.name, runs / name / home.name
+    blocked = folder / "r4" / "0" / "phase2"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("where a folder should be")
+    with pytest.raises(SystemExit, match="commands that failed: 1"):
+        study.main(flags)
+    assert re.search(r"FAILED, see .*: .*r4/0/phase2", capsys.readouterr().out)
+    assert not (kept / "r4").exists()
+    blocked.unlink()
+
+    study.main(flags)  # the language model and phase 1 are not run again
+    out = capsys.readouterr().out
+    assert "r4" in out
+    assert "--no-latent" not in out
+    assert "--phase 1" not in out
+    config = read_json(kept / "r4" / "0", "config.json")
+    assert {"machine", "commit", "minutes"} <= config.keys()
+    assert len(config["phase1_kl"]) == 4
+    files = {path.name for path in (kept / "r4" / "0").iterdir()}
+    assert files == {"config.json", "metrics.json"}
+    expected = compare.compare(folder / "lm" / "0" / "lm", folder / "r4" / "0" / "phase2")
+    assert read_json(kept, "paired.json")["r4/0 - lm/0"]["nll"] == list(expected["nll"])
+    (folder / "lm" / "0" / "lm" / "sentences.npz").write_bytes(b"")
+    study.main(flags)  # what cannot be compared stops nothing
+    out, err = capsys.readouterr()
+    assert "0 of 3 rows are missing" in out  # lm has two seeds
+    assert re.search("not compared: .*sentences.npz is damaged", err)
+    old = read_json(kept, "paired.json") | {"cold/0 - r4/0": {}, "lm-gone/1 - lm/1": {}}
+    data.write_json(kept / "paired.json", old)
+    study.main(flags)
+    assert read_json(kept, "paired.json").keys() == {"r4/0 - lm/0"}, "no pair of an earlier study"
+
+    shutil.rmtree(kept / "r4")  # made again, where the other run of the pair is not there
+    shutil.rmtree(folder / "r4")
+    (folder / "lm").rename(tmp_path / "gone")
+    fcntl = pytest.importorskip("fcntl")
+    log = runs / name / "logs" / f"{home.name}-r4-0-phase2.txt"
+    with open(log, "a") as file:  # a run whose study was killed
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="commands that failed: 1"):
+            study.main(flags)
+    assert "another process writes there" in capsys.readouterr().out
+    assert not (folder / "r4").exists()
+    study.main(flags)
+    assert (kept / "r4" / "0" / "metrics.json").exists()
+    assert not (kept / "paired.json").exists(), "an old difference would not be this run's"
+
+
+def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
+    model = tiny_vae()
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 14, 9)
+    ids = rng.integers(3, 64, lengths.sum()).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids[offsets[1:] - 1] = EOS
+    corpus = data.Corpus(ids, offsets, lengths, 0, 0, 0, 2, "")
+    rows = positions.by_position(model, corpus, batch_size=4)
+    assert sum(row["tokens"] for row in rows) == corpus.ids.size
+    columns = metrics.measure(model, corpus, batch_size=4, thorough=True)
+    for key in "rec", "rec_other":
+        total = sum(row["tokens"] * row[key] for row in rows)
+        assert total == pytest.approx(columns[key].sum().item(), rel=1e-5)
+    explained = [row["rec_other"] - row["rec"] for row in rows]
+    with torch.no_grad():
+        model.w_proj.weight.zero_()
+    ignored = positions.by_position(model, corpus, batch_size=4)
+    assert max(abs(row["rec_other"] - row["rec"]) for row in ignored) < 1e-6 < max(explained)
+
+
+# ---------------------------------------- tables
+
+
+def write_row(results, text, row, seed=0, **measures):
+    """A run of the study with these numbers, all invented."""
+    folder = results / text / row / str(seed)
+    folder.mkdir(parents=True)
+    measures = {"latent_dim": 32, "au": 32, "kl": 8.0, "rec": 90.0} | measures
+    data.write_json(folder / "metrics.json", measures)
+    phase1_kl = [0, 50.0, 90.0, 100.0, 101.0]
+    data.write_json(folder / "config.json", {"command": "", "phase1_kl": phase1_kl})
+
+
+def test_damaged_results_are_named(tmp_path):
+    write_row(tmp_path, "ptb", "lm", rec=100.0, latent_dim=0)
+    study_tables.tables(tmp_path)
+    for name in "metrics.json", "config.json":
+        path = tmp_path / "ptb" / "lm" / "0" / name
+        whole = path.read_text()
+        measures = '{"latent_dim": 0, "kl": 0, "rec": NaN, "au": 0}'
+        for text in whole[:9], "[]", "{}", measures, measures.replace("NaN", "null"):
+            path.write_text(text)
+            with pytest.raises(SystemExit, match=f"study.py: .*{name} is damaged"):
+                study.main(["--tables", "--results", str(tmp_path)])
+        path.write_text(whole)
+    write_row(tmp_path, "ptb", "r4", "0.bak")
+    with pytest.raises(SystemExit, match=r"r4/0.bak is no seed"):
+        study.main(["--tables", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no folder"):
+        study.main(["--tables", "--results", str(tmp_path / "none")])
+
+
+def test_tables_say_what_the_results_hold(tmp_path):
+    for seed in range(2):
+        write_row(tmp_path, "ptb", "lm", seed, rec=100.0, nll=100.0, latent_dim=0)
+    write_row(tmp_path, "ptb", "threshold0.25", kl=8.5, kl_se=0.1)
+    write_row(tmp_path, "ptb", "r4", kl=9.0)
+    for seed, nll in enumerate((101.0, 103.0)):
+        measures = {"kl": 8.0 + seed / 50, "kl_se": 0.04, "efficiency": 0.9}
+        write_row(tmp_path, "ptb", "r8", seed, nll=nll, nll_se=0.5, **measures)
+    pairs = {f"r8/{seed} - lm/{seed}": {"nll": [1.0 + 2 * seed, 0.1]} for seed in range(2)}
+    data.write_json(tmp_path / "ptb" / "paired.json", pairs)
+    lines = study_tables.tables(tmp_path)["price"].splitlines()
+    assert lines[2] == "| ptb: language model, 2 seeds | 0 | NLL 100.00±0.00 | - | - | - |"
+    # Several seeds: the mean, and the standard deviation over them, if it is the larger error.
+    assert lines[3] == "| ptb: r8, 2 seeds | 8.01±0.04 | +2.00±1.41 | 0.90±0.00 | - | - |"
+    # By KL, so that rows of the same KL stand together, whatever led to it.
+    assert lines[4] == "| ptb: threshold0.25 | 8.50±0.10 | - | - | - | - |"
+    assert lines[5] == "| ptb: r4 | 9.00 | - | - | - | - |"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [([2.0], "no"), ([-2.0], "yes"), ([0.15], "unclear"), ([-0.15], "unclear"), ([], "?")]
+    + [([2.0, 3.0], "no"), ([2.0, 0.15], "unclear"), ([2.0, -2.0], "unclear")]
+    + [([-2.0, -3.0, -4.0, -0.1], "unclear"), ([None], "?")],
+)
+def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
+    for seed, mean in enumerate(change or [2.0]):
+        write_row(tmp_path, "answers", "cold", seed, swap_cost=5.0 + (mean or 9.0))
+        write_row(tmp_path, "answers", "no-threshold", seed, swap_cost=5.0)
+    write_row(tmp_path, "answers", "no-threshold", 8, swap_cost=5.0)
+    write_row(tmp_path, "ptb", "cold", swap_cost=5.0)
+    pairs = {
+        f"cold/{seed} - no-threshold/{seed}": {"swap_cost": [mean or 9.0, mean and 0.1]}
+        for seed, mean in enumerate(change)
+    }
+    data.write_json(tmp_path / "answers" / "paired.json", pairs or {"lm/0 - lm/0": {}})
+    runs, paired = study_tables.read(tmp_path)
+    claim = study_tables.Claim("", "swap_cost", "cold", "<", "no-threshold")
+    mean = np.mean([mean or 9.0 for mean in change or [2.0]])
+    assert study_tables.verdict(claim, runs, paired, "answers") == f"{said}: {5 + mean:.2f}, 5.00"
+    assert study_tables.verdict(claim, runs, paired, "ptb") == "-"
+
+
+@pytest.mark.parametrize(("apart", "said"), [(1.9, "yes"), (2.1, "unclear")])
+@pytest.mark.parametrize("row", ["mean", "paper-default"])
+def test_a_verdict_needs_more_than_the_difference_of_two_seeds(tmp_path, row, apart, said):
+    """Of one of the rows, else of `paper-default`: the errors over sentences do not have it."""
+    write_row(tmp_path, "ptb", "mean", swap_cost=3.0)
+    write_row(tmp_path, "ptb", "last", swap_cost=5.0)
+    if row != "mean":
+        write_row(tmp_path, "ptb", row, swap_cost=3.0)
+    write_row(tmp_path, "ptb", row, 1, swap_cost=3.0 - apart)
+    pairs = {"last/0 - mean/0": {"swap_cost": [2.0, 0.1]}}
+    data.write_json(tmp_path / "ptb" / "paired.json", pairs)
+    claim = study_tables.Claim("", "swap_cost", "last", ">", "mean")
+    verdict = study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
+    assert verdict == f"{said}: 5.00, 3.00"
+
+
+def test_a_verdict_needs_every_seed(tmp_path):
+    for seed, (a, b) in enumerate([(7.0, 5.0), (6.0, 5.9)]):
+        write_row(tmp_path, "ptb", "last", seed, swap_cost=a)
+        write_row(tmp_path, "ptb", "mean", seed, swap_cost=b)
+    claim = study_tables.Claim("", "swap_cost", "last", ">", "mean")
+    for error, said in (0.1, "unclear"), (0.04, "yes"):
+        pairs = {"last/0 - mean/0": {"swap_cost": [2.0, error]}}  # seed 1 was run elsewhere
+        data.write_json(tmp_path / "ptb" / "paired.json", pairs)
+        verdict = study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
+        assert verdict == f"{said}: 6.50, 5.45"
+
+
+@pytest.mark.parametrize(("cost", "lost"), [(0.9, True), (1.1, False)])
+def test_a_claim_of_one_row_shows_its_swap_cost_and_kl(tmp_path, cost, lost):
+    write_row(tmp_path, "ptb", "cold", swap_cost=cost, kl=7.0)
+    kept, said = ("no", "yes") if lost else ("yes", "no")
+    claim = study_tables.Claim("z is kept", "swap_cost", "cold", ">")
+    assert study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")[:3].startswith(kept)
+    claim = study_tables.Claim("z is lost", "swap_cost", "cold", "<")
+    assert (
+        study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
+        == f"{said}: {cost:.2f}, 7.00"
+    )
+    table = study_tables.tables(tmp_path)["claims"]
+    assert f"| `swap_cost`: cold < 1 nat; `kl` | {said}: {cost:.2f}, 7.00 |" in table
+
+
+@pytest.mark.parametrize(("au", "same", "fewer"), [(64, "yes", "no"), (62, "no", "yes")])
+def test_claims_of_active_dimensions_compare_shares(tmp_path, au, same, fewer):
+    write_row(tmp_path, "ptb", "paper-default")  # 32 of 32
+    write_row(tmp_path, "ptb", "z64", latent_dim=64, au=au)
+    runs = study_tables.read(tmp_path)
+    for expected, said in ("=", same), ("<", fewer):
+        claim = study_tables.Claim("", "active", "z64", expected, "paper-default")
+        assert study_tables.verdict(claim, *runs, "ptb") == f"{said}: {au / 64:.2f}, 1.00"
+
+
+def test_systems_are_shown_beside_the_same_training_without_z(tmp_path):
+    write_row(tmp_path, "ptb", "lm", rec=100.0, neg_elbo=100.0, latent_dim=0)
+    write_row(tmp_path, "ptb", "lm-paper", kl=0.0, rec=110.0, neg_elbo=110.0, latent_dim=0)
+    write_row(tmp_path, "ptb", "paper-max", rec=107.0, neg_elbo=115.0, swap_cost=6.0)
+    pairs = {"paper-max/0 - lm-paper/0": {"rec": [-3.0, 0.1]}}
+    data.write_json(tmp_path / "ptb" / "paired.json", pairs)
+    lines = study_tables.tables(tmp_path)["systems"].splitlines()
+    assert lines[2] == "| ptb: paper-max | 8.00 | -3.00±0.10 | 6.00 | 1.15 | 0.09, 1.00 |"
+
+
+def test_claims_and_pairs_name_rows_of_the_study():
+    rows = {row.name for row in study.ROWS}
+    for a, b in study_tables.pairs(rows):
+        assert {a, b} <= rows
+    assert set(study_tables.SYSTEMS) | set(study_tables.METHODS) <= rows
+
+
+# ---------------------------------------- figures
+
+
+def write_drawn(results, text, row, seed=0, **measures):
+    """`write_row`, with standard errors."""
+    write_row(results, text, row, seed, **{"nll_se": 0.3, "rec_se": 0.4} | measures)
+
+
+@pytest.fixture
+def results(tmp_path):
+    """captions: all is there; ptb: a phase 1, rows that are not drawn, an empty folder; answers: no
+    language model."""
+    for seed, rec in enumerate((50.0, 50.2)):
+        write_drawn(tmp_path, "captions", "lm", seed, kl=0.0, rec=rec, nll=rec)
+    for seed, nll in enumerate((50.3, 49.5)):
+        z = {"rec_other": 62.0, "exact_match": 2.5}
+        write_drawn(tmp_path, "captions", "r8", seed, kl=8.0, rec=43.0, nll=nll, **z)
+    z = {"rec_other": 51.0, "exact_match": 1.5}
+    write_drawn(tmp_path, "captions", "paper-deep", kl=99.0, rec=52.0, nll=90.0, **z)
+    pairs = {"r8/1 - lm/0": {"nll": [-0.5, 0.01]}}
+    (tmp_path / "captions" / "paired.json").write_text(json.dumps(pairs))
+    write_drawn(tmp_path, "ptb", "lm", kl=0.0, rec=110.0, nll=110.0)
+    write_drawn(tmp_path, "ptb", "cyclical", kl=2.0, rec=107.0, nll=108.0)
+    write_drawn(tmp_path, "ptb", "linear", kl=170.0, rec=60.0)
+    write_drawn(tmp_path, "ptb", "z128", kl=8.0, rec=104.0, nll=111.0)
+    (tmp_path / "ptb" / "r16" / "0").mkdir(parents=True)
+    write_drawn(tmp_path, "answers", "threshold0.5", kl=15.0, rec=320.0, nll=333.0)
+    return tmp_path
+
+
+def draw(kind, results, *flags):
+    flags = ["--results", str(results), "--out", "x.png", *flags]
+    return plots.draw(plots.parse_args([kind, *flags]))
+
+
+def bars(axes):
+    """{row/seed: (KL, gap, standard error)} of the points of a panel that have error bars."""
+    found = {}
+    for bar in axes.containers:
+        assert isinstance(bar, ErrorbarContainer)
+        (kl,), (gap,) = bar.lines[0].get_data()
+        (((_, low), (_, high)),) = bar.lines[2][0].get_segments()
+        found[bar.get_label()] = kl, gap, (high - low) / 2
+    return found
+
+
+def drawn(axes):
+    """{label: (x, y)} of the single points of a panel."""
+    lines = (line for line in axes.get_lines() if len(line.get_xdata()) == 1)
+    return {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in lines}
+
+
+def test_the_price_is_nll_above_the_language_model(results):
+    captions, ptb = draw("price", results).axes
+    assert captions.get_title() == "captions: language model 50.10 nats", "the mean over seeds"
+    points = bars(captions)
+    assert points.pop("r8/1") == pytest.approx((8, -0.5, 0.01)), "it is paired with seed 0"
+    assert points.pop("r8/0") == pytest.approx((8, 0.3, 0.5)), "not paired: sqrt(0.3^2 + 0.4^2)"
+    assert not points
+    assert bars(ptb) == {"cyclical/0": pytest.approx((2, -2, 0.5))}, "what has no nll is left out"
+    for axes in captions, ptb:
+        (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
+        assert low < -2.5 < 0.8 < high, "below zero is seen, with its error"
+        assert left < 0 < 8 < right
+        assert [tick for tick in axes.get_yticks() if tick <= 0], "zero has its place on the axis"
+
+
+def test_the_price_of_grammar_is_nll_above_its_entropy(tmp_path):
+    write_drawn(tmp_path, "grammar", "lm", kl=0.0, rec=21.25, nll=21.25, entropy=21.0)
+    write_drawn(tmp_path, "grammar", "r4", kl=4.0, rec=17.0, nll=21.5, nll_se=0.05, entropy=21.0)
+    (axes,) = draw("price", tmp_path).axes
+    assert axes.get_title() == "grammar: entropy 21.00 nats"
+    assert bars(axes) == {"r4/0": pytest.approx((4, 0.5, 0.05))}
+    (dashed,) = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+    assert dashed.get_ydata() == pytest.approx([0.25, 0.25]), "the language model"
+
+
+def test_a_deep_row_is_compared_with_a_deep_language_model(results):
+    assert "paper-deep/0" not in bars(draw("price", results).axes[0])
+    write_drawn(results, "captions", "lm-deep", kl=0.0, rec=45.0, nll=45.0)
+    assert bars(draw("price", results).axes[0])["paper-deep/0"] == pytest.approx((99, 45, 0.5))
+
+
+def test_what_kl_buys(results):
+    exact, swap = draw("buys", results).axes
+    assert drawn(exact) == {"r8/0": (8, 2.5), "r8/1": (8, 2.5), "paper-deep/0": (99, 1.5)}
+    assert drawn(swap) == {"r8/0": (8, 19), "r8/1": (8, 19), "paper-deep/0": (99, -1)}
+    assert swap.get_ylim()[0] < -1
+    assert draw("buys", results).legends[0].get_texts()[0].get_text() == "captions"
+
+
+def test_the_plane_has_both_widths_and_the_published_rows(results):
+    write_drawn(results, "ptb-256", "r8", kl=8.0, rec=93.5, nll=101.0)
+    write_drawn(results, "ptb-256", "lm", kl=0.0, rec=100.5, nll=100.5)
+    figure = draw("plane", results)
+    (axes,) = figure.axes
+    points = drawn(axes)
+    assert points["cyclical/0"] == (2, 107)
+    assert points["r8/0"] == (8, 93.5)
+    assert "linear/0" not in points, "a phase 1"
+    published = {row["name"]: row for row in paper_tables.reread("ptb")}
+    klt = published["Max pool + Denoise + KLT"]
+    assert points["paper: KLT"] == (float(klt["kl"]), klt["rec"]), "-ELBO corrected"
+    assert points["Optimus (lambda 0.5)"] == pytest.approx((15.72, 96.82 - 15.72))
+    assert {"paper: KLT", "Li et al. (lambda 3)"} <= {text.get_text() for text in axes.texts}
+    lines = {line.get_label(): line for line in axes.get_lines() if len(line.get_xdata()) > 1}
+    assert list(lines) == [
+        "our language model of PTB: 110.00",
+        "our language model of PTB, width 256: 100.50",
+        "the paper's T5-small without z: 104.32",
+        "GPT-2, from its perplexity: 89.54",
+    ]
+    for label, line in lines.items():
+        nats = line.get_xdata() + line.get_ydata()
+        assert nats == pytest.approx(float(label.split(": ")[1]), abs=0.005)
+    colors = [lines[label].get_color() for label in list(lines)[:2]]
+    (wide,) = [line for line in axes.get_lines() if line.get_label() == "r8/0"]
+    assert wide.get_color() == colors[1] != colors[0], "a point has the color of its language model"
+
+
+def test_names_cover_nothing(results):
+    for seed in range(8):
+        write_drawn(results, "captions", f"r{seed}", seed, kl=8.0 + seed / 50, rec=43.0, nll=51.0)
+    figure = draw("plane", results, "--text", "captions")
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) > 4
+    for i, box in enumerate(boxes):
+        assert not box.count_overlaps(boxes[i + 1 :])
+        points = axes.transData.transform(list(drawn(axes).values()))
+        assert not any(box.contains(*point) for point in points)
+
+
+def test_figures_are_written_and_mistakes_are_one_line(results, tmp_path):
+    for kind in "price", "buys", "plane":
+        out = tmp_path / f"{kind}.png"
+        plots.main([kind, "--results", str(results), "--out", str(out)])
+        assert matplotlib.image.imread(out).std() > 0
+    for kind, folder, flags, said in (
+        ("price", "no/such", (), "there is no folder"),
+        ("price", results / "ptb", (), "no text has a language model"),
+        ("buys", results / "ptb", (), "no row has exact_match"),
+        ("plane", results, ("--text", "snli"), "no row of snli"),
+    ):
+        with pytest.raises(SystemExit, match=f"^plots.py: .*{said}"):
+            plots.main([kind, "--out", "x.png", "--results", str(folder), *flags])
+    with pytest.raises(SystemExit):
+        plots.parse_args(["price", "--out", "x.nothing"])
+
+
+# ---------------------------------------- RESULTS.md
+
+RESULTS = ROOT / "study" / "results"
+TEXT = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+TABLES = study_tables.tables(RESULTS)
+# Numbers in RESULTS.md of no row: NLLs at another learning rate; parameters.
+NOT_OF_THE_STUDY = {"120.08", "120.65", "1.9"}
+
+
+def missing(text):
+    """The names of the tables that a text does not show as results/ has them."""
+    return [name for name, table in TABLES.items() if table not in text]
+
+
+def test_tables_are_what_the_runs_measured():
+    assert {"price", "claims"} <= TABLES.keys()
+    assert missing(TEXT) == []
+
+
+def test_a_wrong_digit_is_found():
+    for name, table in TABLES.items():
+        at = TEXT.index(table) + re.search(r"\d\.\d", table).start()
+        wrong = TEXT[:at] + str((int(TEXT[at]) + 1) % 10) + TEXT[at + 1 :]
+        assert missing(wrong) == [name]
+
+
+def strangers(prose):
+    """The numbers with decimals in a text that no table has, with these digits or more."""
+    number = r"(?<![\d.])\d+\.\d+(?![\d.])"
+    measured = set(re.findall(number, "\n".join(TABLES.values()))) | {f"{data.GRAMMAR_ENTROPY:.2f}"}
+    measured |= {f"{float(value):.{digits}f}" for value in measured for digits in (1, 2)}
+    return set(re.findall(number, prose)) - measured - NOT_OF_THE_STUDY
+
+
+def test_numbers_in_prose_stand_in_a_table():
+    prose = re.sub(r"`.*?`|^\|.*", "", TEXT, flags=re.M)
+    assert strangers(prose) == set()
+    assert {value for value in NOT_OF_THE_STUDY if value not in prose} == set()
+    found = strangers("9876.5 nats, 9876.543±9876.54, section 9.8.7")
+    assert found == {"9876.5", "9876.543", "9876.54"}, "the control"
+
+
+def stale_pairs(runs, paired):
+    """The paired differences that are not those of the two rows' measures."""
+    found = []
+    for text, pairs in paired.items():
+        for pair, measures in pairs.items():
+            names = [name.split("/") for name in pair.split(" - ")]
+            a, b = (runs[text].get(row, {}).get(seed, {}) for row, seed in names)
+            for key, (mean, _) in measures.items():
+                if key in a and key in b and abs(a[key] - b[key] - mean) > 1e-4:
+                    found.append((text, pair, key))
+            if not a or not b:
+                found.append((text, pair, "no row"))
+    return found
+
+
+def test_paired_differences_are_those_of_the_rows():
+    runs, paired = study_tables.read(RESULTS)
+    assert stale_pairs(runs, paired) == []
+    paired["ptb"]["r8/0 - lm/0"]["rec"][0] += 0.001
+    paired["ptb"]["r9/0 - lm/0"] = {}
+    found = [("ptb", "r8/0 - lm/0", "rec"), ("ptb", "r9/0 - lm/0", "no row")]
+    assert stale_pairs(runs, paired) == found, "the control"
+
+
+def hidden_rows(runs, paired):
+    """The (text, row) that stand in no table."""
+    shown = "\n".join(TABLES.values())
+    named = {"lm": "language model", "lm-deep": "paper-deep", "lm-paper": "rec - lm-paper's"}
+    named = {row for row, words in named.items() if words in shown}
+    hidden = []
+    for text, rows in runs.items():
+        claims = [
+            claim
+            for claim in study_tables.CLAIMS
+            if study_tables.verdict(claim, runs, paired, text) != "-"
+        ]
+        of_claims = {claim.a for claim in claims} | {claim.b for claim in claims}
+        for row in rows.keys() - of_claims - named:
+            if not re.search(rf"\| {text}: {row}( \||, \d seeds)", shown):
+                hidden.append((text, row))
+    return hidden
+
+
+def test_results_are_two_pages_and_hold_no_row_that_is_not_shown():
+    assert TEXT.count("\n") <= 160
+    runs, paired = study_tables.read(RESULTS)
+    assert hidden_rows(runs, paired) == []
+    assert hidden_rows({"ptb": {"constant": {}, "lm": {}}}, {}) == [("ptb", "constant")]
