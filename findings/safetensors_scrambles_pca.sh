@@ -5,7 +5,7 @@
 #   refuses a tensor that is not contiguous.
 # Seen: an array in column order is written as it lies in memory, with its shape: it comes back
 #   with all its numbers in other places, no error. PCA.fit_transform returns such an array for
-#   200 texts of 32 dimensions, and a good one for 500 (another solver); every `.T` is one.
+#   200 texts of 32 dimensions, and a good one for 600 (another solver); every `.T` is one.
 # Why it matters: projected posterior means, and a matrix of directions that was transposed, are
 #   what one saves beside a VAE. Means and variances over the whole array still agree.
 # Instead: np.ascontiguousarray before saving.
