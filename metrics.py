@@ -24,7 +24,7 @@ import data
 from data import InputError
 from vae import T5VAE, evaluating, kl_divergence
 
-REC_SAMPLES = 4  # of q, for rec on a test split
+REC_SAMPLES = 4  # of q, for rec beside an NLL
 IW_SAMPLES = {1: 0, 2: 20}  # default K, by phase: phase 1 trains no density to be measured
 GRID = (1.0, 0.8, 0.64, 0.5, 0.35, 0.25, 0.15, 0.1, 0.06, 0.04, 0.02, 0.01, 0.005, 0.0)
 MOST = 16_384  # tokens of a batch, padding included, if it has more than one text
@@ -147,7 +147,7 @@ def other_texts(count, seed=0):
 def measure(model, corpus, weight=1.0, iw_samples=0, thorough=False, seed=0, max_tokens=MOST):
     """What `evaluate` summarizes, a row per sentence: {name: (n,)}, and mu, logvar, z: (n, Z)."""
     device, (rank, world) = model.device, data.processes()
-    rec_samples = REC_SAMPLES if iw_samples or thorough else 1
+    rec_samples = REC_SAMPLES if iw_samples else 1
     if model.latent_dim == 0:  # all samples are one
         iw_samples, rec_samples = min(iw_samples, 1), 1
     other = other_texts(len(corpus), seed)
