@@ -333,13 +333,13 @@ def untempered_bounds(model, corpus, weights, texts, seed, max_tokens):
 def measure_run(model, phase, read, iw_samples=None, max_tokens=MOST):
     """(measures, columns) of a trained model on its test split. read(split) is a `Corpus`.
 
-    A phase 2 with a latent is untempered by the weight that the validation split says; on so many
-    of its texts that this takes a fifth of the time, at most. iw_samples: K (IW_SAMPLES).
+    A phase 2 with a latent is untempered by the weight that the validation split says, of which so
+    many texts are taken that this takes a fifth of the time, at most. iw_samples: K (IW_SAMPLES).
     """
     iw_samples = IW_SAMPLES[phase] if iw_samples is None else iw_samples
     test, weight = read("test"), 1.0
     if phase == 2 and model.latent_dim > 0:
-        texts = min(500, max(20, len(test) // 5))
+        texts = min(500, max(20, len(test) // 8))
         weight = find_weight(model, read("valid"), texts, max_tokens=max_tokens)
     columns = measure(model, test, weight, iw_samples, thorough=True, max_tokens=max_tokens)
     return summarize(columns, test, weight, iw_samples), columns
