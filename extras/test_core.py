@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import sentencepiece
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -820,6 +821,32 @@ def test_an_added_token_may_begin_as_another_one(hub):
     assert data.detokenize(rows, tokenizer) == texts
 
 
+@pytest.mark.xfail(strict=True, reason="detokenize looks for added tokens within words")
+def test_an_added_token_may_be_a_whole_word_alone(hub):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
+    tokenizer.add_tokens([transformers.AddedToken("king", single_word=True)])
+    texts = ["the kings paint the king"]
+    rows = data.tokenize(texts, tokenizer)
+    assert rows[0].count(tokenizer.convert_tokens_to_ids("king")) == 1
+    assert data.detokenize(rows, tokenizer) == texts
+
+
+@pytest.mark.xfail(strict=True, reason="count_unknown counts None, detokenize looks for nothing")
+def test_a_vocabulary_of_bytes_needs_no_unknown_token():
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    own = {"special_tokens": ["<pad>", "</s>"], "initial_alphabet": letters}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False, **own)
+    bpe.train_from_iterator(TEXTS, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>"
+    )
+    assert data.detokenize(data.tokenize(MARKED, tokenizer), tokenizer) == MARKED
+    assert data.make_corpus(MARKED, tokenizer).unknown == 0
+
+
 def test_unknown_tokens_are_written_as_they_were_read(hub):
     vae, text = load(hub("t5-small")[0]), "the <unk> king <unk>"
     ids, _ = labels_of(vae, [text])
@@ -1324,8 +1351,9 @@ def test_places_may_be_spelled_differently_or_move(tmp_path, home, command, stop
     report = tmp_path / "report"
     assert train_run(main, *flags, report=report) == 1
     assert "texts/ are not those that it was trained on" in report.read_text()
-    assert train_run(main, *flags, "--dataset", home, "--init", home / "vae", report=report) == 1
-    assert "vae has not the weights that it started from" in report.read_text()
+    break_weights(tmp_path / "start" / "model", lambda weights: weights["w_mu.weight"].add_(1))
+    assert train_run(main, *flags, "--dataset", home, report=report) == 1
+    assert "start/ has not the weights that it started from" in report.read_text()
 
 
 def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monkeypatch):
