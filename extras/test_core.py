@@ -896,9 +896,8 @@ def test_loss_halves_on_one_batch():
 
 def test_a_hub_that_breaks_off_ends_in_one_line(hub, home, tmp_path, monkeypatch, capsys):
     """What is fetched is said at once, and the tokenizer is looked at before the weights."""
-    fetched = []
-    for kind in vae.AutoConfig, vae.AutoTokenizer:
-        part = kind.from_pretrained(hub("flan")[0])
+    fetched, kinds = [], (vae.AutoConfig, vae.AutoTokenizer)
+    for kind, part in [(kind, kind.from_pretrained(hub("flan")[0])) for kind in kinds]:
         give = partial(lambda part, name: (fetched.append(type(part)), part)[1], part)
         monkeypatch.setattr(kind, "from_pretrained", give)
 
@@ -1436,6 +1435,7 @@ def test_measuring_a_named_data_set_from_elsewhere(whole_run, tmp_path, monkeypa
 def through_pipe(*command, lines):
     """A command whose output is closed after some lines: (the lines, exit code, its errors)."""
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    variables.pop("PYTHONUNBUFFERED", None)  # with it, an output is written when it is printed
     with subprocess.Popen(
         [sys.executable, *map(str, command)], env=variables, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
