@@ -52,6 +52,9 @@ POOLINGS = ("max", "mean", "last")
 POOL_LAYERS = ("last", "all")
 MOST_LOGITS = 2**30  # bytes that `T5VAE.rec` may hold; where there would be more ...
 SLICE = 2**28  # ... it takes slices of at most this size
+CACHE = "cache"  # what `generate` calls its key-value cache; before transformers 5.24 otherwise
+if CACHE not in inspect.signature(transformers.T5ForConditionalGeneration.forward).parameters:
+    CACHE = "past_key_values"
 
 
 def pool(hidden, attention_mask, pooling="max"):
@@ -336,7 +339,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         it is given: samples are of p(x|z) itself. Raises InputError for what would replace z.
         """
         for name in kwargs:
-            if name.endswith(("inputs", "input_ids", "inputs_embeds", "encoder_outputs", "values")):
+            replacing = ("inputs", "input_ids", "inputs_embeds", "encoder_outputs", "values")
+            if name.endswith(replacing) or name == "cache":
                 raise InputError(f"generate takes no {name}: it decodes z")
         config = kwargs.get("generation_config")
         if max_new_tokens is not None:
@@ -348,7 +352,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
             kwargs.setdefault("top_k", 0)
         if kwargs.get("use_cache", True):  # T5's own cache has as many layers as the encoder
             own, of_memory = transformers.DynamicCache(), transformers.DynamicCache()
-            kwargs["past_key_values"] = transformers.EncoderDecoderCache(own, of_memory)
+            kwargs[CACHE] = transformers.EncoderDecoderCache(own, of_memory)
         return self.t5.generate(encoder_outputs=BaseModelOutput(self.memory(z)), **kwargs)
 
     def encode_texts(self, texts, batch_size=64, max_length=256):
