@@ -128,6 +128,15 @@ class Float32Activation(nn.Module):
         return self.activation(x.float() if in_float16(x) else x)
 
 
+class Float32Linear(nn.Linear):
+    """W_mu or W_logvar, in float32 whatever the dtype of its weight: what is exponentiated needs
+    all bits. `quantize_dynamic`, which replaces each `nn.Linear`, leaves other types alone.
+    """
+
+    def forward(self, x):
+        return F.linear(x.float(), self.weight.float())
+
+
 def kl_divergence(mu, logvar):
     """KL(N(mu, exp(logvar)) || N(0, 1)) per latent dimension: (..., Z) -> (..., Z), nats, >= 0."""
     return 0.5 * (mu**2 + logvar.exp() - logvar - 1)
@@ -194,8 +203,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         memory_dim = config.num_decoder_layers * config.num_heads * config.d_kv  # L*A*S
         with warnings.catch_warnings():  # a language model's have no elements: torch warns
             warnings.filterwarnings("ignore", "Initializing zero-element")
-            self.w_mu = nn.Linear(config.d_model, latent_dim, bias=False)
-            self.w_logvar = nn.Linear(config.d_model, latent_dim, bias=False)
+            self.w_mu = Float32Linear(config.d_model, latent_dim, bias=False)
+            self.w_logvar = Float32Linear(config.d_model, latent_dim, bias=False)
             self.w_proj = nn.Linear(latent_dim, memory_dim, bias=False)
 
     @classmethod
@@ -261,7 +270,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
             pooled = [pool(h.float(), attention_mask, self.pooling) for h in layers]
             pooled = torch.stack(pooled)  # (layers, B, D)
             h = pooled.amax(0) if self.pooling == "max" else pooled.mean(0)  # (B, D)
-            return F.linear(h, self.w_mu.weight.float()), F.linear(h, self.w_logvar.weight.float())
+            return self.w_mu(h), self.w_logvar(h)
 
     def reparameterize(self, mu, logvar, generator=None, eps=None):
         """z = mu + sigma * eps (Eq. 4), (B, Z); eps is drawn from N(0, I) unless it is given."""
@@ -271,7 +280,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
 
     def memory(self, z):
         """(B, Z) -> (B, L, A*S): row l is what decoder layer l attends to (Eq. 5)."""
-        memory = self.w_proj(z.to(self.w_proj.weight.dtype))  # (B, L*A*S)
+        memory = self.w_proj(z.to(self.t5.shared.weight.dtype))  # (B, L*A*S)
         # Each sentence's memory comes from its own z: only the last axis is split, none mix.
         return memory.unflatten(-1, (self.t5.config.num_decoder_layers, -1))  # (B, L, A*S)
 
