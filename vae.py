@@ -30,6 +30,7 @@ import inspect
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -372,7 +373,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         """
         if isinstance(texts, str):
             raise InputError(f"texts is one str; put it into a list: encode_texts([{texts!r}])")
-        if hasattr(texts, "keys"):
+        if isinstance(texts, Mapping) or hasattr(texts, "columns"):  # a pandas Series has `keys`
             raise InputError(
                 f"texts is a table ({type(texts).__name__}); name its column: ['text']"
             )
