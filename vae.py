@@ -302,7 +302,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         """
         targets = labels.flatten()  # (B*T,)
         row = 4 * self.t5.config.vocab_size  # bytes of a token's logits, in float32
-        if len(targets) * row <= MOST_LOGITS:
+        if targets.numel() * row <= MOST_LOGITS:
             logits = self.decode(z, labels).flatten(0, 1)  # (B*T, V)
             nats = token_nats(logits, targets, self.t5.config.pad_token_id)
         else:
