@@ -52,6 +52,9 @@ POOLINGS = ("max", "mean", "last")
 POOL_LAYERS = ("last", "all")
 MOST_LOGITS = 2**30  # bytes that `T5VAE.rec` may hold; where there would be more ...
 SLICE = 2**28  # ... it takes slices of at most this size
+CACHE = "cache"  # what `generate` calls its key-value cache; before transformers 5.24 otherwise
+if CACHE not in inspect.signature(transformers.T5ForConditionalGeneration.forward).parameters:
+    CACHE = "past_key_values"
 
 
 def pool(hidden, attention_mask, pooling="max"):
@@ -125,6 +128,15 @@ class Float32Activation(nn.Module):
         return self.activation(x.float() if in_float16(x) else x)
 
 
+class Float32Linear(nn.Linear):
+    """W_mu or W_logvar, in float32 whatever the dtype of its weight: what is exponentiated needs
+    all bits. `quantize_dynamic`, which replaces each `nn.Linear`, leaves other types alone.
+    """
+
+    def forward(self, x):
+        return F.linear(x.float(), self.weight.float())
+
+
 def kl_divergence(mu, logvar):
     """KL(N(mu, exp(logvar)) || N(0, 1)) per latent dimension: (..., Z) -> (..., Z), nats, >= 0."""
     return 0.5 * (mu**2 + logvar.exp() - logvar - 1)
@@ -191,8 +203,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         memory_dim = config.num_decoder_layers * config.num_heads * config.d_kv  # L*A*S
         with warnings.catch_warnings():  # a language model's have no elements: torch warns
             warnings.filterwarnings("ignore", "Initializing zero-element")
-            self.w_mu = nn.Linear(config.d_model, latent_dim, bias=False)
-            self.w_logvar = nn.Linear(config.d_model, latent_dim, bias=False)
+            self.w_mu = Float32Linear(config.d_model, latent_dim, bias=False)
+            self.w_logvar = Float32Linear(config.d_model, latent_dim, bias=False)
             self.w_proj = nn.Linear(latent_dim, memory_dim, bias=False)
 
     @classmethod
@@ -258,7 +270,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
             pooled = [pool(h.float(), attention_mask, self.pooling) for h in layers]
             pooled = torch.stack(pooled)  # (layers, B, D)
             h = pooled.amax(0) if self.pooling == "max" else pooled.mean(0)  # (B, D)
-            return F.linear(h, self.w_mu.weight.float()), F.linear(h, self.w_logvar.weight.float())
+            return self.w_mu(h), self.w_logvar(h)
 
     def reparameterize(self, mu, logvar, generator=None, eps=None):
         """z = mu + sigma * eps (Eq. 4), (B, Z); eps is drawn from N(0, I) unless it is given."""
@@ -268,7 +280,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
 
     def memory(self, z):
         """(B, Z) -> (B, L, A*S): row l is what decoder layer l attends to (Eq. 5)."""
-        memory = self.w_proj(z.to(self.w_proj.weight.dtype))  # (B, L*A*S)
+        memory = self.w_proj(z.to(self.t5.shared.weight.dtype))  # (B, L*A*S)
         # Each sentence's memory comes from its own z: only the last axis is split, none mix.
         return memory.unflatten(-1, (self.t5.config.num_decoder_layers, -1))  # (B, L, A*S)
 
@@ -289,7 +301,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         """
         targets = labels.flatten()  # (B*T,)
         row = 4 * self.t5.config.vocab_size  # bytes of a token's logits, in float32
-        if len(targets) * row <= MOST_LOGITS:
+        if targets.numel() * row <= MOST_LOGITS:
             logits = self.decode(z, labels).flatten(0, 1)  # (B*T, V)
             nats = token_nats(logits, targets, self.t5.config.pad_token_id)
         else:
@@ -336,7 +348,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         it is given: samples are of p(x|z) itself. Raises InputError for what would replace z.
         """
         for name in kwargs:
-            if name.endswith(("inputs", "input_ids", "inputs_embeds", "encoder_outputs", "values")):
+            replacing = ("inputs", "input_ids", "inputs_embeds", "encoder_outputs", "values")
+            if name.endswith(replacing) or name == "cache":
                 raise InputError(f"generate takes no {name}: it decodes z")
         config = kwargs.get("generation_config")
         if max_new_tokens is not None:
@@ -348,7 +361,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
             kwargs.setdefault("top_k", 0)
         if kwargs.get("use_cache", True):  # T5's own cache has as many layers as the encoder
             own, of_memory = transformers.DynamicCache(), transformers.DynamicCache()
-            kwargs["past_key_values"] = transformers.EncoderDecoderCache(own, of_memory)
+            kwargs[CACHE] = transformers.EncoderDecoderCache(own, of_memory)
         return self.t5.generate(encoder_outputs=BaseModelOutput(self.memory(z)), **kwargs)
 
     def encode_texts(self, texts, batch_size=64, max_length=256):
