@@ -18,12 +18,13 @@ import math
 import os
 import re
 import sys
+import traceback
 import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,10 +52,12 @@ def command(name, after_interrupt=""):
     """A script that a user error, Ctrl-C or a closed pipe ends, ends in one line, or quietly."""
     try:
         yield
+        sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough
         ignore_output()
         sys.exit(141)  # as the shell reports SIGPIPE
     except (OSError, InputError, FloatingPointError) as error:
+        traceback.clear_frames(error.__traceback__)  # a DistributedDataParallel, before its group
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted{after_interrupt}", file=sys.stderr)
@@ -141,7 +144,8 @@ def read_lines(path):
     with open(path, "rb") as file:
         for i, line in enumerate(file):
             try:
-                yield line.decode("utf-8-sig" if i == 0 else "utf-8").strip()
+                text = line.decode()
+                yield (text.removeprefix("\ufeff") if i == 0 else text).strip()
             except UnicodeDecodeError as error:
                 place = f"{path}, line {i + 1}, byte {error.start + 1}"
                 raise InputError(f"{place}: not UTF-8; save it as UTF-8") from None
@@ -157,10 +161,10 @@ def read_texts(dataset, split, data_dir="data"):
         return
     path, empty = split_path(dataset, split, data_dir), True
     one_file = path == Path(dataset)
-    if path.suffix in (".csv", ".tsv", ".json", ".jsonl", ".ndjson"):
+    if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".ndjson"):
         raise InputError(f"{path} is {TABLE}")
     for line in read_lines(path):
-        if empty and line.startswith("{") and is_json(line):
+        if empty and line.startswith(("{", "[")) and is_json(line):
             raise InputError(f"{path} has JSON lines; it is {TABLE}")
         if dataset == "yelp":  # without the label
             line = re.sub(r"^\S+\t\s*", "", line)
@@ -176,7 +180,7 @@ TABLE = "a table, not one text per line; docs/own-text.md shows how to make a te
 
 def is_json(line):
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line), dict | list)
     except ValueError:
         return False
 
@@ -244,11 +248,20 @@ def tokenize(texts, tokenizer):
     return rows
 
 
+def kept_tokens(tokenizer):
+    """{id: token} of `<unk>` and what a user added: no pieces, and none of T5's own tokens."""
+    own = own_tokens(tokenizer)
+    kept = {i: token for token, i in tokenizer.get_added_vocab().items() if i not in own}
+    if tokenizer.unk_token is not None:
+        kept[tokenizer.unk_token_id] = tokenizer.unk_token
+    return kept
+
+
 def spell_out(text, tokenizer, own):
     """The row of a text that contains tokens of `own`: character by character, as what they say."""
-    added = {token: i for token, i in tokenizer.get_added_vocab().items() if i not in own}
-    row = []
-    for part in re.split("(" + "|".join(map(re.escape, added)) + ")", text):
+    added, row = {token: i for i, token in kept_tokens(tokenizer).items()}, []
+    longest_first = map(re.escape, sorted(added, key=len, reverse=True))
+    for part in re.split(f"({'|'.join(longest_first)})", text) if added else [text]:
         if part in added:
             row.append(added[part])
             continue
@@ -264,14 +277,18 @@ def spell_out(text, tokenizer, own):
 
 def detokenize(rows, tokenizer):
     """Rows of ids -> texts, a list of str. T5's own tokens are dropped; `<unk>` is kept."""
-    own = own_tokens(tokenizer)
-    rows = [[token for token in row if token not in own] for row in rows]
-    # "it 's" stays as it was. Added tokens and <unk> swallow spaces, and get them back.
-    texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
-    added = tokenizer.get_added_vocab().items()
-    kept = "|".join(re.escape(token) for token, i in added if i not in own)
-    texts = [re.sub(f" ?({kept})", r" \1", text) for text in texts]
-    return [re.sub(f"({kept})(?=[^ ])", r"\1 ", text).strip() for text in texts]
+    own, kept, texts = own_tokens(tokenizer), kept_tokens(tokenizer), []
+    for row in rows:
+        parts = []
+        # Kept tokens swallow the spaces around them: they get them back.
+        for is_kept, run in groupby((i for i in row if i not in own), key=kept.__contains__):
+            if is_kept:
+                parts += [kept[i] for i in run]
+            else:  # "it 's" stays as it was
+                text = tokenizer.decode(list(run), clean_up_tokenization_spaces=False)
+                parts.append(text.strip())
+        texts.append(" ".join(part for part in parts if part))
+    return texts
 
 
 @dataclass(frozen=True)
@@ -364,6 +381,8 @@ def make_corpus(texts, tokenizer, max_length=256):
 def count_unknown(texts, rows, tokenizer):
     """How many texts have characters outside the vocabulary: an <unk> that they do not write."""
     unk_id, unk = tokenizer.unk_token_id, tokenizer.unk_token
+    if unk is None:  # a vocabulary of bytes
+        return 0
     pairs = zip(texts, rows, strict=True)
     return sum(row.count(unk_id) > text.count(unk) for text, row in pairs)
 
@@ -515,13 +534,14 @@ def epoch_order(lengths, batch_size, seed, epoch):
 
 
 def evaluation_order(lengths, max_tokens=16_384):
-    """Batches of all texts, shortest first: arrays of text numbers.
+    """Batches of all texts, longest first: arrays of text numbers.
 
-    A batch has at most `max_tokens` tokens, padding included, or one text.
+    A batch has at most `max_tokens` tokens, padding included, or one text. What does not fit into
+    memory fails at once, and what comes later fits into what was freed.
     """
-    order, batches, start = np.argsort(lengths, kind="stable"), [], 0
+    order, batches, start = np.argsort(-lengths, kind="stable"), [], 0
     for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * lengths[order[end]] > max_tokens:
+        if end == len(order) or (end + 1 - start) * lengths[order[start]] > max_tokens:
             batches.append(order[start:end])
             start = end
     return batches

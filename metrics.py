@@ -420,16 +420,20 @@ def load_run(run, device="cpu", dataset=None):
     if not isinstance(config.get("data_sha256"), dict) or "phase" not in config:
         raise InputError(f"{run} has no config.json of a run")
     model = T5VAE.from_pretrained(run).to(device).requires_grad_(False)
-    dataset = dataset or config["dataset"]
+    name, data_dir = config["dataset"], config["data_dir"]
+    if dataset and name in data.SOURCES:
+        data_dir = Path(dataset).parent
+    elif dataset:
+        name = dataset
 
     def read(split, limit=None):
-        rest = model.tokenizer, config["data_dir"], config["max_length"], limit
         try:
-            corpus = data.load_corpus(dataset, split, *rest)
+            rest = model.tokenizer, data_dir, config["max_length"], limit
+            corpus = data.load_corpus(name, split, *rest)
         except FileNotFoundError as error:
             raise InputError(f"{error}; --dataset says where the texts are now") from error
         if corpus.sha256 != config["data_sha256"][split]:
-            changed = f"the {split} texts of {dataset} are not those that it was trained on"
+            changed = f"the {split} texts of {name} are not those that it was trained on"
             raise InputError(f"{changed}; it is measured on the same texts only")
         return corpus
 

@@ -231,7 +231,7 @@ def test_one_key_of_t5s_own_cross_attention_gives_the_same_logits(checkpoint, ba
             cache.cross_attention_cache.update(one_key, one_key, layer)
             cache.is_updated[layer] = True
         unread = BaseModelOutput(torch.randn(len(z), 1, t5.config.d_model))
-        return t5(encoder_outputs=unread, decoder_input_ids=start, past_key_values=cache).logits
+        return t5(encoder_outputs=unread, decoder_input_ids=start, **{vae.CACHE: cache}).logits
 
     with torch.no_grad():
         torch.testing.assert_close(model.decode(z, labels), literal(z), atol=1e-4, rtol=1e-4)

@@ -402,7 +402,7 @@ def run_folder(args, phase):
 
 def check_folder(folder, resume):
     """InputError if a run folder holds something, unless it is a run that is to be resumed."""
-    found = sorted(path.name for path in folder.glob("[!.]*"))
+    found = sorted(path.name for path in folder.glob("[!.]*") if path.suffix != ".partial")
     if found and not resume:
         advice = "--resume it, give another --out, or remove it"
         raise InputError(f"{folder} is not empty (it holds {found[0]}): {advice}")
@@ -456,6 +456,15 @@ def load_start(args):
     except OSError as error:
         message = f"phase {args.phase} cannot start from {start}: {data.one_line(error)}"
         raise InputError(message) from error
+    check_start(model, saved, given, args)
+    if args.reset_decoder:
+        reset_decoder(model, saved, args)
+    return model, saved
+
+
+def check_start(model, saved, given, args):
+    """InputError if a flag contradicts the saved VAE that a phase starts from."""
+    start = args.start
     if start == args.model:
         raise InputError(f"--model is {start}, a VAE; start from it with --init")
     if (model.latent_dim == 0) != args.no_latent:
@@ -465,12 +474,11 @@ def load_start(args):
         if value != getattr(model, name):
             flag = "pool" if name == "pooling" else name.replace("_", "-")
             raise InputError(f"--{flag} is {value}, but {start} has {getattr(model, name)}")
-    known = saved.get("model")  # it may have moved: only its name tells
-    if known and args.model and Path(known).name != Path(args.model).name:
-        raise InputError(f"--model is {args.model}, but {start} was made of {known}")
-    if args.reset_decoder:
-        reset_decoder(model, saved, args)
-    return model, saved
+    known = saved.get("model", args.model)
+    if args.model and Path(known).resolve() != Path(args.model).resolve():  # has it moved?
+        shape = {name: getattr(model, name) for name in FIXED}
+        if checksum(new_vae(args.model, shape, saved["seed"], args)) != saved["start_sha256"]:
+            raise InputError(f"--model is {args.model}, but {start} was made of {known}")
 
 
 def start_config(start):
@@ -509,8 +517,8 @@ def reset_decoder(model, saved, args):
 
 
 def checksum(model):
-    """SHA-256 of all weights."""
-    digest = hashlib.sha256()
+    """SHA-256 of all weights, and of the dropout rate."""
+    digest = hashlib.sha256(str(model.t5.config.dropout_rate).encode())
     for name, weight in model.named_parameters():
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().numpy().data)
@@ -647,7 +655,12 @@ def make_parser():
     flag("--lr", type=amount, help="learning rate (adamw: 1e-3; adamw-rms: tiny 2e-2, else 5e-3)")
     flag("--lr-schedule", choices=("constant", "linear"), help="linear: falls to 0 at the end")
     flag("--init", help="run or model to start from (phase 2: the run of phase 1)")
-    flag("--reset-decoder", action="store_true", help="phase 2 keeps only what encodes of phase 1")
+    flag(
+        "--reset-decoder",
+        action="store_true",
+        default=None,
+        help="phase 2 keeps only what encodes of phase 1",
+    )
     flag(
         "--freeze-decoder", action=optional, help="decoder fixed in phase 1 (paper: yes; best: no)"
     )
@@ -695,7 +708,7 @@ def check_effects(parser, args):
     else:
         useless, where = ("freeze_decoder",) if args.phase == 2 else (), "--phase 2"
     for name in useless:
-        if getattr(args, name):
+        if getattr(args, name) is not None:
             refuse_flag(parser, args, name, where)
     if args.kl_schedule != "cyclical":
         for name in CYCLE_FLAGS:

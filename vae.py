@@ -394,9 +394,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         return mu, logvar
 
     def _encode_rows(self, rows, batch_size):
-        """mu, logvar of rows of ids: (N, Z) each, on the CPU. Sorted by length: less padding."""
+        """mu, logvar of rows of ids: (N, Z) each, on the CPU; longest first: less padding."""
         mu, logvar = torch.zeros(2, len(rows), self.latent_dim)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         for first in range(0, len(order), batch_size):
             index = order[first : first + batch_size]
             ids, mask = data.pad([rows[i] for i in index], self.tokenizer.pad_token_id)
@@ -453,7 +453,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
         inspect.signature(snapshot_download).bind(str(name_or_path), **download)
         folder = Path(name_or_path)
         if not folder.is_dir():
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name_or_path)):
+            if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name_or_path)):
                 raise FileNotFoundError(f"{name_or_path}: no such run or folder")
             try:
                 folder = Path(snapshot_download(str(name_or_path), **download))
