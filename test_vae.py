@@ -1075,6 +1075,10 @@ def test_a_run_folder_is_whole(whole_run, home):
     assert (config["phase"], config["kl_target"], config["latent_dim"]) == (2, 0.2, 3)
     assert config["command"].startswith("python train.py --dataset")
     assert len(config["data_sha256"]["train"]) == 64
+    card = (whole_run / "model" / "README.md").read_text()
+    assert "T5VAE.from_pretrained" in card
+    assert "kl_posterior" in card, "a finished run's card has its measures"
+    assert "More Information Needed" not in card
     log = log_records(whole_run)
     assert [r["step"] for r in log if r["split"] == "train"] == [3, 6, 9, 10]
     assert [r["step"] for r in log if r["split"] == "valid"] == [0, 5, 10]

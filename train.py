@@ -474,10 +474,13 @@ def check_start(model, saved, given, args):
         if value != getattr(model, name):
             flag = "pool" if name == "pooling" else name.replace("_", "-")
             raise InputError(f"--{flag} is {value}, but {start} has {getattr(model, name)}")
-    known = saved.get("model", args.model)
+    known = saved.get("model") or args.model
+    if args.model and not saved.get("model") and not args.reset_decoder:
+        raise InputError(f"--model is {args.model}, which has no effect: {start} is a VAE")
     if args.model and Path(known).resolve() != Path(args.model).resolve():  # has it moved?
         shape = {name: getattr(model, name) for name in FIXED}
-        if checksum(new_vae(args.model, shape, saved["seed"], args)) != saved["start_sha256"]:
+        fresh = new_vae(args.model, shape, saved.get("seed", 0), args)
+        if checksum(fresh) != saved.get("start_sha256"):
             raise InputError(f"--model is {args.model}, but {start} was made of {known}")
 
 
@@ -598,13 +601,22 @@ def run_phase(args, corpora=None):
     if run.first:
         measured |= {"kl_weight": run.last_kl_weight(), "precision": "off"}
         samples = write_samples(model, corpora["test"], columns["mu"], run.folder)
+        table = metrics.format_table({run.folder.name: measured})
+        lm_nll = metrics.language_model_nll(run.folder, config)
+        verdict = metrics.verdict(measured, args.kl_target, lm_nll)
+        write_card(run.folder / "model" / "README.md", f"```\n{table}\n```\n\n{verdict}\n")
         metrics.write_measures(run.folder, measured, columns)
         (run.folder / "checkpoint.pt").unlink(missing_ok=True)
-        lm_nll = metrics.language_model_nll(run.folder, config)
-        say(metrics.format_table({str(run.folder): measured}))
-        say(metrics.verdict(measured, args.kl_target, lm_nll), *samples)
+        say(f"{run.folder}:", table, verdict, *samples)
     barrier()  # the next phase reads what the first process wrote
     return corpora
+
+
+def write_card(path, measures):
+    """Append the measures to a model's README.md, or replace those that it has."""
+    heading = "\n## Measures on the test split\n\n"
+    card = path.read_text(encoding="utf-8").split(heading)[0]
+    path.write_text(f"{card}{heading}{measures}", encoding="utf-8")
 
 
 def write_samples(model, corpus, mu, out):

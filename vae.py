@@ -50,6 +50,22 @@ FAMILY = ("t5", "mt5", "umt5")  # supported `model_type`s; v1.1, flan, ByT5, UL2
 WEIGHTS = "model.safetensors"
 POOLINGS = ("max", "mean", "last")
 POOL_LAYERS = ("last", "all")
+CARD = f"""---
+{{{{ card_data }}}}
+---
+
+# A text VAE around a T5
+
+Made with T5-VAE, the reference implementation of [Park & Lee 2021]({PAPER}). With its `vae.py`:
+
+```python
+from vae import T5VAE
+
+model = T5VAE.from_pretrained("this folder, or its name on the hub")
+mu, logvar = model.encode_texts(["a text of the kind that it was trained on"])
+print(model.decode_texts(mu))
+```
+"""
 MOST_LOGITS = 2**30  # bytes that `T5VAE.rec` may hold; where there would be more ...
 SLICE = 2**28  # ... it takes slices of at most this size
 CACHE = "cache"  # what `generate` calls its key-value cache; before transformers 5.24 otherwise
@@ -160,7 +176,7 @@ def token_nats(logits, targets, pad_id):
         return F.cross_entropy(logits.float(), targets, ignore_index=pad_id, reduction="none")
 
 
-class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], paper_url=PAPER):
+class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CARD):
     """q(z|x) and p(x|z) on the two halves of a T5.
 
     `from_t5` starts from a pretrained T5, `from_pretrained` loads a saved VAE; both are in eval
