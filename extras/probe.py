@@ -214,9 +214,10 @@ def read_table(judge, train, test):
 
 
 def edit_table(decode, judge, parts, names, ks, count):
-    """Moves the first `count` test texts of each label of `names` to each other one, k = 0 included.
+    """Moves the first `count` test texts of each label of `names` to each other one, k = 0 too.
 
-    decode: z (n, Z) -> n texts; parts: train, test. Returns: rows; {number of a test text: [(what, text), ...]}.
+    decode: z (n, Z) -> n texts; parts: train, test. Returns: rows; {number of a test text: [(what,
+    text), ...]}.
     """
     train, test = parts
     means, rows, shown = label_means(train.mu, train.labels), [], {}
