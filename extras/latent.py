@@ -255,7 +255,7 @@ def draw_map(place, labels, axes_names, path):
     of_points = [colours.get(label, GREY) for label in labels]
     # In one call, in a random order: no label lies on top of all others.
     order = np.random.default_rng(0).permutation(len(place))
-    size = float(np.clip(4000 / len(place), 6, 40))
+    size = float(np.clip(20_000 / len(place), 8, 40))
     axes.scatter(*place[order].T, s=size, c=[of_points[i] for i in order], alpha=0.7, linewidths=0)
     counts = dict(ranked)
     rows = [(colours[label], f"{label} ({counts[label]:,})") for label in named]
@@ -331,7 +331,9 @@ def load_pyplot():
 
 
 def save_picture(figure, path):
-    figure.savefig(path, dpi=150, format="png", facecolor="white")
+    # "tight": a text that is wider than its place makes the picture wider.
+    shape = {"bbox_inches": "tight", "pad_inches": 0.15}
+    figure.savefig(path, dpi=150, format="png", facecolor="white", **shape)
     load_pyplot().close(figure)
 
 
