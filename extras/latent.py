@@ -258,12 +258,12 @@ def draw_map(place, labels, axes_names, path):
     size = float(np.clip(20_000 / len(place), 8, 40))
     axes.scatter(*place[order].T, s=size, c=[of_points[i] for i in order], alpha=0.7, linewidths=0)
     counts = dict(ranked)
-    rows = [(colours[label], f"{label} ({counts[label]:,})") for label in named]
+    short = {label: textwrap.shorten(label, 24, placeholder=" ...") for label in named}
+    rows = [(colours[label], f"{short[label]} ({counts[label]:,})") for label in named]
     if rest := sum(count for _, count in ranked[len(COLOURS) :]):
         rows.append((GREY, f"{len(ranked) - len(named)} others ({rest:,})"))
     for colour, text in rows:
-        text = textwrap.shorten(text, 32, placeholder=" ...").replace("$", r"\$")
-        axes.scatter([], [], s=45, c=colour, label=text)
+        axes.scatter([], [], s=45, c=colour, label=text.replace("$", r"\$"))
     axes.legend(title="label (texts)", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     axes.set(xlabel=axes_names[0], ylabel=axes_names[1], title="posterior means")
     axes.spines[["top", "right"]].set_visible(False)
