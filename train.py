@@ -359,7 +359,7 @@ class Run:
         self.log.write(json.dumps({"step": step, "split": split} | values) + "\n")
         names = [n for n, v in values.items() if isinstance(v, float) and not n.endswith("_se")]
         shown = ", ".join(f"{name} {values[name]:.3g}" for name in names[:6])
-        epochs = self.total_steps // self.steps_per_epoch
+        epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         epoch = min(epochs, max(0, step - 1) // self.steps_per_epoch + 1)
         place = f"{self.name}, epoch {epoch}/{epochs}, step {step}/{self.total_steps}"
         left = ""
@@ -379,6 +379,7 @@ class Run:
 # them (data_sha256, start_sha256), or changes only how numbers round, or what is measured.
 INCIDENTAL = {"command", "versions", "processes", "device", "amp", "out", "data_dir", "dataset"}
 INCIDENTAL |= {"model", "init", "start", "resume", "save_every", "iw_samples", "micro_batch"}
+INCIDENTAL |= {"log_every"}
 
 
 def check_same(folder, before, now):

@@ -476,7 +476,10 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
             except Exception as error:  # whatever a name or a network leads to
                 where = f"no such run or folder, nor available from the hub ({one_line(error)})"
                 raise FileNotFoundError(f"{name_or_path}: {where}") from error
-        folder = folder / "model" if (folder / "model").is_dir() else folder
+        if (folder / "model").is_dir():  # a run folder
+            folder = folder / "model"
+        elif "data_sha256" in data.read_json(folder / "config.json"):
+            raise InputError(f"{folder} is a run that is not finished: it has no model yet")
         try:
             vae = cls(**json.loads((folder / "config.json").read_text()))
             safetensors.torch.load_model(vae, folder / WEIGHTS)  # it knows of tied weights

@@ -2,8 +2,9 @@
 
     python -m extras.compare A B
 
-Prints B - A for rec, KL, -ELBO, the NLL and its two bounds, and swap_cost, in nats per sentence,
-with the standard error of the mean of the differences, and whether it is beyond two of them. Both
+Prints B - A for the NLL and its two bounds, what z carries (kl_posterior), -ELBO of q and of the
+untempered posterior, rec, KL and swap_cost, in nats per sentence, with the standard error of the
+mean of the differences, and whether it is beyond two of them (see metrics.py for each). Both
 runs are measured on the same texts, so most of what makes one sentence harder than another cancels:
 the error is far smaller than that of the difference of two independent means.
 
@@ -22,9 +23,9 @@ import torch
 
 import data
 import metrics
-from extras.latent import one_line
 
-MEASURES = ("rec", "kl", "neg_elbo", "nll", "nll_iw", "rec_prior", "swap_cost")
+MEASURES = ("nll", "nll_iw", "rec_prior", "kl_posterior", "neg_elbo", "neg_elbo_untempered")
+MEASURES += ("rec", "kl", "swap_cost")
 
 
 def load(run):
@@ -36,7 +37,9 @@ def load(run):
     if "iw_samples" not in measured:
         raise data.InputError(f"{run} is not finished: it has no metrics.json of a finished run")
     if not (path / "sentences.npz").is_file():
-        raise data.InputError(f"{run} has no sentences.npz: python metrics.py {run} writes it")
+        raise data.InputError(
+            f"{run} has no sentences.npz: python metrics.py {run} --write writes it"
+        )
     try:
         with np.load(path / "sentences.npz") as values:
             columns = {name: torch.from_numpy(values[name]) for name in values.files}
@@ -49,6 +52,9 @@ def load(run):
     if "nll_iw" in columns:  # phase 1 has none
         named |= {"nll_iw": columns["nll_iw"], "rec_prior": columns["rec_prior"]}
         named["nll"] = metrics.smaller_bound(columns)
+    if "rec_posterior" in columns:  # not before the third edition
+        named["kl_posterior"] = named["nll"] - columns["rec_posterior"]
+        named["neg_elbo_untempered"] = columns["rec_untempered"] + columns["kl_untempered"]
     return config, measured, named
 
 
@@ -69,24 +75,26 @@ def compare(run_a, run_b):
     same_length = config_a["max_length"] == config_b["max_length"]
     if not (same_texts and same_length and len(a["rec"]) == len(b["rec"])):
         raise data.InputError(f"{run_a} and {run_b} were measured on different texts")
-    samples_a, samples_b = measured_a["iw_samples"], measured_b["iw_samples"]
-    both_sampled = measured_a["latent_dim"] and measured_b["latent_dim"]  # else the NLL is exact
-    if both_sampled and samples_a != samples_b and "nll" in a and "nll" in b:
-        counts = f"{run_a} {samples_a}, {run_b} {samples_b}"
-        raise data.InputError(f"iw_samples must be the same: {counts}")
+    if "nll" in a and "nll" in b:  # without: the run of a phase 1
+        for name, usual in ("iw_samples", 0), ("precision", "off"):
+            of_a, of_b = measured_a.get(name, usual), measured_b.get(name, usual)
+            exact = 0 in (measured_a["latent_dim"], measured_b["latent_dim"])  # whatever K
+            if of_a != of_b and not (name == "iw_samples" and exact):
+                what = f"{run_a} has {of_a}, {run_b} {of_b}"
+                raise data.InputError(f"{name} of metrics.json must be the same: {what}")
     return paired(a, b)
 
 
 def format_lines(found):
-    yield f"{'':10}{'B - A':>12}{'s.e.':>8}  beyond two s.e.?"
+    yield f"{'':20}{'B - A':>12}{'s.e.':>8}  beyond two s.e.?"
     for name in MEASURES:
         if name not in found:
-            yield f"{name:10}{'-':>12}"
+            yield f"{name:20}{'-':>12}"
             continue
         mean, error = found[name]
         shown = "?" if error is None else f"{error:.3f}"
         beyond = "yes" if error is not None and abs(mean) > 2 * error else "no"
-        yield f"{name:10}{mean:>+12.3f}{shown:>8}  {beyond}"
+        yield f"{name:20}{mean:>+12.3f}{shown:>8}  {beyond}"
 
 
 def main(argv=None):
@@ -94,7 +102,7 @@ def main(argv=None):
     parser.add_argument("a", metavar="A", help="finished run folder")
     parser.add_argument("b", metavar="B", help="another, measured on the same test texts")
     args = parser.parse_args(argv)
-    with one_line("compare.py"):
+    with data.command("compare.py"):
         found = compare(args.a, args.b)
         print(f"A: {args.a}\nB: {args.b}", *format_lines(found), sep="\n")
 

@@ -5,20 +5,17 @@
 `quicken(model)` replaces, in place and under the same names of weights, linear layers (oneDNN's
 products, which use AVX-512 on every CPU that has it; PyTorch's default, MKL, does so on Intel's
 alone), dropout (16 random bits per element instead of 64), a ReLU with its dropout (one tensor kept
-for the backward pass), layer norms (rounded once, under autocast), and `rec` (the logits of real
-tokens only, a slice at a time). On a GPU, and where a form does not apply, torch's own is used.
+for the backward pass), and layer norms (rounded once, under autocast). On a GPU, and where a form
+does not apply, torch's own is used. Not for float16, whose layers in float32 it takes away.
 """
 
-import sys
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import train
+from data import InputError
 from vae import Float32Activation, Float32Output
 
 
@@ -159,81 +156,6 @@ class LayerNorm(T5LayerNorm):
         )
 
 
-class TokenNats(torch.autograd.Function):
-    """-log softmax(h W^T)[label] of N tokens: (N,), nats. Only CHUNK rows of logits at a time.
-
-    The gradient of their sum is computed in the forward pass, while they are there, and `backward`
-    scales it. That is exact for h, whose rows belong to one token each, and for W if all tokens
-    weigh the same, as in a mean over sentences. Otherwise the tokens of each weight are computed
-    again. Not for fp16, whose loss scale comes later.
-
-    Args: hidden (N, D); weight (V, D), of the LM head, whose gradient is only computed if it is
-    trained; labels (N,).
-    """
-
-    CHUNK = 256  # 32 MiB of logits
-
-    @staticmethod
-    def run(hidden, weight, labels, needs_hidden, needs_weight):
-        """(N,) nats, and the gradients of their sum: (N, D) and (V, D), None if not needed."""
-        nats, d_hidden, d_weight = [], [], torch.zeros_like(weight) if needs_weight else None
-        chunks = hidden.split(TokenNats.CHUNK), labels.split(TokenNats.CHUNK)
-        for h, label in zip(*chunks, strict=True):
-            h = h.to(weight.dtype)
-            logits = multiply(h, weight).float()  # (C, V)
-            nats.append(F.cross_entropy(logits, label, reduction="none"))
-            if needs_hidden or needs_weight:
-                d_logits = logits.softmax(1)
-                d_logits[torch.arange(len(label), device=label.device), label] -= 1
-                d_logits = d_logits.to(weight.dtype)
-            if needs_hidden:
-                d_hidden.append(multiply(d_logits, weight.T).float())
-            if needs_weight:
-                # In place: here another (V, D) would cost more than MKL does.
-                d_weight.addmm_(d_logits.T, h)
-        return torch.cat(nats), torch.cat(d_hidden) if needs_hidden else None, d_weight
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        needed = ctx.needs_input_grad[:2]
-        nats, d_hidden, ctx.d_weight = TokenNats.run(hidden, weight, labels, *needed)
-        ctx.save_for_backward(hidden, weight, labels, d_hidden)
-        return nats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        hidden, weight, labels, d_hidden = ctx.saved_tensors
-        d_weight, ctx.d_weight = ctx.d_weight, None  # scaled in place, so it serves once
-        if d_weight is not None and (grad == grad[0]).all():
-            d_weight.mul_(grad[0])
-        elif ctx.needs_input_grad[1]:
-            d_weight = torch.zeros_like(weight)
-            for g in grad.unique():
-                at = grad == g
-                d_weight += g * TokenNats.run(hidden[at], weight, labels[at], False, True)[2]
-        return d_hidden * grad[:, None] if ctx.needs_input_grad[0] else None, d_weight, None
-
-
-def quick_rec(model, z, labels):
-    """`T5VAE.rec` by TokenNats: (B,), nats."""
-    if not z.is_cpu or labels.numel() == 0:
-        return type(model).rec(model, z, labels)
-    t5, real = model.t5, labels != model.t5.config.pad_token_id  # (B, T)
-    hidden = t5.decoder(
-        t5.prepare_decoder_input_ids_from_labels(labels),
-        encoder_hidden_states=model.memory(z),
-        use_cache=False,
-    ).last_hidden_state  # (B, T, D)
-    if getattr(t5.config, "scale_decoder_outputs", False):
-        hidden = hidden * hidden.shape[-1] ** -0.5
-    weight = t5.lm_head.weight if torch.is_grad_enabled() else t5.lm_head.weight.detach()
-    if torch.is_autocast_enabled("cpu"):
-        weight = weight.to(torch.get_autocast_dtype("cpu"))
-    nats = TokenNats.apply(hidden[real], weight, labels[real])  # (N,), N real tokens
-    return nats.new_zeros(labels.shape).masked_scatter(real, nats).sum(1)
-
-
 FASTER = {nn.Linear: Linear, Float32Output: Linear, nn.Dropout: Dropout}
 
 
@@ -249,17 +171,19 @@ def quicken(module):
             part.act = part.act.activation
         if isinstance(getattr(part, "act", None), nn.ReLU):  # a feed-forward layer
             part.act, part.dropout = DropoutOfReLU(part.dropout.p), nn.Identity()
-    if hasattr(module, "t5"):  # a T5VAE
-        module.rec = partial(quick_rec, module)
     return module
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    if train.parse_args(argv)[0].amp == "fp16":
-        sys.exit("fast_cpu.py: --amp is fp16, whose loss scale comes too late; use bf16 or off")
     load_start = train.load_start
-    train.load_start = lambda args: quicken(load_start(args))
+
+    def quick_start(args):
+        if args.amp == "fp16":
+            raise InputError("--amp is fp16; extras.fast_cpu takes bf16 or off")
+        model, saved = load_start(args)
+        return quicken(model), saved
+
+    train.load_start = quick_start
     try:
         train.main(argv)
     finally:

@@ -10,59 +10,45 @@
     python -m extras.latent neighbors RUN texts.txt "a text" -n 10  nearest posterior means
     python -m extras.latent traverse RUN "a text" [--dim 3 7]       one dimension from -3 to 3
     python -m extras.latent encode RUN texts.txt -o latents.npz     arrays mu and logvar
+    python -m extras.latent map RUN --labels labels.txt -o map.png  the test texts by their mu
+    python -m extras.latent strip RUN "from here" "to there" -o strip.png    an interpolation, drawn
 
 RUN is a run folder, a model folder or a hub name. Decoding is greedy; --temperature, --top-k and
 --top-p sample tokens, --num-beams searches, and --seed fixes all that is random. An empty line is
 an empty text and keeps its place.
+
+`map` draws the posterior means in two dimensions, coloured by label: the two principal components,
+or, with --tsne, scikit-learn's t-SNE. labels.txt has a line for each line of the texts, which are
+RUN's test split, or --texts FILE; a pair without a text is left out. The eight most frequent labels
+have a colour, all others are grey. Pictures need `pip install -r extras/requirements.txt`.
 """
 
 import argparse
-import contextlib
+import hashlib
 import io
 import json
-import math
-import os
 import sys
+import textwrap
 import warnings
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from data import InputError, tokenize
+import data
+from data import InputError, number
 from vae import T5VAE
 
-
-def at_least(low, kind=int, below=math.inf):
-    """A `type=` for argparse: text -> a number of `kind` in [low, below), or a refusal."""
-
-    def number(text):
-        value = kind(text)
-        if low <= value < below:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
-
-    return number
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#a6761d")
+GREY = "#b0b0b0"  # of the labels that are not among the most frequent
 
 
-seed = at_least(0, int, 2**63)  # what torch.manual_seed takes
-
-
-@contextlib.contextmanager
-def one_line(begin):
-    """A script ends in one line on a user error, and quietly on ctrl-C or at a closed pipe."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough: end as by SIGPIPE
-        # Nothing is left to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, InputError, FloatingPointError) as error:
-        sys.exit(f"{begin}: {error}")
+def without_spaces(texts):
+    """Whether most texts have one word at most, as in languages that write none apart."""
+    return sum(len(text.split()) <= 1 for text in texts) > len(texts) / 2
 
 
 def align(rows):
@@ -114,14 +100,13 @@ def active_dimensions(model, n=256):
 
 
 def read_lines(path):
-    """The stripped lines of a UTF-8 file; "-" is standard input. Other bytes become U+FFFD."""
-    if path == "-":
-        if sys.stdin is None:
-            raise InputError("there are no texts: standard input is closed")
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-        return [line.strip() for line in sys.stdin]
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        return [line.strip() for line in lines]
+    """The stripped lines of a UTF-8 file, empty ones too; "-" is standard input."""
+    if path != "-":
+        return list(data.read_lines(path))
+    if sys.stdin is None:
+        raise InputError("there are no texts: standard input is closed")
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
+    return [line.strip() for line in sys.stdin]
 
 
 def read_group(path):
@@ -143,12 +128,6 @@ def encode(model, args, texts):
     """mu and logvar of texts: (n, Z) each."""
     # A command line that is not UTF-8 arrives with surrogates, which are no characters.
     texts = [t.strip().encode(errors="surrogateescape").decode(errors="replace") for t in texts]
-    tokenizer, unknown = model.tokenizer, 0
-    for row, text in zip(tokenize(texts, tokenizer), texts, strict=True):
-        unknown += row.count(tokenizer.unk_token_id) > text.count(tokenizer.unk_token)
-    if unknown:
-        said = f"{unknown} of {len(texts)} texts have characters outside the vocabulary"
-        warnings.warn(said, stacklevel=2)
     return model.encode_texts(texts, args.batch_size, args.max_length)
 
 
@@ -231,26 +210,153 @@ def run_encode(model, args):
     return [{"text": text, "mu": m, "logvar": v} for text, m, v in rows]
 
 
+def labelled_texts(model, args):
+    """(texts, labels) of `map`: where both lines say something. InputError unless they pair up."""
+    texts, where = args.texts and read_lines(args.texts), args.texts
+    if not texts:
+        config = data.read_json(Path(args.model, "config.json"))
+        if "data_sha256" not in config:
+            raise InputError(f"{args.model} is no run folder, which knows its texts: give --texts")
+        dataset = args.dataset or config["dataset"]
+        texts = list(data.read_texts(dataset, "test", config["data_dir"]))
+        digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+        if digest != config["data_sha256"].get("test"):
+            raise InputError(f"the test texts of {dataset} are not those of {args.model}")
+        where = f"the test split of {dataset}"
+    labels = read_lines(args.labels)
+    if len(texts) != len(labels):
+        counts = f"{where} has {len(texts):,} lines, {args.labels} {len(labels):,}"
+        raise InputError(f"{counts}; there must be a label for each text")
+    pairs = [(text, label) for text, label in zip(texts, labels, strict=True) if text and label]
+    if len(pairs) < 3:
+        raise InputError(f"{len(pairs)} texts with a label; there must be at least 3 to draw")
+    return zip(*pairs, strict=True)
+
+
+def principal_components(mu):
+    """The first two of points (n, Z), (n, 2), and the share of the variance that each explains."""
+    centred = mu - mu.mean(0)
+    u, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    place = np.zeros((len(mu), 2))
+    shown = min(2, len(sizes))
+    place[:, :shown] = u[:, :shown] * sizes[:shown]
+    shares = np.zeros(2)
+    shares[:shown] = sizes[:shown] ** 2 / max(1e-12, (sizes**2).sum())
+    return place, shares
+
+
+def draw_map(place, labels, axes_names, path):
+    """A PNG of points (n, 2), coloured by label."""
+    pyplot = load_pyplot()
+    ranked = Counter(labels).most_common()
+    named = [label for label, _ in ranked[: len(COLOURS)]]
+    figure, axes = pyplot.subplots(figsize=(8, 6), layout="constrained")
+    colours = dict(zip(named, COLOURS, strict=False))
+    of_points = [colours.get(label, GREY) for label in labels]
+    # In one call, in a random order: no label lies on top of all others.
+    order = np.random.default_rng(0).permutation(len(place))
+    size = float(np.clip(20_000 / len(place), 8, 40))
+    axes.scatter(*place[order].T, s=size, c=[of_points[i] for i in order], alpha=0.7, linewidths=0)
+    counts = dict(ranked)
+    short = {label: textwrap.shorten(label, 24, placeholder=" ...") for label in named}
+    rows = [(colours[label], f"{short[label]} ({counts[label]:,})") for label in named]
+    if rest := sum(count for _, count in ranked[len(COLOURS) :]):
+        rows.append((GREY, f"{len(ranked) - len(named)} others ({rest:,})"))
+    for colour, text in rows:
+        axes.scatter([], [], s=45, c=colour, label=text.replace("$", r"\$"))
+    axes.legend(title="label (texts)", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    axes.set(xlabel=axes_names[0], ylabel=axes_names[1], title="posterior means")
+    axes.spines[["top", "right"]].set_visible(False)
+    save_picture(figure, path)
+
+
+def run_map(model, args):
+    texts, labels = labelled_texts(model, args)
+    mu = encode(model, args, texts)[0].double().numpy()
+    if args.tsne:
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30, (len(mu) - 1) / 3)
+        place = TSNE(perplexity=perplexity, random_state=args.seed, init="pca").fit_transform(mu)
+        axes_names = "t-SNE 1 (no unit)", "t-SNE 2 (no unit)"
+    else:
+        place, shares = principal_components(mu)
+        axes_names = [
+            f"component {i}: {100 * s:.0f} % of the variance" for i, s in enumerate(shares, 1)
+        ]
+    draw_map(place, labels, axes_names, args.out)
+    return [{"output": f"wrote {args.out}: {len(mu):,} texts"}]
+
+
+def draw_strip(texts, path):
+    """A PNG: texts from top to bottom along a line, one at each place on it."""
+    pyplot = load_pyplot()
+    lines = [
+        textwrap.wrap(text, 84, max_lines=3, placeholder=" ...") or ["(nothing)"] for text in texts
+    ]
+    heights = [0.22 * len(wrapped) + 0.22 for wrapped in lines]  # inches
+    figure = pyplot.figure(figsize=(8, sum(heights) + 0.3))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 8), ylim=(sum(heights) + 0.3, 0))
+    axes.axis("off")
+    ys = 0.15 + np.cumsum(heights) - np.array(heights) / 2
+    axes.plot([0.8, 0.8], ys[[0, -1]], color=GREY, linewidth=2, zorder=1)
+    for t, y, wrapped in zip(np.linspace(0, 1, len(texts)), ys, lines, strict=True):
+        colour = tuple((1 - t) * np.array((0.0, 0.447, 0.698)) + t * np.array((0.835, 0.369, 0.0)))
+        axes.scatter([0.8], [y], s=60, color=[colour], zorder=2)
+        axes.text(0.6, y, f"{t:.2f}", ha="right", va="center", fontsize=9, color="#555555")
+        text = "\n".join(wrapped).replace("$", r"\$")
+        axes.text(1.05, y, text, va="center", fontsize=10, linespacing=1.3)
+    save_picture(figure, path)
+
+
+def run_strip(model, args):
+    mu, _ = encode(model, args, [args.a, args.b])
+    texts = decode(model, args, interpolate(*mu, args.steps))
+    draw_strip(texts, args.out)
+    return [{"output": text} for text in texts]
+
+
+def load_pyplot():
+    """matplotlib, told to draw into files."""
+    try:
+        import matplotlib
+    except ImportError:
+        advice = "pip install -r extras/requirements.txt"
+        raise InputError(f"pictures need matplotlib: {advice}") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_picture(figure, path):
+    # "tight": a text that is wider than its place makes the picture wider.
+    shape = {"bbox_inches": "tight", "pad_inches": 0.15}
+    figure.savefig(path, dpi=150, format="png", facecolor="white", **shape)
+    load_pyplot().close(figure)
+
+
 def shared_flags():
     """Parsers of the flags that commands share: those of all, of reading and of decoding texts."""
     common, reading, decoding = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     flag, devices = common.add_argument, ("cuda", "cpu")[not torch.cuda.is_available() :]
     flag("model", metavar="RUN")
     flag("--json", action="store_true", help="print one JSON object per line, with the input")
-    flag("--batch-size", type=at_least(1), default=64, metavar="N", help="texts at a time (64)")
+    flag("--batch-size", type=number(int, 1), default=64, metavar="N", help="texts at a time (64)")
     longest = "longest text, tokens with </s> (256)"
-    flag("--max-length", type=at_least(2), default=256, metavar="TOKENS", help=longest)
+    flag("--max-length", type=number(int, 2), default=256, metavar="TOKENS", help=longest)
     flag("--device", choices=devices, default=devices[0], help="where to compute")
     flag = reading.add_argument
     flag("text", nargs="*", metavar="TEXT", help="a text; - or none: the lines of standard input")
     flag("--file", metavar="FILE", help="texts, one per line")
-    flag, share = decoding.add_argument, at_least(1e-9, float, 1 + 1e-9)
-    flag("--seed", type=seed, default=0, help="seed of everything random (0)")
-    temperature = at_least(1e-3, float)
+    flag, share = decoding.add_argument, number(float, 1e-9, 1 + 1e-9)
+    flag("--seed", type=number(int, 0, 2**63), default=0, help="of everything random (0)")
+    temperature = number(float, 1e-3)
     flag("--temperature", type=temperature, metavar="T", help="sample tokens, at temperature T")
-    flag("--top-k", type=at_least(1), metavar="K", help="sample from the K most likely tokens")
+    flag("--top-k", type=number(int, 1), metavar="K", help="sample from the K most likely tokens")
     flag("--top-p", type=share, metavar="P", help="sample from the top share P")
-    flag("--num-beams", type=at_least(1), default=1, metavar="N", help="beams (1: greedy)")
+    flag("--num-beams", type=number(int, 1), default=1, metavar="N", help="beams (1: greedy)")
     return common, reading, decoding
 
 
@@ -268,39 +374,56 @@ def parse_args(argv):
 
     about = "decode the posterior means of texts"
     flag = command("reconstruct", run_reconstruct, about, reading, decoding)
-    flag("--samples", type=at_least(1), metavar="N", help="decode N samples of each posterior")
+    flag("--samples", type=number(int, 1), metavar="N", help="decode N samples of each posterior")
     about = "decode samples of the prior, or of a Gaussian fitted to texts"
     flag = command("sample", run_sample, about, decoding)
-    flag("-n", type=at_least(1), default=10, help="how many (10)")
+    flag("-n", type=number(int, 1), default=10, help="how many (10)")
     flag("--like", metavar="FILE", help="texts, one per line, to whose posteriors to fit it")
     about = "decode latents between the posterior means of A and B"
     flag = command("interpolate", run_interpolate, about, decoding)
     flag("a", metavar="A")
     flag("b", metavar="B")
-    flag("--steps", type=at_least(2), default=7, metavar="N", help="texts, with both ends (7)")
+    flag("--steps", type=number(int, 2), default=7, metavar="N", help="texts, with both ends (7)")
     flag("--spherical", action="store_true", help="take an arc instead of a straight line")
     about = "add the difference of two groups' mean latents to texts"
     flag = command("arithmetic", run_arithmetic, about, reading, decoding)
     flag("--from", required=True, dest="source", metavar="FILE", help="texts of the first group")
     flag("--to", required=True, dest="target", metavar="FILE", help="texts of the second group")
-    step = at_least(-1e6, float, 1e6)
+    step = number(float, -1e6, 1e6)
     flag("--k", type=step, default=1.0, help="add the difference this many times (1)")
     about = "print the lines of FILE nearest to TEXT, by posterior mean"
     flag = command("neighbors", run_neighbors, about)
     flag("lines", metavar="FILE", help="texts, one per line; - is standard input")
     flag("query", metavar="TEXT")
-    flag("-n", type=at_least(1), default=10, help="how many (10)")
+    flag("-n", type=number(int, 1), default=10, help="how many (10)")
     about = "decode TEXT with one dimension of its posterior mean set from -3 to 3"
     flag = command("traverse", run_traverse, about, decoding)
     flag("query", metavar="TEXT")
     flag("--dim", type=int, nargs="+", metavar="I", help="dimensions, from 0 (the 5 most active)")
-    flag("--steps", type=at_least(2), default=7, metavar="N", help="values (7)")
+    flag("--steps", type=number(int, 2), default=7, metavar="N", help="values (7)")
     flag = command("encode", run_encode, "write mu and logvar of the lines of FILE")
     flag("lines", nargs="?", default="-", metavar="FILE", help="(-: standard input)")
     flag("-o", dest="out", metavar="OUT.npz", help="arrays mu and logvar (default: JSON lines)")
+    picture_flags(command, decoding)
     if argv and argv[0] in commands.choices:  # intermixed: TEXT may stand after options too
         return commands.choices[argv[0]].parse_intermixed_args(argv[1:])
     return parser.parse_args(argv)
+
+
+def picture_flags(command, decoding):
+    """The commands that draw; command: see `parse_args`."""
+    flag = command("map", run_map, "draw the posterior means of labelled texts in two dimensions")
+    flag("--labels", required=True, metavar="FILE", help="a label for each text, one per line")
+    flag("--texts", metavar="FILE", help="texts, one per line (the test split of RUN)")
+    flag("--dataset", help="where the texts of RUN are, if they have moved")
+    flag("--tsne", action="store_true", help="t-SNE instead of the two principal components")
+    flag("--seed", type=number(int, 0, 2**32), default=0, help="of t-SNE (0)")
+    flag("-o", dest="out", required=True, metavar="FILE.png", help="picture to write")
+    flag = command("strip", run_strip, "draw an interpolation from A to B as a strip", decoding)
+    flag("a", metavar="A")
+    flag("b", metavar="B")
+    flag("--steps", type=number(int, 2), default=7, metavar="N", help="texts, with both ends (7)")
+    flag("-o", dest="out", required=True, metavar="FILE.png", help="picture to write")
 
 
 def show(row, as_json):
@@ -330,12 +453,13 @@ def main(argv=None):
     logging.set_verbosity_error()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # as what it reads
-    with warnings.catch_warnings(), one_line("latent.py"):
+    with warnings.catch_warnings(), data.command("latent.py"):
         warnings.showwarning = lambda message, *_: print(f"latent.py: {message}", file=sys.stderr)
         model = load_vae(args.model).to(args.device)
         torch.manual_seed(getattr(args, "seed", 0))
         for row in args.run(model, args):
             print(show(row, args.json))
+        sys.stdout.flush()  # a closed pipe is found here
 
 
 if __name__ == "__main__":

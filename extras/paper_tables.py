@@ -12,7 +12,7 @@ from pathlib import Path
 
 import data
 import metrics
-from extras.latent import align, one_line
+from extras.latent import align
 
 PAPER_ROWS = {  # name: what its PPL is per
     "Optimus (lambda 0.5)": "GPT-2 token",
@@ -125,7 +125,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="paper_tables.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folder of train.py")
     args = parser.parse_args(argv)
-    with one_line("paper_tables.py"):
+    with data.command("paper_tables.py"):
         runs = {run: read_run(run) for run in args.runs}
         used = {config["dataset"] for config, _ in runs.values()} or PAPER
         print(format_paper([dataset for dataset in PAPER if dataset in used], runs))

@@ -16,10 +16,12 @@ attention, and the model cannot be finetuned, at an unsuspicious loss. Below 3 i
 """
 
 import argparse
+import hashlib
+import json
 import math
 import shlex
 import sys
-import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +33,9 @@ from torch import nn
 
 import data
 import train
+from data import number, say
 from extras.fast_cpu import quicken
-from extras.latent import at_least, one_line, seed
-from metrics import HALF
+from metrics import HALF, MOST
 
 SPANS, LM = 11, 12  # what its random numbers are for, beside the uses in data.py
 
@@ -79,7 +81,9 @@ def pretraining_batch(corpus, epoch, index, *, sentinels, eos_id, seed, lm_share
             pairs.append(corrupt_spans(corpus.row(i)[:-1], sentinels, eos_id, rng))
     ids, mask = data.pad([inputs for inputs, _ in pairs], corpus.pad_id)
     labels, _ = data.pad([targets for _, targets in pairs], corpus.pad_id)
-    return data.Batch(ids, mask, labels, torch.as_tensor(index), torch.zeros(len(index), 0))
+    count = len(index)
+    eps = torch.zeros(count, 0)
+    return data.Batch(ids, mask, labels, index, eps=eps, count=count, step_count=count)
 
 
 def target_nats(t5, batch):
@@ -105,7 +109,8 @@ def validate(t5, corpus, make_batch, args):
     """{"nats_per_target": of corrupted spans, "query_growth"}, of a validation split."""
     t5.eval()
     nats, targets = 0.0, 0
-    for index in data.evaluation_order(corpus.lengths, args.batch_size):
+    most = min(MOST, args.batch_size * int(corpus.lengths.max()))
+    for index in data.progress(data.evaluation_order(corpus.lengths, most), "evaluating"):
         batch = make_batch(corpus, 0, index, lm_share=0.0).to(args.device)
         of_texts, count = target_nats(t5, batch)
         nats, targets = nats + of_texts.double().sum().item(), targets + count.item()
@@ -113,82 +118,99 @@ def validate(t5, corpus, make_batch, args):
     return {"nats_per_target": nats / targets, "query_growth": query_growth(t5)}
 
 
-def pretrain(t5, corpora, make_batch, args, out, log):
-    """The training loop, as in train.py, from step 0 or from the checkpoint in `out`."""
+class Run(train.Run):
+    """The folder of a pretraining: one process, no phase."""
+
+    def __init__(self, folder):
+        self.folder, self.first, self.name = folder, True, "pretraining"
+
+
+def pretrain(t5, corpora, make_batch, args, run):
+    """The training loop, as in train.py, from step 0 or from the run's checkpoint."""
     corpus = corpora["train"]
     steps_per_epoch = math.ceil(len(corpus) / args.batch_size)
     total_steps = args.epochs * steps_per_epoch if args.steps is None else args.steps
-    optimizer = train.RelativeAdamW(t5.parameters(), lr=args.lr, eps=1e-8, fused=True)
+    rates = argparse.Namespace(optimizer="adamw-rms", lr=args.lr, lr_schedule="linear")
+    optimizer = train.make_optimizer(t5, rates)
     parts = {"model": t5, "optimizer": optimizer}
-    step = train.load_checkpoint(out, log, parts)
-    saved_at = time.monotonic()
-    left = partial(train.time_left, step, total_steps, saved_at)
+    step = run.load(parts)
+    run.begin(step, min(steps_per_epoch, max(1, total_steps)), total_steps, 0)
     while step < total_steps:
         epoch, begun = divmod(step, steps_per_epoch)
         if begun == 0:
-            train.record(log, step, "valid", validate(t5, corpora["valid"], make_batch, args))
+            run.record(step, "valid", validate(t5, corpora["valid"], make_batch, args))
         order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)
         order = order[begun : begun + total_steps - step]
         for batch in data.prefetch(partial(make_batch, corpus, epoch), order):
-            train.seed_dropout(args.seed, step, 0)
-            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / total_steps)
-            with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
-                nats, targets = target_nats(t5, batch.to(args.device))
-            loss = nats.mean()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(t5.parameters(), train.MAX_GRADIENT_NORM).item()
-            if not math.isfinite(loss.item() + norm):
-                raise FloatingPointError(f"step {step}: the loss is {loss.item()}, its norm {norm}")
-            optimizer.step()
-            optimizer.zero_grad()
+            train.set_rates(optimizer, rates, step / total_steps)
+            values = train_step(t5, optimizer, batch, step, args)
             step += 1
             if step % args.log_every == 0 or step == total_steps:
-                values = {"loss": loss.item(), "grad_norm": norm}
-                values["nats_per_target"] = (nats.sum() / targets).item()
-                train.record(log, step, "train", values, left(step))
-            late = time.monotonic() > saved_at + 60 * args.save_every
+                run.record(step, "train", values)
+            late = run.minutes_since_save() > args.save_every
             if late or step % steps_per_epoch == 0 or step == total_steps:
-                train.save_checkpoint(out, log, parts, step)
-                saved_at = time.monotonic()
+                run.save(parts, step)
     measured = validate(t5, corpora["valid"], make_batch, args)
-    train.record(log, step, "valid", measured)
+    run.record(step, "valid", measured)
     return measured
+
+
+def train_step(t5, optimizer, batch, step, args):
+    """One step of the optimizer. Returns its loss, the norm of its gradient, nats per target."""
+    train.seed_dropout(args.seed, step, 0, 0)
+    with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
+        nats, targets = target_nats(t5, batch.to(args.device))
+    nats.mean().backward()
+    norm = nn.utils.clip_grad_norm_(t5.parameters(), train.MAX_GRADIENT_NORM).item()
+    loss, per_target = nats.mean().item(), (nats.sum() / targets).item()
+    if not math.isfinite(loss + norm):
+        raise FloatingPointError(f"step {step}: the loss is {loss}, its norm {norm}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": loss, "grad_norm": norm, "nats_per_target": per_target}
 
 
 def join(corpora):
     """One `data.Corpus` of several, end to end."""
     lengths = np.concatenate([corpus.lengths for corpus in corpora])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.concatenate([corpus.ids for corpus in corpora])
-    words = np.concatenate([corpus.words for corpus in corpora])
-    cut, skipped = sum(c.truncated for c in corpora), sum(c.skipped for c in corpora)
-    sha256, first = " ".join(corpus.sha256 for corpus in corpora), corpora[0]
-    return data.Corpus(ids, offsets, words, cut, skipped, first.pad_id, first.unk_id, sha256)
+    return replace(
+        corpora[0],
+        ids=np.concatenate([corpus.ids for corpus in corpora]),
+        offsets=np.cumsum([0, *lengths]),
+        words=np.concatenate([corpus.words for corpus in corpora]),
+        truncated=sum(corpus.truncated for corpus in corpora),
+        unknown=sum(corpus.unknown for corpus in corpora),
+        skipped=sum(corpus.skipped for corpus in corpora),
+        sha256=" ".join(corpus.sha256 for corpus in corpora),
+        entropy=None,
+    )
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser("pretrain.py", description=__doc__.splitlines()[0])
-    flag, share = parser.add_argument, at_least(0, float, 1)
+    flag, share = parser.add_argument, number(float, 0, 1)
     flag("--dataset", nargs="+", required=True, help="data sets, as in train.py")
     flag("--data-dir", default="data", help="where the folders of named data sets are (data)")
-    flag("--limit", type=at_least(1), help="train on the first N texts of each only")
-    flag("--max-length", type=at_least(2), default=256, help="tokens per text (256)")
+    flag("--limit", type=number(int, 1), help="train on the first N texts of each only")
+    flag("--max-length", type=number(int, 2), default=256, help="tokens per text (256)")
     flag("--tokenizer", help="folder with a vocabulary; else one is made of the training texts")
-    flag("--vocab-size", type=at_least(1), default=4000, help="largest vocabulary (4000)")
-    flag("--d-model", type=at_least(1), default=128, help="width (128)")
-    flag("--heads", type=at_least(1), default=4, help="attention heads (4); they divide the width")
-    flag("--layers", type=at_least(1), default=2, help="encoder layers, and decoder layers (2)")
+    flag("--vocab-size", type=number(int, 1), default=4000, help="largest vocabulary (4000)")
+    flag("--d-model", type=number(int, 1), default=128, help="width (128)")
+    flag(
+        "--heads", type=number(int, 1), default=4, help="attention heads (4); they divide the width"
+    )
+    flag("--layers", type=number(int, 1), default=2, help="encoder layers, and decoder layers (2)")
     flag("--lm-share", type=share, default=0.0, help="share of batches of language modelling (0)")
-    flag("--epochs", type=at_least(0), default=10, help="passes over the training texts (10)")
-    flag("--steps", type=at_least(0), help="optimizer steps, instead of --epochs")
-    flag("--batch-size", type=at_least(1), default=64, help="texts per step (64)")
-    flag("--lr", type=at_least(0, float), default=2e-2, help="relative to each weight's RMS (2e-2)")
+    flag("--epochs", type=number(int, 0), default=10, help="passes over the training texts (10)")
+    flag("--steps", type=number(int, 0), help="optimizer steps, instead of --epochs")
+    flag("--batch-size", type=number(int, 1), default=64, help="texts per step (64)")
+    flag("--lr", type=number(float, 0), default=2e-2, help="relative to each weight's RMS (2e-2)")
     flag("--amp", choices=("off", "bf16"), default="off", help="precision (off: float32)")
     flag("--out", required=True, help="folder to write")
     flag("--resume", action="store_true", help="resume from the last checkpoint, if there is one")
-    flag("--save-every", type=at_least(0, float), default=10.0, help="minutes (10)")
-    flag("--log-every", type=at_least(1), default=50, help="steps per training record (50)")
-    flag("--seed", type=seed, default=0, help="seed of everything random (0)")
+    flag("--save-every", type=number(float, 0), default=10.0, help="minutes (10)")
+    flag("--log-every", type=number(int, 1), default=50, help="steps per training record (50)")
+    flag("--seed", type=number(int, 0, 2**63), default=0, help="of everything random (0)")
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     flag("--device", choices=devices, default=devices[0], help="where to compute")
     args = parser.parse_args(argv)
@@ -204,7 +226,12 @@ def make_t5(args):
     for name in args.dataset:
         texts += [text for text in data.read_texts(name, "train", args.data_dir) if text]
     if args.tokenizer:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+        except Exception as error:  # whatever a missing or damaged folder leads to
+            raise data.InputError(
+                f"--tokenizer {args.tokenizer}: {data.one_line(error)}"
+            ) from error
     else:
         tokenizer = data.train_tokenizer(texts, args.vocab_size)
     torch.manual_seed(args.seed)
@@ -220,17 +247,21 @@ def load_corpora(tokenizer, args):
     for split, limit in ("train", args.limit), ("valid", None):
         rest = split, tokenizer, args.data_dir, args.max_length, limit
         corpora[split] = join([data.load_corpus(name, *rest) for name in args.dataset])
-        print(f"{split}: {len(corpora[split]):,} texts, {corpora[split].ids.size:,} tokens")
+        say(f"{split}: {len(corpora[split]):,} texts, {corpora[split].ids.size:,} tokens")
     return corpora
 
 
-def run(args):
+def make(args):
     """Train, and write OUT/model and OUT/metrics.json."""
-    out = Path(args.out)
-    if out.exists() and any(out.iterdir()) and not args.resume:
-        raise data.InputError(f"{out} is not empty: --resume its run, or give another --out")
-    if (out / "metrics.json").exists():
-        print(f"{out} is finished")
+    run = Run(Path(args.out))
+    if run.folder.exists() and any(run.folder.iterdir()) and not args.resume:
+        advice = "--resume its run, give another --out, or remove it"
+        raise data.InputError(f"{run.folder} is not empty: {advice}")
+    if run.finished:
+        before, now = data.read_json(run.folder / "config.json"), vars(args).copy()
+        del now["tokenizer"]  # it may have moved
+        train.check_same(run.folder, before, now)
+        say(f"{run.folder} is finished")
         return
     t5, tokenizer = make_t5(args)
     t5.train().to(args.device)
@@ -241,28 +272,30 @@ def run(args):
     task = {"sentinels": sentinels, "eos_id": tokenizer.eos_token_id}
     task |= {"seed": args.seed, "lm_share": args.lm_share}
     make_batch = partial(pretraining_batch, **task)
-    shas = {split: corpus.sha256 for split, corpus in corpora.items()}
-    config = vars(args) | {"pretraining_sha256": shas}
-    if (out / "config.json").exists():
-        train.check_same(out, config)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        data.write_json(out / "config.json", config)
-    with open(out / "log.jsonl", "a+", buffering=1) as log:
-        measured = pretrain(t5, corpora, make_batch, args, out, log)
-    t5.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
-    data.write_json(out / "metrics.json", measured)
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"wrote {out / 'model'}")
+    config = vars(args) | {"vocabulary_sha256": checksum(tokenizer)}
+    config["pretraining_sha256"] = {split: corpus.sha256 for split, corpus in corpora.items()}
+    del config["tokenizer"]
+    run.claim(config)
+    measured = pretrain(t5, corpora, make_batch, args, run)
+    t5.save_pretrained(run.folder / "model")
+    tokenizer.save_pretrained(run.folder / "model")
+    data.write_json(run.folder / "metrics.json", measured)
+    (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+    say(f"wrote {run.folder / 'model'}")
+
+
+def checksum(tokenizer):
+    """SHA-256 of a vocabulary: its tokens and their ids."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else [str(word) for word in argv])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with one_line("pretrain.py"):
-        run(args)
+    with data.command("pretrain.py", "; --resume continues it"):
+        make(args)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@
 Needs `pip install -r extras/requirements.txt`. RUN is a run folder; with --texts it may also be a
 model folder or a hub name.
 
-**Any labels.** T holds one text per line, L the label of each. Without T2 and L2 a hash of the text
-decides whether it is in the test part, a fifth of the texts on average; all others are the training
-part. Better are test texts that RUN has not seen either. For instance, the captions that begin with
-"a man" or "a woman":
+**Any labels.** T holds one text per line, L the label of each. Without T2 and L2 the test part is
+what `train.py` would take for its test from the one file T (`data.split_of`), 5 % of the texts; all
+others are the training part. For instance, the captions that begin with "a man" or "a woman":
 
     for part in train test; do
         awk '/^a (wo)?man /' captions/$part.txt > $part.texts
@@ -23,14 +22,15 @@ of the texts.
 
 1. Reading. How often is the label of a test text read from mu, by a linear classifier, and from the
    text, by a bag of words (TF-IDF)? Both are logistic regressions on the training part. Chance is
-   the label that is most frequent there.
+   the label that is most frequent there. Where most texts have no spaces, characters take the place
+   of words, here and below.
 2. Editing. mu of the test texts of one label is moved by k times the difference of the two labels'
    mean mu over the training part, and decoded greedily. The judge is the classifier of the *text*,
    which has seen no latent. k = 0 is the reconstruction, with which an edit must be compared. Words
    kept: the share of the reconstruction's words that the edited text has too (split at spaces, each
    as often as it occurs in both). `another text` is that share for the reconstruction of the next
    text of the same label: an edit that keeps no more has kept nothing of its own text. All pairs of
-   up to three labels are edited; of more labels, the two most frequent.
+   up to three labels are edited; of more labels, the two most frequent, or those of --pair A B.
 3. Writing. Greedy texts from z of one Gaussian fitted to the posteriors of a label's training texts
    (`extras.latent sample --like`), and from N(0, I), judged as above; beside them test texts of the
    label, and texts from a sample of each one's own posterior: a Gaussian can hardly do better. The
@@ -49,7 +49,6 @@ import itertools
 import math
 import sys
 import warnings
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -63,9 +62,8 @@ from transformers.utils import logging
 
 import data
 from data import InputError
-from extras.latent import align, at_least, fit_gaussian, load_vae, one_line, seed
+from extras.latent import align, fit_gaussian, load_vae, without_spaces
 
-HELD_OUT = 5  # one text in so many is for the test, if no test texts are given
 MOST_EDITED = 3  # labels between which all edits are tried; of more, the two most frequent ones
 GRAMMAR_TEXTS = 10_000  # of a split, at most
 TIMES = {time: tense for tense, times in data.TENSES.items() for time in times}
@@ -79,10 +77,27 @@ def linear_classifier():
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
 
 
-def text_classifier():
-    """A bag of words: word by word, punctuation too, without order."""
-    words = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]")
-    return make_pipeline(words, LogisticRegression(max_iter=1000))
+class Judge:
+    """A classifier of texts by a bag of words, or of characters if most have no spaces."""
+
+    def __init__(self, texts, labels):
+        self.characters = without_spaces(texts)
+        if self.characters:  # and pairs of them
+            bag = TfidfVectorizer(analyzer="char", ngram_range=(1, 2))
+        else:  # word by word, punctuation too, without order
+            bag = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]")
+        self.classifier = make_pipeline(bag, LogisticRegression(max_iter=1000)).fit(texts, labels)
+
+    @property
+    def unit(self):
+        return "characters" if self.characters else "words"
+
+    def predict(self, texts):
+        return self.classifier.predict(texts)
+
+    def kept(self, texts, edited):
+        """The share of the words of texts that are in their edited versions too, %."""
+        return units_kept(texts, edited, list if self.characters else str.split)
 
 
 def most_frequent(labels):
@@ -114,14 +129,8 @@ class Labelled(NamedTuple):
 
 
 def read_column(path):
-    """The stripped lines of a UTF-8 file. InputError if one of them is empty, or there is none."""
-    raw = Path(path).read_bytes()
-    try:
-        text = raw.decode("utf-8-sig").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not UTF-8; save it as UTF-8") from None
-    lines = [line.strip() for line in text.split("\n")]
+    """The lines of a file, at least one, none of them empty."""
+    lines = list(data.read_lines(path))
     if not any(lines):
         raise InputError(f"{path} is empty; it must have a line per text")
     if "" in lines:
@@ -137,34 +146,39 @@ def read_labelled(texts_path, labels_path):
     return Labelled(texts, labels)
 
 
-def read_parts(texts, labels, test_texts=None, test_labels=None):
+def read_parts(texts, labels, test_texts=None, test_labels=None, pair=None):
     """The training and the test part, `Labelled` each, of files."""
     train = read_labelled(texts, labels)
     if test_texts:
         test = read_labelled(test_texts, test_labels)
     else:  # by the text alone: one that occurs twice is not in both
-        held_out = [zlib.crc32(text.encode()) % HELD_OUT == 0 for text in train.texts]
+        held_out = [data.split_of(text) == "test" for text in train.texts]
         test, train = train.where(held_out), train.where([not out for out in held_out])
-    check_labels(train.labels, test.labels)
+    check_labels(train.labels, test.labels, pair)
     return train, test
 
 
-def check_labels(train, test):
+def check_labels(train, test, pair=None):
     """InputError if the labels of the two parts allow no classifier, or no edit."""
-    if len(names := sorted(set(train))) < 2:
+    names = sorted(set(train))
+    for name in pair or ():
+        if name not in names:
+            some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise InputError(f"--pair names {name!r}; it must be a label of --labels: {some}")
+    if len(names) < 2:
         only = "no text" if not names else f"only the label {names[0]!r}"
         raise InputError(f"the training part has {only}; it must have at least two labels")
     if strange := sorted(set(test) - set(names)):
         raise InputError(f"label {strange[0]!r} is in the test part alone; nothing can learn it")
-    if missing := [name for name in edited_labels(train) if name not in test]:
+    if missing := [name for name in edited_labels(train, pair) if name not in test]:
         size = f"the test part has {len(test):,} texts"
         raise InputError(f"{size}, none with the label {missing[0]!r}; there must be one to edit")
 
 
-def edited_labels(labels):
-    """The labels between which texts are moved, the most frequent first."""
+def edited_labels(labels, pair=None):
+    """The labels between which texts are moved: those of `pair`, else the most frequent first."""
     names = most_frequent(labels)
-    return names if len(names) <= MOST_EDITED else names[:2]
+    return list(pair) if pair else names if len(names) <= MOST_EDITED else names[:2]
 
 
 def share(hits):
@@ -173,13 +187,13 @@ def share(hits):
     return 100 * p, 100 * math.sqrt(p * (1 - p) / len(hits))
 
 
-def words_kept(texts, edited):
-    """The share of the words of texts that are in their edited versions too, %.
+def units_kept(texts, edited, split=str.split):
+    """The share of the units of texts that are in their edited versions too, %.
 
-    Words are split at spaces. Each counts as often as it occurs in both; sums are divided once.
+    split: a text -> its words. Each counts as often as it occurs in both; sums are divided once.
     """
-    bags = [Counter(text.split()) for text in texts]
-    both = sum((a & Counter(b.split())).total() for a, b in zip(bags, edited, strict=True))
+    bags = [Counter(split(text)) for text in texts]
+    both = sum((a & Counter(split(b))).total() for a, b in zip(bags, edited, strict=True))
     return 100 * both / max(1, sum(bag.total() for bag in bags))
 
 
@@ -190,7 +204,7 @@ def read_table(judge, train, test):
     guesses = {
         f"always {most!r}, the most frequent": [most] * len(test.labels),
         "from mu, linear": from_mu.predict(test.mu.numpy()),
-        "from the text, bag of words": judge.predict(test.texts),
+        f"from the text, bag of {judge.unit}": judge.predict(test.texts),
     }
     rows = []
     for way, guess in guesses.items():
@@ -199,13 +213,14 @@ def read_table(judge, train, test):
     return rows
 
 
-def edit_table(decode, judge, train, test, ks, count):
-    """Moves the first `count` test texts of each edited label to each other one, k = 0 included.
+def edit_table(decode, judge, parts, names, ks, count):
+    """Moves the first `count` test texts of each label of `names` to each other one, k = 0 too.
 
-    decode: z (n, Z) -> n texts. Returns: rows; {number of a test text: [(what, text), ...]}.
+    decode: z (n, Z) -> n texts; parts: train, test. Returns: rows; {number of a test text: [(what,
+    text), ...]}.
     """
-    means, names = label_means(train.mu, train.labels), edited_labels(train.labels)
-    rows, shown = [], {}
+    train, test = parts
+    means, rows, shown = label_means(train.mu, train.labels), [], {}
     for old in names:
         index = [i for i, label in enumerate(test.labels) if label == old][:count]
         plain = decode(test.mu[index])
@@ -219,9 +234,9 @@ def edit_table(decode, judge, train, test, ks, count):
             for i, text in zip(index, edited, strict=True):
                 shown[i] += [(f"{new}, k = {k:g}", text)] if k else []
         if len(plain) > 1:
-            kept = words_kept(plain, plain[1:] + plain[:1])
+            kept = judge.kept(plain, plain[1:] + plain[:1])
             row = dict.fromkeys(rows[-1], "-") | {"from": old, "to": "another text"}
-            rows.append(row | {"texts": len(plain), "words kept %": kept})
+            rows.append(row | {"texts": len(plain), f"{judge.unit} kept %": kept})
     return rows, shown
 
 
@@ -230,16 +245,16 @@ def edit_row(judge, edit, plain, edited):
     (old, new, k), said = edit, judge.predict(edited)
     row = {"from": old, "to": new, "k": f"{k:g}", "texts": len(edited)}
     row |= {"says from %": share(said == old), "says to %": share(said == new)}
-    return row | {"words kept %": words_kept(plain, edited)}
+    return row | {f"{judge.unit} kept %": judge.kept(plain, edited)}
 
 
-def write_table(decode, judge, train, test, count):
+def write_table(decode, judge, parts, names, count):
     """One row per kind of texts: of the test part, and decoded from `count` z of each kind.
 
     The kinds: a sample of the posterior of each of the first `count` test texts of a label; a
-    Gaussian fitted to a label's training texts; N(0, I).
+    Gaussian fitted to a label's training texts; N(0, I). Arguments: see `edit_table`.
     """
-    names = edited_labels(train.labels)
+    train, test = parts
     kinds = {f"test texts, {name}": test.of(name).texts for name in names}
     for name in names:
         mu, logvar = (x[:count] for x in test.of(name)[2:])
@@ -257,24 +272,29 @@ def write_table(decode, judge, train, test, count):
     return rows
 
 
-def probe_labels(model, train, test, ks, count, examples):
+def probe_labels(model, parts, args):
     """Lines: the tables of two `Labelled` parts, and examples. Draws from torch's generator."""
-    train = Labelled(train.texts, train.labels, *model.encode_texts(train.texts))
-    test = Labelled(test.texts, test.labels, *model.encode_texts(test.texts))
-    judge = text_classifier().fit(train.texts, train.labels)
+    train, test = parts = [
+        Labelled(part.texts, part.labels, *model.encode_texts(part.texts)) for part in parts
+    ]
+    judge, names = Judge(train.texts, train.labels), edited_labels(train.labels, args.pair)
     lengths = map(len, data.tokenize(train.texts + test.texts, model.tokenizer))
     decode = functools.partial(model.decode_texts, max_new_tokens=min(256, max(lengths) + 1))
     labels = len(set(train.labels))
     yield f"{len(train.texts):,} training texts, {len(test.texts):,} test texts, {labels} labels\n"
+    if not args.test_texts:
+        yield "the test texts are those of --texts that train.py would test on (data.split_of)\n"
+    if judge.characters:
+        yield "most texts have no spaces: what judges and compares texts takes characters\n"
     if both := sum(map(set(train.texts).__contains__, test.texts)):
         yield f"{both:,} of the test texts are training texts too\n"
     yield format_rows(read_table(judge, train, test))
-    if labels > MOST_EDITED:
-        yield f"\nof {labels} labels the two most frequent are edited"
-    rows, shown = edit_table(decode, judge, train, test, ks, count)
+    if labels > MOST_EDITED and not args.pair:
+        yield f"\nof {labels} labels the two most frequent are edited; --pair names others"
+    rows, shown = edit_table(decode, judge, parts, names, args.k, args.count)
     yield f"\n{format_rows(rows)}"
-    yield f"\n{format_rows(write_table(decode, judge, train, test, count))}"
-    for i in sorted(shown)[:examples]:
+    yield f"\n{format_rows(write_table(decode, judge, parts, names, args.count))}"
+    for i in sorted(shown)[: args.examples]:
         yield ""
         width = max(len(what) for what, _ in shown[i])
         yield from (f"{what:{width}}  {text}" for what, text in shown[i])
@@ -382,7 +402,9 @@ def probe_grammar(model, moved=200, limit=GRAMMAR_TEXTS):
     """
     mu, true = {}, {}
     for split in "train", "test":
-        mu[split], _ = model.encode_texts(data.read_texts("grammar", split)[:limit])
+        mu[split], _ = model.encode_texts(
+            list(itertools.islice(data.read_texts("grammar", split), limit))
+        )
         true[split] = list(map(in_words, itertools.islice(data.grammar_factors(split), limit)))
 
     def written(z):
@@ -432,18 +454,29 @@ def parse_args(argv):
     flag("run", metavar="RUN", help="run folder; with --texts also a model folder or a hub name")
     flag("--texts", metavar="FILE", help="texts, one per line (none: RUN is a run on grammar)")
     flag("--labels", metavar="FILE", help="their labels, one per line")
-    flag("--test-texts", metavar="FILE", help="texts to judge by (a fifth of --texts)")
+    flag("--test-texts", metavar="FILE", help="texts to judge by (part of --texts)")
     flag("--test-labels", metavar="FILE", help="their labels")
-    step = at_least(0, float)
+    flag("--pair", nargs=2, metavar=("A", "B"), help="the two labels to edit, of many")
+    count, step, seed = data.number(int, 1), data.number(float, 0), data.number(int, 0, 2**63)
     flag("--k", type=step, nargs="+", default=[1, 2], help="lengths of the move of a label (1 2)")
-    flag("--count", type=at_least(1), default=200, metavar="N", help="texts per row (200)")
-    flag("--examples", type=at_least(0), default=3, metavar="N", help="first N test texts (3)")
+    flag("--count", type=count, default=200, metavar="N", help="texts per row (200)")
+    flag(
+        "--examples",
+        type=data.number(int, 0),
+        default=3,
+        metavar="N",
+        help="first N test texts (3)",
+    )
     flag("--seed", type=seed, default=0, help="of the texts that are written (0)")
     args = parser.parse_args(argv)
     for texts, labels in ("texts", "labels"), ("test_texts", "test_labels"):
         if (getattr(args, texts) is None) != (getattr(args, labels) is None):
             names = [f"--{name.replace('_', '-')}" for name in (texts, labels)]
             parser.error(f"{' and '.join(names)} belong together: give both or none")
+    if args.pair and not args.texts:
+        parser.error("--pair needs --texts and --labels, whose labels it names")
+    if args.pair and args.pair[0] == args.pair[1]:
+        parser.error(f"--pair names {args.pair[0]!r} twice; they must be two labels")
     if args.test_texts and not args.texts:
         parser.error("--test-texts needs --texts: the texts to learn from")
     return args
@@ -452,11 +485,12 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     logging.set_verbosity_error()
-    with warnings.catch_warnings(), one_line("probe.py"):
+    with warnings.catch_warnings(), data.command("probe.py"):
         warnings.showwarning = lambda message, *_: print(f"probe.py: {message}", file=sys.stderr)
         parts = None
         if args.texts:
-            parts = read_parts(args.texts, args.labels, args.test_texts, args.test_labels)
+            files = args.texts, args.labels, args.test_texts, args.test_labels
+            parts = read_parts(*files, args.pair)
         model = load_vae(args.run)
         dataset = data.read_json(Path(args.run, "config.json")).get("dataset")
         if parts is None and dataset != "grammar":
@@ -466,7 +500,7 @@ def main(argv=None):
         if parts is None:
             print(format_grammar(probe_grammar(model, args.count)))
             return
-        for line in probe_labels(model, *parts, args.k, args.count, args.examples):
+        for line in probe_labels(model, parts, args):
             print(line, flush=True)
 
 

@@ -10,6 +10,7 @@ of each:
                  BLEU, 0 to 100)
     distinct_1   share of the words that are different from each other, %; distinct_2: of the pairs
                  of words. Compare rows of the same count only: the more texts, the fewer new words
+                 (where most texts have no spaces a word, of BLEU too, is a character)
     words        per text, mean
     lm_nats      -log p per token of a language model's run, </s> included. Texts far below test
                  sentences are bland, those far above are not language
@@ -24,42 +25,44 @@ texts of that file. Writes RUN-samples.json beside RUN.
 import argparse
 from pathlib import Path
 
+import numpy as np
 import sacrebleu
 import torch
 
 import data
 import metrics
-from extras.latent import align, at_least, fit_gaussian, interpolate, one_line, read_group
+from extras.latent import align, fit_gaussian, interpolate, read_group, without_spaces
 
 STEPS = 5  # of an interpolation, both ends included
 HEADS = ["bleu", "distinct_1", "distinct_2", "words", "lm_nats"]
 
 
-def distinct(texts, n):
+def distinct(texts, n, split=str.split):
     """The share of different ones among the n-grams of words of all texts, %."""
     grams = []
     for text in texts:
-        words = text.split()
+        words = split(text)
         grams += [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 100 * len(set(grams)) / max(1, len(grams))
 
 
 @torch.no_grad()
-def lm_nats(lm, texts, batch_size=64):
+def lm_nats(lm, texts):
     """Mean of -log p per token, </s> included, of texts under a T5VAE without latent."""
     eos_id = lm.tokenizer.eos_token_id
     rows = [[*row, eos_id] for row in data.tokenize(texts, lm.tokenizer)]
     nats = 0.0
-    for start in range(0, len(rows), batch_size):
-        ids, _ = data.pad(rows[start : start + batch_size], lm.tokenizer.pad_token_id)
+    batches = data.evaluation_order(np.array(list(map(len, rows))))
+    for index in data.progress(batches, "judging"):
+        ids, _ = data.pad([rows[i] for i in index], lm.tokenizer.pad_token_id)
         nats += lm.rec(torch.zeros(len(ids), 0, device=lm.device), ids.to(lm.device)).sum().item()
     return nats / sum(map(len, rows))
 
 
-def measure(texts, lm):
-    """The measures of texts, but for BLEU; lm: a language model, or None."""
-    measured = {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
-    measured["words"] = sum(len(text.split()) for text in texts) / len(texts)
+def measure(texts, lm, split=str.split):
+    """The measures of texts, but for BLEU; lm: a language model, or None; split: into words."""
+    measured = {f"distinct_{n}": distinct(texts, n, split) for n in (1, 2)}
+    measured["words"] = sum(len(split(text)) for text in texts) / len(texts)
     if lm:
         measured["lm_nats"] = lm_nats(lm, texts)
     return measured
@@ -91,11 +94,19 @@ def judge(model, lm, corpus, count, seed=0, like=None):
         texts[kind] = model.decode_texts(z, do_sample=sampled, max_new_tokens=longest)
     if like:
         texts["like: the texts"] = like[:count]
-    measured = {kind: measure(of_kind, lm) for kind, of_kind in texts.items()}
-    originals = [texts["test sentences"]]
-    bleu = sacrebleu.corpus_bleu(texts["reconstructions"], originals, tokenize="none", force=True)
-    measured["reconstructions"]["bleu"] = bleu.score
+    characters = without_spaces(texts["test sentences"])
+    split = list if characters else str.split
+    measured = {kind: measure(of_kind, lm, split) for kind, of_kind in texts.items()}
+    measured["reconstructions"]["bleu"] = bleu(
+        texts["reconstructions"], texts["test sentences"], characters
+    )
     return measured, texts
+
+
+def bleu(texts, originals, characters=False):
+    """Corpus BLEU, of words as they are, or of characters."""
+    tokenize = "char" if characters else "none"
+    return sacrebleu.corpus_bleu(texts, [originals], tokenize=tokenize, force=True).score
 
 
 def format_lines(measured, texts):
@@ -104,6 +115,8 @@ def format_lines(measured, texts):
         cells = [f"{row[head]:.2f}" if head in row else "-" for head in HEADS]
         table.append([kind, f"{len(texts[kind]):,}", *cells])
     yield align(table)
+    if without_spaces(texts["test sentences"]):
+        yield "Most texts have no spaces: BLEU, distinct and words count characters."
     for i in range(3):
         yield f"text            {texts['test sentences'][i]}"
         yield f"reconstructed   {texts['reconstructions'][i]}"
@@ -122,7 +135,7 @@ def load_lm(run, named):
         return None
     _, lm, _ = metrics.load_run(folder)
     if lm.latent_dim:
-        raise data.InputError(f"{folder} is a VAE; --lm must be a run of --no-latent")
+        raise data.InputError(f"--lm is {folder}, a VAE; it must be a run of --no-latent")
     return lm
 
 
@@ -131,17 +144,23 @@ def main(argv=None):
     flag = parser.add_argument
     flag("run", metavar="RUN", help="run folder of train.py, of phase 2")
     flag("--lm", metavar="RUN", help="language model of the same data (lm/ beside RUN, if any)")
-    flag("--count", type=at_least(3), default=1000, metavar="N", help="texts of each kind (1000)")
+    flag(
+        "--count",
+        type=data.number(int, 3),
+        default=1000,
+        metavar="N",
+        help="texts of each kind (1000)",
+    )
     flag("--like", metavar="FILE", help="texts, one per line: also write texts of their kind")
     args = parser.parse_args(argv)
     run = Path(args.run).resolve()
-    with one_line(f"samples.py: cannot use {args.run}"):
+    with data.command("samples.py"):
         _, model, read = metrics.load_run(args.run)
         if model.latent_dim == 0:
-            raise data.InputError("it is a language model; it must be the run of a VAE")
+            raise data.InputError(f"{args.run} is a language model; it must be the run of a VAE")
         lm, corpus = load_lm(args.run, args.lm), read("test")
         if len(corpus) < 3:
-            raise data.InputError(f"{len(corpus)} test texts; there must be at least 3")
+            raise data.InputError(f"{args.run} has {len(corpus)} test texts; there must be 3")
         like = read_group(args.like) if args.like else None
         measured, texts = judge(model, lm, corpus, args.count, like=like)
         some = {kind: of_kind[:20] for kind, of_kind in texts.items()}

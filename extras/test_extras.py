@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
@@ -22,17 +21,26 @@ import data
 import metrics
 import train
 from extras import benchmark, compare, fast_cpu, latent, paper_tables, pretrain, probe, samples
-from test_vae import EOS, ROOT, TINY, one_thread, random_texts, tiny_vae
+from test_vae import EOS, ROOT, TINY, one_thread, random_texts, shrink_tiny, tiny_vae
 from vae import T5VAE
 
 SHORT = ["--batch-size", 5, "--log-every", 3, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_tiny():
+    """`--model tiny` of these tests is smaller still."""
+    before = train.TINY, train.TINY_VOCABULARY
+    shrink_tiny()
+    yield
+    train.TINY, train.TINY_VOCABULARY = before
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """A data set of 23 texts."""
     home = tmp_path_factory.mktemp("texts")
-    texts = data.read_texts("grammar", "train")[:23]
+    texts = grammar_texts("train", 23)
     for split in data.SPLITS:
         (home / f"{split}.txt").write_text("\n".join(texts[: 23 if split == "train" else 7]) + "\n")
     return home
@@ -47,6 +55,7 @@ def run(home):
     with torch.no_grad():
         model.w_proj.weight.normal_(std=3)
         model.t5.shared.weight *= 0.1
+        model.t5.shared.weight[list(data.own_tokens(model.tokenizer))] = 0  # it writes words
     model.save_pretrained(home / "run" / "phase2" / "model")
     return str(home / "run" / "phase2")
 
@@ -56,6 +65,10 @@ def language_model(home):
     flags = [*TINY, *SHORT, "--no-latent", "--epochs", 1, "--out", home / "words"]
     train.main(["--dataset", home, *flags])
     return str(home / "words" / "lm")
+
+
+def grammar_texts(split, count):
+    return list(itertools.islice(data.read_texts("grammar", split), count))
 
 
 def read_json(run, name):
@@ -131,12 +144,19 @@ def test_arithmetic_neighbors_traversal_and_encoding(ask, run, tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["reconstruct", "no/run", "x"], "no/run is neither a folder here nor"),
+        (["reconstruct", "no/such/run", "x"], "no/such/run: no such run or folder"),
         (["reconstruct", "{run}", "--file", "no/file"], "no/file"),
+        (["neighbors", "{run}", "{run}/bytes", "x"], "bytes, line 2, byte 1: not UTF-8"),
+        (["map", "{run}", "--labels", "{run}/log.jsonl", "-o", "no.png"], "has 7 lines, "),
+        (
+            ["map", "{run}/model", "--labels", "x", "-o", "no.png"],
+            "which knows its texts: give --texts",
+        ),
         (["traverse", "{run}", "x", "--dim", "4"], "--dim is 4; it must be in [0, 4)"),
     ],
 )
 def test_latent_refuses_in_one_line(args, words, run):
+    Path(run, "bytes").write_bytes(b"a\n\xff\n")
     with pytest.raises(SystemExit) as stop:
         latent.main([arg.format(run=run) for arg in args])
     assert words in str(stop.value)
@@ -189,6 +209,85 @@ def test_sample_like_a_file(run, language_model, tmp_path, capsys):
         latent.main(["sample", language_model])
 
 
+def test_files_are_read_by_the_one_reader(tmp_path, monkeypatch):
+    content = b"\xef\xbb\xbfa\r\r\n\r\nb\rc\n"
+    write_files(tmp_path, texts=content)
+    expected = ["a", "", "b\rc"]
+    assert latent.read_lines(str(tmp_path / "texts")) == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content[3:])))
+    assert latent.read_lines("-") == expected
+
+
+def png_size(path):
+    content = Path(path).read_bytes()
+    assert content.startswith(b"\x89PNG")
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
+def test_principal_components_explain_what_they_should():
+    rng = np.random.default_rng(0)
+    mu = rng.normal(size=(5000, 3)) * [3, 2, 1] + 7
+    place, shares = latent.principal_components(mu)
+    assert shares == pytest.approx([9 / 14, 4 / 14], abs=0.02)
+    assert place.var(0) == pytest.approx([9, 4], rel=0.05)
+    assert abs(np.corrcoef(place[:, 0], mu[:, 0])[0, 1]) > 0.99
+    place, shares = latent.principal_components(mu[:, :1])
+    assert shares.tolist() == [1, 0]
+
+
+def test_a_map_of_labelled_texts(ask, run, home, tmp_path, monkeypatch):
+    drawn = []
+    draw = latent.draw_map
+    monkeypatch.setattr(latent, "draw_map", lambda *args: (drawn.append(args), draw(*args)))
+    write_files(tmp_path, labels=[*"xyxyxy", "", ""], six=list("xyxyxy"))
+    out = tmp_path / "map.png"
+    assert ask("map", "--labels", tmp_path / "labels", "-o", out) == [f"wrote {out}: 6 texts"]
+    assert min(png_size(out)) > 500
+    place, labels, axes, _ = drawn[0]
+    texts = list(data.read_texts(str(home), "test"))[:6]
+    mu = T5VAE.from_pretrained(run).encode_texts(texts, max_length=8)[0].double().numpy()
+    np.testing.assert_allclose(place, latent.principal_components(mu)[0], atol=1e-6)
+    assert list(labels) == list("xyxyxy")
+    assert axes[0].startswith("component 1: ")
+    write_files(tmp_path, texts=texts)
+    flags = ["--labels", tmp_path / "six", "--texts", tmp_path / "texts", "--tsne", "-o", out]
+    ask("map", *flags)
+    assert drawn[1][2][0].startswith("t-SNE 1")
+    write_files(home, **{"test.txt": ["another", *texts]})
+    try:
+        with pytest.raises(SystemExit, match=r"the test texts of .* are not those of"):
+            ask("map", "--labels", tmp_path / "labels", "-o", out)
+    finally:
+        write_files(home, **{"test.txt": [*texts, grammar_texts("train", 7)[6], ""]})
+
+
+def test_an_interpolation_as_a_strip(ask, tmp_path):
+    out, ends = tmp_path / "strip.png", ("the old king", "a queen sells")
+    texts = ask("interpolate", *ends, "--steps", 4)
+    assert ask("strip", *ends, "--steps", 4, "-o", out) == texts
+    few = png_size(out)
+    latent.draw_strip(["word " * 80, "", "a $ and a $", *texts], out)
+    assert png_size(out)[1] > few[1]
+    latent.draw_strip(["W" * 84, ""], out)
+    assert png_size(out)[0] > few[0], "wide letters are not clipped"
+
+
+def test_a_closed_pipe_and_an_interrupt_end_quietly(run):
+    command = [sys.executable, "-m", "extras.latent", "sample", run, "-n", "2", "--max-length", "4"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        child.stdout.close()  # as `| head -0` does
+        assert (child.stderr.read(), child.wait()) == (b"", 141)
+    code = "import sys; from extras import latent\n"
+    code += "def load_vae(folder): raise KeyboardInterrupt\n"
+    code += "latent.load_vae = load_vae; latent.main(sys.argv[1:])"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *command[3:]], cwd=ROOT, capture_output=True
+    )
+    assert (ended.returncode, ended.stderr.strip()) == (130, b"latent.py: interrupted")
+
+
 # ---------------------------------------- compare, paper_tables
 
 
@@ -211,19 +310,28 @@ def test_differences_of_two_runs_are_paired(run, tmp_path, capsys):
     mean, error = shifted(0, 1.0)["rec"]
     assert abs(mean) < 3 * error
     values = dict(np.load(one / "sentences.npz"))
-    for lost in "nll_iw", "rec_prior":  # as in phase 1
+    for lost in "nll_iw", "rec_prior", "rec_posterior":  # as in phase 1
         del values[lost]
     np.savez(other / "sentences.npz", **values)
     measured = read_json(other, "metrics.json") | {"iw_samples": 0}
     (other / "metrics.json").write_text(json.dumps(measured))
     compare.main([str(one), str(other)])
-    assert "nll                  -\n" in capsys.readouterr().out
+    assert f"{'nll':20}{'-':>12}\n" in capsys.readouterr().out
+
+
+def test_compare_pairs_what_metrics_json_has(run, tmp_path):
+    """Of a run with itself shifted, every mean is that of metrics.json."""
+    _, measured, named = compare.load(run)
+    assert set(compare.MEASURES) == set(named)
+    for name, values in named.items():
+        assert values.mean().item() == pytest.approx(measured[name], abs=1e-9), name
 
 
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("metrics.json", {"iw_samples": 7}, "must be the same"),
+        ("metrics.json", {"iw_samples": 7}, "iw_samples of metrics.json must be the same"),
+        ("metrics.json", {"precision": "bf16"}, "precision of .* has off, .* bf16"),
         ("config.json", {"data_sha256": {"test": "of others"}}, "different texts"),
         ("metrics.json", None, "other is not finished"),
         ("config.json", None, "other is no run"),
@@ -286,7 +394,7 @@ def test_texts_are_judged_beside_test_sentences(run, home, language_model, capsy
     nats = {kind: values["lm_nats"] for kind, values in measured["measures"].items()}
     assert nats["test sentences"] == pytest.approx(judge["rec"] * 7 / judge["tokens"], rel=1e-5)
     assert nats["test sentences"] != pytest.approx(nats["prior, sampled"], rel=1e-3)
-    texts = data.read_texts(str(home), "test")
+    texts = list(data.read_texts(str(home), "test"))
     perfect = copy.deepcopy(T5VAE.from_pretrained(run))
     perfect.decode_texts = lambda z, **_: texts if len(z) == len(texts) else texts[: len(z)]
     perfect.encode_texts = lambda texts: (torch.zeros(len(texts), 4), None)
@@ -307,7 +415,7 @@ def test_texts_are_judged_beside_test_sentences(run, home, language_model, capsy
 
 def test_samples_like_a_file_are_measured_beside_it(run, tmp_path, language_model, capsys):
     own = shutil.copytree(run, tmp_path / "own")
-    texts = data.read_texts("grammar", "train")[:5]
+    texts = grammar_texts("train", 5)
     write_files(tmp_path, like=texts)
     flags = [str(own), "--lm", language_model, "--count", "4"]
     samples.main(flags)
@@ -320,6 +428,22 @@ def test_samples_like_a_file_are_measured_beside_it(run, tmp_path, language_mode
     lm = T5VAE.from_pretrained(language_model)
     assert measured["like: the texts"]["lm_nats"] == pytest.approx(samples.lm_nats(lm, texts[:4]))
     assert "like, sampled " in capsys.readouterr().out
+
+
+def test_texts_without_spaces_are_measured_by_characters(run):
+    texts = ["\u6211\u559c\u6b22\u732b", "\u4ed6\u8ba8\u538c\u72d7", "\u732b\u5403\u9c7c\u4e86"]
+    assert latent.without_spaces(texts)
+    assert not latent.without_spaces(["the cat", "a dog", "\u732b"])
+    assert samples.bleu(texts, texts, characters=True) == pytest.approx(100)
+    assert samples.bleu(texts, texts) == 0, "the control: what words would say"
+    assert samples.distinct(texts, 1, list) == pytest.approx(100 * 11 / 12)
+    rows = {"reconstructions": samples.measure(texts, None, list)}
+    assert rows["reconstructions"]["words"] == 4
+    said = "Most texts have no spaces"
+    kinds = {"test sentences": texts, "reconstructions": texts}
+    assert said in "\n".join(samples.format_lines(rows, kinds))
+    kinds["test sentences"] = ["a cat", "a dog", "a bird"]
+    assert said not in "\n".join(samples.format_lines(rows, kinds))
 
 
 # ---------------------------------------- pretraining
@@ -364,7 +488,7 @@ def test_a_share_of_the_batches_is_language_modelling(home, run):
     assert first == again
 
 
-def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_path):
+def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_path, capsys):
     shape = ["--d-model", "16", "--layers", "1", "--heads", "2", "--vocab-size", "40"]
     flags = ["--dataset", str(home), str(home / "train.txt"), *shape, "--lm-share", "0.5"]
     flags += ["--batch-size", "5", "--log-every", "3", "--steps", "12", "--out"]
@@ -394,6 +518,18 @@ def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_
     for wrong in ["--kl-target", "3"], ["--lm-share", "1"], ["--dropout", "0.1"]:
         with pytest.raises(SystemExit):
             pretrain.main([*flags, str(tmp_path / "no"), *wrong])
+    capsys.readouterr()
+    finished = [*flags, str(tmp_path / "whole"), "--resume"]
+    of_before = read_json(tmp_path / "whole", "config.json")  # as the second edition wrote it
+    del of_before["vocabulary_sha256"]
+    data.write_json(tmp_path / "whole" / "config.json", of_before | {"tokenizer": None})
+    pretrain.main(finished)
+    assert capsys.readouterr().out == f"{tmp_path / 'whole'} is finished\n"
+    with pytest.raises(SystemExit, match="^pretrain.py: --resume needs .*: lr was 0.02, not 0.5"):
+        pretrain.main([*finished, "--lr", "0.5"])
+    with pytest.raises(SystemExit, match="^pretrain.py: --tokenizer no/such/tokenizer: ") as stop:
+        pretrain.main(["--dataset", str(home), "--tokenizer", "no/such/tokenizer", *zero[2:5], "x"])
+    assert "\n" not in str(stop.value)
     with pytest.raises(SystemExit, match="^pretrain.py: .*no train.txt"):
         pretrain.main(["--dataset", "no/such", "--out", str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()
@@ -436,20 +572,6 @@ def test_a_quick_language_model_trains(home, tmp_path, amp):
     flags = ["--dataset", home, *TINY, *SHORT, "--no-latent", "--epochs", 1, "--amp", amp]
     fast_cpu.main([*flags, "--out", tmp_path / "lm"])
     assert read_json(tmp_path / "lm" / "lm", "metrics.json")["latent_dim"] == 0
-
-
-def test_quick_losses_weigh_tokens_of_their_own():
-    torch.manual_seed(0)
-    hidden, weight, labels = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
-    for share in torch.ones(6) / 6, torch.rand(6), torch.zeros(6):
-        found = []
-        plain = lambda h, w, y: F.cross_entropy(h @ w.T, y, reduction="none")  # noqa: E731
-        for loss in fast_cpu.TokenNats.apply, plain:
-            h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-            (loss(h, w, labels) * share).sum().backward()
-            found.append((h.grad, w.grad))
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_quick_dropout_drops_p_and_keeps_the_mean():
@@ -495,9 +617,9 @@ def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
     fast_cpu.main(flags)
     mu, _ = T5VAE.from_pretrained(tmp_path / "phase1").encode_texts(["a king"])
     assert mu.isfinite().all()
-    for fp16 in ["--amp", "fp16"], ["--amp=fp16"]:
-        with pytest.raises(SystemExit, match="use bf16 or off"):
-            fast_cpu.main([*flags, *fp16])
+    with pytest.raises(SystemExit, match="--amp is fp16; extras.fast_cpu takes bf16 or off"):
+        fast_cpu.main([*flags[:-1], tmp_path / "half", "--amp=fp16"])
+    assert not (tmp_path / "half").exists()
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
@@ -516,7 +638,8 @@ def test_activations_take_what_the_formula_says(amp, dropout):
     def total(sentences, **changes):
         model = tiny_vae(vocab_size=20, dropout_rate=dropout, **sizes | changes).train()
         ids, mask = torch.randint(3, 20, (sentences, 40)), torch.ones(sentences, 40).long()
-        batch = data.Batch(ids, mask, ids, torch.arange(sentences), torch.zeros(sentences, 8))
+        index, eps = np.arange(sentences), torch.zeros(sentences, 8)
+        batch = data.Batch(ids, mask, ids, index, eps=eps, count=sentences, step_count=sentences)
         kept.clear()
         half = torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16")
         with half, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -541,6 +664,21 @@ def test_the_benchmark_compares_and_writes_nothing(home, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="benchmark.py: "):
         benchmark.main(["--dataset", "no/such", *TINY])
+
+
+def test_what_a_step_costs_beside_the_model():
+    rows = dict(line.rsplit("  ", 1) for line in benchmark.overhead(repeats=5))
+    found = {name.strip(): float(cells.split(" ")[0]) for name, cells in rows.items()}
+    assert list(found)[0] == "a batch of 64 texts of 14 tokens"
+    assert found["adamw-rms, 117 weights: step"] > found["adamw, 117 weights: step"]
+    assert found["adamw-rms, 117 weights: step sizes"] > found["reading the loss"]
+
+
+def test_the_memory_of_a_step_stops_growing_with_the_logits_where_they_are_sliced():
+    model = tiny_vae(vocab_size=1_000_000, d_model=4, d_ff=4, num_layers=1, num_heads=1, d_kv=4)
+    few, more, many = (benchmark.step_bytes(model, n, 1) for n in (100, 200, 20_000))
+    assert more - few > 0.9 * 3 * 4 * 1_000_000 * 100
+    assert many < few
 
 
 # ---------------------------------------- probe, of grammar
@@ -645,11 +783,13 @@ def test_probe_finds_what_a_latent_holds(run):
 
 
 def test_words_kept_are_counted_as_often_as_they_occur():
-    assert probe.words_kept(["a a b c"], ["a a b b"]) == 75
-    assert probe.words_kept(["a b c d"], ["a a a a"]) == 25
-    assert probe.words_kept(["a b", ""], ["b a", "c"]) == 100, "order does not matter"
-    assert probe.words_kept(["a", "b c d"], ["a", "e"]) == 25, "of all words, not a mean of means"
-    assert probe.words_kept([""], ["a"]) == 0
+    assert probe.units_kept(["a a b c"], ["a a b b"]) == 75
+    assert probe.units_kept(["a b c d"], ["a a a a"]) == 25
+    assert probe.units_kept(["a b", ""], ["b a", "c"]) == 100, "order does not matter"
+    assert probe.units_kept(["a", "b c d"], ["a", "e"]) == 25, "of all words, not a mean of means"
+    assert probe.units_kept([""], ["a"]) == 0
+    assert probe.units_kept(["abcd"], ["abxy"]) == 0
+    assert probe.units_kept(["abcd"], ["abxy"], list) == 50
     assert probe.share([True, True, True, False]) == pytest.approx((75, 100 * 0.75**0.5 / 4))
 
 
@@ -660,7 +800,7 @@ def test_words_kept_are_counted_as_often_as_they_occur():
         ({"L": ["x"] * 40}, "only the label 'x'; it must have at least two labels"),
         ({"T": [], "L": []}, "T is empty"),
         ({"L": ["x", ""] + ["y"] * 38}, "L, line 2: empty"),
-        ({"T": b"a\n\xff\n"}, "T, line 2: not UTF-8"),
+        ({"T": b"a\n\xff\n"}, "T, line 2, byte 1: not UTF-8"),
         ({"L2": ["x", "new"]}, "label 'new' is in the test part alone"),
         ({"L2": ["x", "x"]}, "the test part has 2 texts, none with the label 'y'"),
         ({"T2": ["one"]}, "T2 has 1 lines, .*L2 2;"),
@@ -672,11 +812,11 @@ def test_labelled_files_are_refused_in_one_line(tmp_path, files, words):
     write_files(tmp_path, **good)
     flags = ["--texts", "T", "--labels", "L", "--test-texts", "T2", "--test-labels", "L2"]
     flags = [flag if flag.startswith("--") else str(tmp_path / flag) for flag in flags]
-    with pytest.raises(SystemExit, match="^probe.py: no/run is neither a folder"):
-        probe.main(["no/run", *flags])  # the control: the files are good
+    with pytest.raises(SystemExit, match="^probe.py: no/such/run: no such run or folder"):
+        probe.main(["no/such/run", *flags])  # the control: the files are good
     write_files(tmp_path, **files)
     with pytest.raises(SystemExit, match=f"^probe.py: .*{words}") as stop:
-        probe.main(["no/run", *flags])
+        probe.main(["no/such/run", *flags])
     assert "\n" not in str(stop.value)
 
 
@@ -685,21 +825,24 @@ def test_flags_that_belong_together(capsys):
         (["--texts", "T"], "--texts and --labels belong together"),
         (["--texts", "T", "--labels", "L", "--test-labels", "L"], "--test-texts and --test-labels"),
         (["--test-texts", "T", "--test-labels", "L"], "--test-texts needs --texts"),
-        (["--k", "nan"], "argument --k: nan is not in"),
-        (["--seed", str(2**70)], f"argument --seed: {2**70} is not in"),
+        (["--pair", "x", "y"], "--pair needs --texts"),
+        (["--texts", "T", "--labels", "L", "--pair", "x", "x"], "--pair names 'x' twice"),
+        (["--k", "nan"], "argument --k: 'nan' must be at least 0"),
+        (["--seed", str(2**70)], f"argument --seed: '{2**70}' must be at least 0 and less than"),
     ):
         with pytest.raises(SystemExit):
             probe.parse_args(["RUN", *flags])
         assert words in capsys.readouterr().err
 
 
-def test_the_held_out_part_depends_on_the_texts_alone(tmp_path):
+def test_the_test_part_of_one_file_is_that_of_training(tmp_path):
     texts = [f"text {i % 500}" for i in range(1000)]  # each twice
     names = ["x" if i % 3 else "y" for i in range(500)] * 2
     write_files(tmp_path, T=texts, L=names)
     train_part, test = probe.read_parts(tmp_path / "T", tmp_path / "L")
     assert len(train_part.texts) + len(test.texts) == 1000
-    assert 150 < len(test.texts) < 250
+    assert test.texts == list(data.read_texts(str(tmp_path / "T"), "test"))
+    assert 20 < len(test.texts) < 90
     assert not set(train_part.texts) & set(test.texts)
     pairs = set(zip(texts, names, strict=True))
     assert set(zip(*train_part[:2], strict=True)) | set(zip(*test[:2], strict=True)) == pairs
@@ -734,12 +877,12 @@ def deaf(z):
 
 def test_an_edit_is_judged_by_the_text_beside_the_reconstruction():
     train_part, test = labelled(480), labelled(96)
-    judge = probe.text_classifier().fit(train_part.texts, train_part.labels)
+    judge = probe.Judge(train_part.texts, train_part.labels)
     read = [row["right %"][0] for row in probe.read_table(judge, train_part, test)]
     assert read == pytest.approx([100 * 2 / 3, 100, 100])
 
     def said(decode, ks=(0.25, 1)):
-        rows, shown = probe.edit_table(decode, judge, train_part, test, ks, 10)
+        rows, shown = probe.edit_table(decode, judge, (train_part, test), ["good", "bad"], ks, 10)
         assert {row["texts"] for row in rows} == {10}
         return {(row["from"], row["to"], row["k"]): row for row in rows}, shown
 
@@ -760,8 +903,8 @@ def test_an_edit_is_judged_by_the_text_beside_the_reconstruction():
 def test_texts_written_like_a_label_have_it():
     torch.manual_seed(0)
     parts = labelled(480), labelled(96)
-    judge = probe.text_classifier().fit(parts[0].texts, parts[0].labels)
-    rows = {row["texts of"]: row for row in probe.write_table(heard, judge, *parts, 200)}
+    judge, names = probe.Judge(parts[0].texts, parts[0].labels), ["good", "bad"]
+    rows = {row["texts of"]: row for row in probe.write_table(heard, judge, parts, names, 200)}
     for name, other in ("good", "bad"), ("bad", "good"):
         assert rows[f"test texts, {name}"][f"says {name} %"][0] == 100
         assert rows[f"posteriors, {name}"][f"says {name} %"][0] == 100
@@ -769,7 +912,7 @@ def test_texts_written_like_a_label_have_it():
         assert rows[f"Gaussian, {name}"][f"says {other} %"][0] < 5
         assert rows[f"Gaussian, {name}"]["different texts %"] > 5
     assert 35 < rows["N(0, I)"]["says good %"][0] < 65, "the control"
-    rows = {row["texts of"]: row for row in probe.write_table(deaf, judge, *parts, 200)}
+    rows = {row["texts of"]: row for row in probe.write_table(deaf, judge, parts, names, 200)}
     assert rows["Gaussian, bad"]["says bad %"][0] == 0
 
 
@@ -777,13 +920,38 @@ def test_of_many_labels_the_two_most_frequent_are_edited():
     names = ["c"] * 3 + ["a"] * 2 + ["d"] * 4 + ["b"]
     assert probe.edited_labels(names) == ["d", "c"]
     assert probe.edited_labels(names[:9]) == ["d", "c", "a"]
+    assert probe.edited_labels(names, ["b", "a"]) == ["b", "a"]
+    probe.check_labels(names, ["a", "b"], ["b", "a"])
+    for pair, words in (
+        (["a", "e"], "^--pair names 'e'; it must be a label of --labels: a, b, c, d$"),
+        (["a", "c"], "^the test part has 2 texts, none with the label 'c'"),
+    ):
+        with pytest.raises(data.InputError, match=words):
+            probe.check_labels(names, ["a", "b"], pair)
+
+
+def test_the_judge_of_texts_without_spaces_reads_characters():
+    texts = [
+        "\u6211\u559c\u6b22\u732b",
+        "\u4ed6\u559c\u6b22\u72d7",
+        "\u6211\u8ba8\u538c\u732b",
+        "\u4ed6\u8ba8\u538c\u72d7",
+    ] * 5
+    names = ["good", "good", "bad", "bad"] * 5
+    judge = probe.Judge(texts, names)
+    assert judge.unit == "characters"
+    unseen = "\u8c01\u559c\u6b22\u9c7c", "\u8c01\u8ba8\u538c\u9c7c"
+    assert list(judge.predict(unseen)) == ["good", "bad"]
+    assert judge.kept(texts[:1], texts[1:2]) == 50
+    assert probe.Judge(["a king", "a queen"], ["x", "y"]).unit == "words"
 
 
 @pytest.fixture
 def files(tmp_path):
-    texts = data.read_texts("grammar", "train")[:60]
-    names = ["many" if f["number"] == "many" else "one" for f in data.grammar_factors("train")][:60]
-    write_files(tmp_path, texts=texts, labels=names)
+    texts, factors = grammar_texts("train", 300), data.grammar_factors("train")
+    names = [f["number"] for f in itertools.islice(factors, 300)]
+    tenses = [f["tense"] for f in itertools.islice(data.grammar_factors("train"), 300)]
+    write_files(tmp_path, texts=texts, labels=names, tenses=tenses)
     return ["--texts", str(tmp_path / "texts"), "--labels", str(tmp_path / "labels")]
 
 
@@ -793,16 +961,25 @@ def test_probe_prints_its_tables_and_refuses_a_language_model(run, files, langua
         probe.main([run, *files, "--count", "3", "--k", "1.5", "--examples", "2"])
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
-    read, edits, written, *examples = outputs[0].split("\n\n")[1:]
+    counts, how, read, edits, written, *examples = outputs[0].split("\n\n")
+    assert counts.startswith("28")
+    assert "that train.py would test on" in how
     assert len(read.splitlines()) == 4
     assert len(edits.splitlines()) == 1 + 2 * (2 + 1)
     assert len(written.splitlines()) == 1 + 3 * 2 + 1
     assert [len(example.strip().splitlines()) for example in examples] == [3, 3]
     same = ["--test-texts", files[1], "--test-labels", files[3]]
     probe.main([run, *files, *same, "--count", "1", "--k", "1"])
-    assert "60 of the test texts are training texts too" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "300 of the test texts are training texts too" in out
+    assert "that train.py would test on" not in out
     assert "too" not in outputs[0].partition("the label")[0]
+    tenses = [*files[:3], files[3].replace("labels", "tenses"), "--pair", "past", "future"]
+    probe.main([run, *tenses, "--count", "1", "--k", "1", "--examples", "0"])
+    edits = capsys.readouterr().out.split("\n\n")[3]
+    assert len(edits.splitlines()) == 1 + 2 * 2
+    assert "present" not in edits
     with pytest.raises(SystemExit, match="^probe.py: .*lm is a language model; it must be a VAE"):
         probe.main([language_model, *files])
-    with pytest.raises(SystemExit, match="is neither a folder"):
+    with pytest.raises(SystemExit, match="no such run or folder"):
         probe.main([files[1], *files])

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import warnings
+from argparse import Namespace
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ RUN = [*RUN.split(), "--kl-target", "10", "--iw-samples", "2"]
 
 @cache
 def tokenizer():
-    return data.train_tokenizer(data.read_texts("grammar", "test"), 300)
+    return data.train_tokenizer(list(data.read_texts("grammar", "test")), 300)
 
 
 def small_vae(device="cpu"):
@@ -48,28 +49,19 @@ def small_vae(device="cpu"):
 
 
 def stepper(model, device, amp):
-    """(a batch, a function that takes a step on it, made of the pieces of train.train)."""
+    """(a batch, a function that takes a step on it)."""
     corpus, index = data.load_corpus("grammar", "train", tokenizer(), limit=64), np.arange(64)
-    batch = data.training_batch(corpus, 0, index, denoise=0.1, latent_dim=8, seed=0).to(device)
-    weights = list(model.parameters())
-    optimizer = train.RelativeAdamW(weights, lr=1e-2, eps=1e-8, fused=True)
+    batch = data.training_batch(corpus, 0, index, denoise=0.1, latent_dim=8, seed=0)
+    args = Namespace(device=device, amp=amp, kl_threshold=0.1, seed=0, optimizer="adamw-rms")
+    args.lr, args.lr_schedule = 1e-2, "linear"
+    optimizer = train.make_optimizer(model, args)
     scaler = torch.amp.GradScaler(device, enabled=amp == "fp16", init_scale=1024.0)
 
     def step():
-        with torch.autocast(device, metrics.HALF[amp], enabled=amp != "off"):
-            rec, kl = model(batch)
-        loss = rec + 0.5 * kl.clamp(min=0.1).sum(1)
-        terms = torch.stack([loss, rec, kl.sum(1)]).sum(1)
-        scaler.scale(terms[0] / 64).backward()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        means = train.read_means(terms, norm, 64)
-        train.check_finite(means, 0, index, scaler)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        train.set_rates(optimizer, args, 0.5)
+        return train.train_step(model, optimizer, scaler, [batch], 0.5, 0, args)
 
-    return batch, step
+    return batch.to(device), step
 
 
 # -------------------------------------------------------------------------------------------------
@@ -80,7 +72,7 @@ class Factories(TorchFunctionMode):
     """Collects the calls that make a tensor without a device: on a GPU, too, it is on the CPU."""
 
     NAMES = "empty zeros ones full arange linspace eye rand randn randint randperm tensor "
-    NAMES = {*(NAMES + "as_tensor from_numpy scalar_tensor").split()}
+    NAMES = {*(NAMES + "as_tensor scalar_tensor").split()}  # from_numpy: of a batch
 
     def __init__(self):
         super().__init__()
@@ -110,9 +102,9 @@ def test_every_tensor_of_evaluation_and_generation_says_where_it_is(monkeypatch)
     batch, _ = stepper(model, "cpu", "off")
     posterior = model.encode(batch.ids, batch.mask)
     # Noise is made on the CPU, with the batch.
-    monkeypatch.setattr(data, "latent_noise", lambda *_: batch.eps)
+    monkeypatch.setattr(data, "latent_noise", lambda *_: batch.eps[None])
     with Factories() as made:
-        metrics.sample_posterior(model, batch, 2)
+        evaluate_batch(model, batch)
         model.reparameterize(*posterior)
         for pooling in "max", "mean", "last":
             pool(torch.ones_like(batch.eps)[:, :, None], torch.ones_like(batch.eps), pooling)
@@ -120,6 +112,14 @@ def test_every_tensor_of_evaluation_and_generation_says_where_it_is(monkeypatch)
             model.generate(posterior[0][:4], max_new_tokens=4, **sampled)
     assert made.calls
     assert made.stray == []
+
+
+def evaluate_batch(model, batch):
+    """What `metrics.measure` does with a batch, but for greedy decoding."""
+    posterior = model.encode(batch.ids, batch.mask)
+    metrics.sample_rec(model, batch, *posterior, seed=0)
+    r = metrics.untemper(*(x.double() for x in posterior), 0.5)
+    return metrics.importance_weighted(model, batch, *r, samples=1)
 
 
 def test_a_stray_tensor_is_found():
@@ -158,14 +158,17 @@ def test_a_step_of_training_reads_once_from_the_device(amp, tmp_path):
     """Of train.train itself: two more steps are two more reads. `Reads` does not see the thread
     that makes the batches, on the CPU."""
     command = "--dataset grammar --model tiny --phase 2 --recipe best --epochs 1 --batch-size 16"
-    (args,) = train.parse_args([*command.split(), "--lr", "0.02", "--device", "cpu", "--amp", amp])
-    valid = data.load_corpus("grammar", "valid", tokenizer(), limit=16)
+    args, _ = train.parse([*command.split(), "--lr", "0.02", "--device", "cpu", "--amp", amp])
+    args = train.settings(args, 2)
+    held_out = data.load_corpus("grammar", "valid", tokenizer(), limit=16)
     counts = []
     for steps in (2, 4):
         corpus = data.load_corpus("grammar", "train", tokenizer(), limit=16 * steps)
-        with open(tmp_path / f"{steps}.jsonl", "a+") as log, Reads() as reads:
-            train.train(small_vae(), {"train": corpus, "valid": valid}, args, tmp_path, log)
-        (tmp_path / "checkpoint.pt").unlink()
+        corpora = {"train": corpus, "valid": held_out, "test": held_out}
+        run = train.Run(tmp_path / f"{steps}", args, corpora)
+        run.folder.mkdir()
+        with Reads() as reads:
+            train.train(small_vae(), corpora, run, args)
         counts.append(Counter(reads.found))
     assert counts[1] - counts[0] == {"tolist": 2}
 
@@ -173,9 +176,9 @@ def test_a_step_of_training_reads_once_from_the_device(amp, tmp_path):
 def test_an_evaluated_batch_reads_nothing_from_the_device(monkeypatch):
     model = small_vae().eval()
     batch, _ = stepper(model, "cpu", "off")
-    monkeypatch.setattr(data, "latent_noise", lambda *_: batch.eps)
+    monkeypatch.setattr(data, "latent_noise", lambda *_: batch.eps[None])
     with Reads() as reads:
-        metrics.sample_posterior(model, batch, 2)
+        evaluate_batch(model, batch)
     assert reads.found == []
 
 
@@ -218,7 +221,7 @@ def check_a_run_in_each_precision():
     """Both phases learn. Losses are the CPU's: float32 to 1 %, bf16 to 5 %, fp16 (it skips steps at
     first) to 10 %."""
     runs = [("cpu", "cpu", "off"), ("off", "cuda", "off"), ("fp16", "cuda", "fp16")]
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    if train.has_bf16():
         runs.append(("bf16", "cuda", "bf16"))
     for name, device, amp in runs:
         train.main([*RUN, "--device", device, "--amp", amp, "--log-every", "1", "--out", name])
@@ -231,19 +234,23 @@ def check_a_run_in_each_precision():
 
 
 def check_evaluation_and_generation_equal_the_cpus():
-    """Measures to 0.01 nats per sentence, greedy texts to 99 % of the tokens; and what bf16 costs,
-    printed."""
+    """Measures to 0.01 nats per sentence, greedy texts to 99 % of the tokens; and what bf16, or
+    else fp16, costs, printed."""
     train.main([*RUN, "--device", "cpu", "--out", "run"])
     run = Path("run", "phase2")
-    settings = {"iw_samples": 5}
-    on_cpu, _ = metrics.evaluate_run(run, device="cpu", **settings)
-    on_gpu, _ = metrics.evaluate_run(run, device="cuda", **settings)
-    for name in "rec", "kl", "nll_iw", "mi", "rec_other", "rec_prior":
+
+    def measured(device, amp="off"):
+        _, model, read = metrics.load_run(run, device)
+        with torch.autocast(device, metrics.HALF[amp], enabled=amp != "off"):
+            return metrics.evaluate(model, read("test"), 0.5, iw_samples=5, thorough=True)
+
+    on_cpu, on_gpu = measured("cpu"), measured("cuda")
+    for name in "rec", "kl", "nll_iw", "neg_elbo_untempered", "mi", "rec_other", "rec_prior":
         print(f"{name}: {on_cpu[name]:.4f} on the CPU, {on_gpu[name]:.4f} on the GPU")
         assert abs(on_cpu[name] - on_gpu[name]) < 0.01
-    half, _ = metrics.evaluate_run(run, device="cuda", amp="bf16", **settings)
+    half = measured("cuda", "bf16" if train.has_bf16() else "fp16")
     changes = {name: f"{half[name] - on_gpu[name]:+.4f}" for name in ("rec", "kl")}
-    print(f"bf16 changes, nats per sentence: {changes}")
+    print(f"half precision changes, nats per sentence: {changes}")
     model = T5VAE.from_pretrained(run)
     z = torch.randn(64, model.latent_dim, generator=torch.Generator().manual_seed(0))
     ids = model.generate(z, max_new_tokens=12)

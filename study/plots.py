@@ -25,7 +25,6 @@ from matplotlib.transforms import Bbox
 
 import data
 from extras import paper_tables
-from extras.latent import one_line
 from study import study_tables
 
 # The study's rows by method, with the color and the marker of each. Other rows are not drawn.
@@ -381,7 +380,7 @@ def draw(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    with one_line("plots.py"):
+    with data.command("plots.py"):
         draw(args).savefig(args.out, dpi=150)
         print(f"wrote {args.out}")
 

@@ -191,16 +191,16 @@ def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids[offsets[1:] - 1] = EOS
     corpus = data.Corpus(ids, offsets, lengths, 0, 0, 0, 2, "")
-    rows = positions.by_position(model, corpus, batch_size=4)
+    rows = positions.by_position(model, corpus)
     assert sum(row["tokens"] for row in rows) == corpus.ids.size
-    columns = metrics.measure(model, corpus, batch_size=4, thorough=True)
+    columns = metrics.measure(model, corpus, thorough=True)
     for key in "rec", "rec_other":
         total = sum(row["tokens"] * row[key] for row in rows)
         assert total == pytest.approx(columns[key].sum().item(), rel=1e-5)
     explained = [row["rec_other"] - row["rec"] for row in rows]
     with torch.no_grad():
         model.w_proj.weight.zero_()
-    ignored = positions.by_position(model, corpus, batch_size=4)
+    ignored = positions.by_position(model, corpus)
     assert max(abs(row["rec_other"] - row["rec"]) for row in ignored) < 1e-6 < max(explained)
 
 
