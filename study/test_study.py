@@ -31,7 +31,7 @@ PAPERS = ("--model", "t5-small", "--deep", "t5-base", "--texts", "ptb", "snli", 
 
 @pytest.mark.parametrize("flags", [(), PAPERS])
 def test_commands_are_understood_and_stand_after_what_they_need(flags):
-    args = settings(*flags, "--results", "nowhere")
+    args = settings(*flags, "--results", "nowhere", "--runs", "nowhere")
     jobs = study.commands_left(study.study_jobs(args))
     assert len(jobs) > 100
     outs = [str(job.out) for job in jobs]
