@@ -1,16 +1,21 @@
-"""The figures of RESULTS.md. Needs `pip install -r extras/requirements.txt`.
+"""The curves of runs, and the figures of RESULTS.md.
 
+    python -m study.plots curves RUN [RUN ...] --out curves.png
     python -m study.plots price --out study/figures/price.png
     python -m study.plots buys --out study/figures/buys.png
     python -m study.plots plane --out study/figures/plane-ptb.png [--text ptb]
 
-price: what a nat of KL costs in NLL, per text. buys: what it buys, in exact sentences and in swap
-cost. plane: KL across, rec up, for one text in all its folders (ptb, ptb-256), with the published
-rows if the paper has a table of it.
+Needs `pip install -r extras/requirements.txt`.
+
+curves: rec, KL, KL weight and -ELBO over the steps of any runs, with the NLL and the KL of the
+posterior at the end. price: what a nat of KL costs in NLL, per text. buys: what it buys, in exact
+sentences and in swap cost. plane: KL across, rec up, for one text in all its folders (ptb,
+ptb-256), with the published rows if the paper has a table of it.
 """
 
 import argparse
 import itertools
+import json
 import math
 import re
 import statistics
@@ -353,13 +358,54 @@ def diagonal(axes, label, nats, color, style):
     return axes.plot(kl, rec, style, color=color, linewidth=1, label=label, zorder=1)
 
 
+# ---------------------------------------- the curves of runs
+
+CURVES = {  # panel: (measure, split in log.jsonl, measure in metrics.json marked at the end)
+    "rec, validation": ("rec", "valid", None),
+    "KL, validation; square: KL of the posterior, test": ("kl", "valid", "kl_posterior"),
+    "KL weight": ("kl_weight", "train", None),
+    "-ELBO, validation; square: NLL, test": ("neg_elbo", "valid", "nll"),
+}
+
+
+def read_log(run):
+    """The records of a run's log.jsonl. Raises InputError if there is none."""
+    path = Path(run, "log.jsonl")
+    if not path.is_file():
+        raise data.InputError(f"{run} has no log.jsonl of a run")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def draw_curves(runs):
+    """A panel per measure, a line per run; nats per sentence, but for the KL weight."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    for axes, (title, (name, split, end)) in zip(panels, CURVES.items(), strict=True):
+        for run, color in zip(runs, itertools.cycle(TEXT_COLORS), strict=False):
+            records = [r for r in read_log(run) if r["split"] == split and name in r]
+            steps, values = [r["step"] for r in records], [r[name] for r in records]
+            marker = "o" if split == "valid" else None
+            axes.plot(steps, values, color=color, label=run, marker=marker, markersize=4)
+            measured = data.read_json(Path(run, "metrics.json")).get(end)
+            if measured is not None and steps:
+                axes.plot(steps[-1], measured, "s", color=color, markersize=8, mec="black")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.set_ylabel("" if name == "kl_weight" else "nats per sentence")
+        axes.grid(alpha=0.3)
+    handles = [Line2D([], [], color=c) for _, c in zip(runs, itertools.cycle(TEXT_COLORS))]  # noqa: B905
+    figure.legend(handles, runs, loc="outside lower center", fontsize=9)
+    return figure
+
+
 # ---------------------------------------- the command line
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="plots.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("kind", choices=("price", "buys", "plane"))
+    flag("kind", choices=("curves", "price", "buys", "plane"))
+    flag("runs", nargs="*", metavar="RUN", help="of curves: run folders of train.py")
     flag("--out", required=True, metavar="PNG", help="file to write")
     results = str(Path("study", "results"))
     flag("--results", default=results, metavar="DIR", help="the study's runs (study/results)")
@@ -367,11 +413,15 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if Path(args.out).suffix != ".png":
         parser.error(f"--out is {args.out}; it must end in .png")
+    if (args.kind == "curves") != bool(args.runs):
+        parser.error(f"RUN is {args.runs}; curves needs run folders, the other kinds take none")
     return args
 
 
 def draw(args):
     """The Figure that a command asks for."""
+    if args.kind == "curves":
+        return draw_curves(args.runs)
     runs, paired = study_tables.read(args.results)
     if args.kind == "price":
         return draw_price(runs, paired)

@@ -40,16 +40,15 @@ def test_commands_are_understood_and_stand_after_what_they_need(flags):
         assert job.needs is None or str(job.needs.out) in outs[:i]
         *_, script = [word for word in job.command if word in ("train.py", "extras.pretrain")]
         if script == "train.py":
-            (parsed,) = train.parse_args(job.command[1:])
-            folder = "lm" if parsed.latent_dim == 0 else f"phase{parsed.phase}"
-            assert Path(parsed.out, folder) == job.out
+            parsed, (phase,) = train.parse(job.command[1:])
+            assert train.run_folder(parsed, phase) == job.out
             assert parsed.limit is None or not args.model
             if parsed.init and job.needs:
                 assert Path(parsed.init).is_relative_to(job.needs.out)
         else:
             assert str(job.out) == pretrain.parse_args(job.command[2:]).out
     with pytest.raises(SystemExit):
-        train.parse_args([*jobs[-1].command[1:], "--no-such-flag"])
+        train.parse([*jobs[-1].command[1:], "--no-such-flag"])
 
 
 def test_rows_of_a_random_start_are_not_repeated_where_all_start_from_it():
@@ -589,3 +588,25 @@ def test_results_are_two_pages_and_hold_no_row_that_is_not_shown():
     runs, paired = study_tables.read(RESULTS)
     assert hidden_rows(runs, paired) == []
     assert hidden_rows({"ptb": {"constant": {}, "lm": {}}}, {}) == [("ptb", "constant")]
+
+
+def test_curves_show_the_log_and_mark_the_end(tmp_path, home, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    valid = [{"step": i, "split": "valid", "rec": 9.0, "kl": i, "neg_elbo": 9.0} for i in (0, 5)]
+    records = [*valid, {"step": 3, "split": "train", "kl_weight": 0.5, "rec": 1.0}]
+    (run / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+    data.write_json(run / "metrics.json", {"kl_posterior": 2.5, "nll": 8.0})
+    _, kl, weight, bound = plots.draw_curves([str(run)]).axes
+    line, mark = kl.lines
+    assert line.get_ydata().tolist() == [0, 5]
+    assert (mark.get_xdata().item(), mark.get_ydata().item()) == (5, 2.5)
+    assert weight.lines[0].get_ydata().tolist() == [0.5]
+    assert bound.lines[1].get_ydata().item() == 8.0
+    plots.main(["curves", str(run), "--out", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="has no log.jsonl"):
+        plots.main(["curves", str(tmp_path), "--out", str(tmp_path / "curves.png")])
+    for wrong in ["curves"], ["price", str(run)]:
+        with pytest.raises(SystemExit):
+            plots.main([*wrong, "--out", "a.png"])
