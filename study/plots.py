@@ -389,6 +389,8 @@ def draw_curves(runs):
             measured = data.read_json(Path(run, "metrics.json")).get(end)
             if measured is not None and steps:
                 axes.plot(steps[-1], measured, "s", color=color, markersize=8, mec="black")
+        if end is not None:  # at the start KL may be thousands
+            axes.set_yscale("symlog", linthresh=1)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.set_ylabel("" if name == "kl_weight" else "nats per sentence")
