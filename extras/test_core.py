@@ -1294,9 +1294,9 @@ def test_measuring_from_elsewhere_says_where_it_looked(whole_run, home, tmp_path
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     looked = re.escape(str(tmp_path / "elsewhere" / home.name))
-    with pytest.raises(SystemExit, match=f"no valid.txt in {looked}; .*--dataset says where"):
+    with pytest.raises(SystemExit, match=f"no test.txt in {looked}; .*--dataset says where"):
         metrics.main([str(run)])
-    with pytest.raises(SystemExit, match="no valid.txt in .*nothing"):
+    with pytest.raises(SystemExit, match="no test.txt in .*nothing"):
         metrics.main([str(run), "--dataset", "nothing"])
     metrics.main([str(run), "--iw-samples", "1", "--dataset", str(home)])
 
