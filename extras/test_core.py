@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -18,10 +17,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +29,6 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import hub_mixin
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
@@ -43,7 +39,6 @@ import train
 import vae
 from data import InputError
 from test_vae import (
-    EOS,
     NOISY,
     PAD,
     ROOT,
@@ -380,29 +375,6 @@ def test_generation_settings_of_the_checkpoint_do_not_stay(hub, tmp_path):
     assert not torch.equal(plain.generate(z, 8), before), "the control"
 
 
-def test_a_run_folder_is_a_model_too_and_can_be_pushed(saved, tmp_path, monkeypatch):
-    run, pushed = tmp_path / "run", {}
-    shutil.copytree(saved, run / "model")
-    models = T5VAE.from_pretrained(run), T5VAE.from_pretrained(saved)
-    for a, b in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(a, b)
-
-    class Hub:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, repo_id, **kwargs):
-            return type("Repo", (), {"repo_id": repo_id})
-
-        def upload_folder(self, repo_id, folder_path, **kwargs):
-            pushed[repo_id] = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
-
-    monkeypatch.setattr(hub_mixin, "HfApi", Hub)
-    T5VAE.from_pretrained(run).push_to_hub("me/sentences")
-    assert pushed["me/sentences"]["model.safetensors"] == (saved / "model.safetensors").read_bytes()
-    assert {"config.json", "tokenizer_config.json", "README.md"} <= pushed["me/sentences"].keys()
-
-
 # A model that the first edition saved has these names: it still loads.
 SAVED = """t5.decoder.block.0.layer.0.SelfAttention.k t5.decoder.block.0.layer.0.SelfAttention.o
 t5.decoder.block.0.layer.0.SelfAttention.q t5.decoder.block.0.layer.0.SelfAttention.v
@@ -427,23 +399,6 @@ def test_the_names_in_a_saved_model_stay(tmp_path):
     promised = {"d_ff", "d_kv", "d_model", "decoder_start_token_id", "feed_forward_proj"}
     promised |= {"model_type", "num_heads", "num_layers", "tie_word_embeddings", "vocab_size"}
     assert promised < set(config["t5_config"])
-
-
-@torch.no_grad()
-def test_models_of_earlier_editions_load(hub, tmp_path):
-    """Their config.json was written by huggingface_hub, from the arguments of __init__."""
-    model = load(hub("umt5")[0])
-    t5_config = AutoConfig.from_pretrained(hub("umt5")[0]).to_dict()
-    t5_config.pop("_name_or_path")
-    t5_config |= {"tie_word_embeddings": False, "transformers_version": "5.0.0"}
-    shape = {"latent_dim": 5, "pool_layers": "last", "pooling": "max", "t5_config": t5_config}
-    (tmp_path / "config.json").write_text(json.dumps(shape, sort_keys=True, indent=2))
-    state = {name: weight.clone() for name, weight in model.named_parameters()}
-    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-    model.tokenizer.save_pretrained(tmp_path)
-    again, ids, z = T5VAE.from_pretrained(tmp_path), labels_of(model)[0], torch.randn(4, 5)
-    assert torch.equal(again.decode(z, ids), model.decode(z, ids))
-    assert torch.equal(again.encode_texts(TEXTS)[0], model.encode_texts(TEXTS)[0])
 
 
 @pytest.mark.parametrize("own_head", [False, True])
@@ -687,9 +642,6 @@ def test_generate_takes_what_transformers_documents(hub):
         assert vae.generate(z, generation_config=GenerationConfig(**flags)).shape == (3, 5)
     four = {"max_new_tokens": 4, "eos_token_id": 255}
     assert vae.generate(z, do_sample=True, num_return_sequences=2, **four).shape == (6, 5)
-    beams = vae.generate(z, num_beams=3, num_return_sequences=2, **four)
-    alone = [vae.generate(row[None], num_beams=3, num_return_sequences=2, **four) for row in z]
-    assert torch.equal(beams, torch.cat(alone)), "each sentence depends on its own z alone"
     greedy = vae.generate(z, **four)
     one = {"top_k": 1, "do_sample": True}, {"top_p": 1e-6, "do_sample": True}, {"use_cache": False}
     for flags in one:
@@ -981,10 +933,6 @@ def test_overlong_lines_are_cut_and_counted(data_tokenizer, tmp_path):
     kept = data.detokenize([corpus.row(0).tolist()], data_tokenizer)[0]
     assert kept.startswith("the <unk> king paints a <unk> boat the <unk>")
     assert corpus.words[0] == len(kept.split()) + 1
-    own = write(tmp_path, content=long)
-    whole = data.load_corpus(own, "train", data_tokenizer, max_length=10**6)
-    assert whole.truncated == 0
-    assert whole.words[0] == 7 * 5000 + 1
 
 
 def test_one_file_is_split_by_its_texts(tmp_path):
@@ -1074,28 +1022,6 @@ def test_a_training_batch_holds_the_noise_of_its_texts(data_tokenizer):
 # ------------------------------------------------------------------------------- kills and damage
 
 
-def test_killed_at_random(tmp_path, command):
-    """Under a schedule; test_killed_anywhere has a target."""
-    kills, rng = int(os.environ.get("KILLS", 1)), random.Random(int(os.environ.get("SEED", 0)))
-    flags, done, begun = [*command, "--save-every", 0, "--kl-target", 0], 0, time.monotonic()
-    assert train_run(main, *flags, "--out", tmp_path / "whole") == 0
-    longest = time.monotonic() - begun
-    flags += ["--out", tmp_path, "--resume"]
-    while done < kills:
-        child = start(main, *flags)
-        child.join(rng.uniform(0, longest))
-        child.kill()
-        child.join()
-        if child.exitcode == 0:  # it was quicker: once more, from the beginning
-            longest *= 0.8
-            shutil.rmtree(tmp_path / "phase2")
-        else:
-            done += 1
-    assert train_run(main, *flags) == 0
-    assert same_run(tmp_path / "phase2", tmp_path / "whole" / "phase2")
-    assert same_log(tmp_path / "phase2", tmp_path / "whole" / "phase2")
-
-
 def test_killed_before_there_is_a_config(tmp_path, command):
     flags = [*command, "--out", tmp_path, "--resume"]
     assert train_run(cut, 1, "os.replace", KILL, *flags) == -signal.SIGKILL
@@ -1136,7 +1062,8 @@ def test_what_a_finished_run_says(tmp_path, command, whole_run):
     flags, before = [*command, "--out", tmp_path, "--resume"], files_of(run)
     assert train_run(main, *flags, "--lr", 0.1, report=report) == 1
     assert "lr was 0.001, not 0.1" in report.read_text()
-    assert train_run(main, *flags, "--iw-samples", 5, "--micro-batch", 2) == 0, "nothing to do"
+    other = ["--iw-samples", 5, "--micro-batch", 2, "--log-every", 7]
+    assert train_run(main, *flags, *other) == 0, "nothing to do"
     assert train_run(main, *command, "--out", tmp_path, report=report) == 1
     assert re.search(r"phase2 is not empty .*--resume it", report.read_text())
     assert files_of(run) == before
@@ -1172,15 +1099,10 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, comma
     def halve(path):
         os.truncate(path, path.stat().st_size // 2)
 
-    def make_old(path):  # the controller's weight was a value of its own
-        state = torch.load(path)
-        state["kl_weight"] = state["controller"].pop("weight")
-        torch.save(state, path)
-
     def explode(path):
         torch.save(Bomb(), path)
 
-    for harm in halve, explode, make_old:
+    for harm in halve, explode:
         shutil.copytree(stopped, out)
         harm(out / "phase2" / "checkpoint.pt")
         assert train_run(main, *flags, report=report) == 1
@@ -1268,46 +1190,14 @@ def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monk
         assert words in report.read_text()
 
 
-def test_stale_phases_are_refused(tmp_path, home):
-    """Phase 1 is trained again: phase 2 did not start from that, be it finished or under way."""
-    flags = ["--dataset", home, *TINY, *SHORT, "--epochs", 1, "--save-every", 0, "--resume"]
-    finished, under_way, report = tmp_path / "a", tmp_path / "b", tmp_path / "report"
-    assert train_run(main, *flags, "--out", finished) == 0
-    shutil.copytree(finished / "phase1", under_way / "phase1")
-    two = [*flags, "--phase", 2, "--out", under_way]
-    assert train_run(cut, 4, "seed_dropout", KILL, *two) == -signal.SIGKILL
-    shutil.rmtree(finished / "phase1")
-    assert train_run(main, *flags, "--phase", 1, "--seed", 1, "--out", finished) == 0
-    shutil.rmtree(under_way / "phase1")
-    shutil.copytree(finished / "phase1", under_way / "phase1")
-    for out in finished, under_way:
-        before = files_of(out)
-        assert train_run(main, *flags, "--phase", 2, "--out", out, report=report) == 1
-        assert "phase1 has not the weights that it started from" in report.read_text()
-        assert files_of(out) == before
-
-
-def test_measuring_from_elsewhere_says_where_it_looked(whole_run, home, tmp_path, monkeypatch):
-    run = shutil.copytree(whole_run, tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    data.write_json(run / "config.json", config | {"dataset": home.name})
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    looked = re.escape(str(tmp_path / "elsewhere" / home.name))
-    with pytest.raises(SystemExit, match=f"no test.txt in {looked}; .*--dataset says where"):
-        metrics.main([str(run)])
-    with pytest.raises(SystemExit, match="no test.txt in .*nothing"):
-        metrics.main([str(run), "--dataset", "nothing"])
-    metrics.main([str(run), "--iw-samples", "1", "--dataset", str(home)])
-
-
 def test_measuring_a_named_data_set_from_elsewhere(whole_run, home, tmp_path, monkeypatch):
     run = shutil.copytree(whole_run, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     data.write_json(run / "config.json", config | {"dataset": "ptb"})
     monkeypatch.setitem(data.SOURCES, "ptb", (f"file://{tmp_path}/{{split}}", *["00" * 32] * 3))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="--dataset says where the texts are now$"):
+    looked = re.escape(str(tmp_path / "data" / "ptb" / "test.txt"))
+    with pytest.raises(SystemExit, match=f"{looked}.*--dataset says where the texts are now$"):
         metrics.main([str(run), "--iw-samples", "1"])
     for split in data.SPLITS:
         write(tmp_path / "moved" / "ptb", f"{split}.txt", (home / f"{split}.txt").read_bytes())
@@ -1342,29 +1232,6 @@ def test_a_closed_pipe_never_ends_a_training(tmp_path, home):
 def test_a_closed_pipe_ends_a_measurement_quietly(whole_run):
     _, code, errors = through_pipe(ROOT / "metrics.py", whole_run, "--iw-samples", 1, lines=0)
     assert (code, errors) == (141, "")
-
-
-def measure(report, *args):
-    """metrics.main in a process of its own, which Ctrl-C reaches in its third batch."""
-    rec, count = T5VAE.rec, 0
-
-    def counted(self, z, labels):
-        nonlocal count
-        count += 1
-        if count == 3:
-            interrupt()
-        return rec(self, z, labels)
-
-    T5VAE.rec = counted
-    sys.stdout, sys.stderr = open(os.devnull, "w"), open(report, "w", buffering=1)  # noqa: SIM115
-    metrics.main([str(arg) for arg in args])
-
-
-def test_ctrl_c_ends_a_measurement_in_one_line(tmp_path, whole_run):
-    before = files_of(whole_run)
-    assert train_run(measure, tmp_path / "report", whole_run, "--write") == 130
-    assert (tmp_path / "report").read_text() == "\nmetrics.py: interrupted\n"
-    assert files_of(whole_run) == before
 
 
 def test_training_on_letters_that_no_vocabulary_has_warns(hub, tmp_path, capsys):
@@ -1566,7 +1433,7 @@ def run_all(*jobs):
 
 @pytest.mark.parametrize(
     ("phase", "batch_size", "count", "more"),
-    [(1, 5, 2, []), (2, 5, 3, ["--micro-batch", 1])],
+    [(1, 5, 2, []), (2, 5, 2, ["--micro-batch", 1])],
 )
 def test_processes_give_the_same_result(tmp_path, home, phase, batch_size, count, more):
     """With 23 texts the last batch has 3."""
@@ -1615,8 +1482,9 @@ def test_fewer_texts_than_processes(tmp_path, home):
     assert distance(one, three) < 1e-5
     assert distance(one, home / "vae") > 1e-4, "the control: they were trained"
     one, three = (json.loads((run / "metrics.json").read_text()) for run in (one, three))
-    assert one.pop("entropy") is three.pop("entropy") is None
-    assert three == pytest.approx(one, rel=1e-3, abs=1e-4)
+    for name, value in one.items():
+        near = pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value
+        assert three[name] == near, name
     assert one["sentences"] == 2
 
 
@@ -1654,10 +1522,7 @@ MISTAKES = [
     ("--phase 1", "--dataset is missing"),
     ("--dataset no/such/folder --model no/such/t5 --phase 1", "no/such/t5 is no T5 to start from"),
     ("--dataset no/such/folder --model tiny", "no train.txt in"),
-    (
-        "--dataset grammar --phase 2",
-        "runs/grammar/phase1: no such run or folder; run phase 1 first",
-    ),
+    ("--dataset grammar --phase 2", "runs/grammar/phase1: no such run; run phase 1 first"),
     ("--dataset {home} --phase 2 --init {home}/vae --latent-dim 5", "--latent-dim is 5, but"),
     ("--dataset {home} --phase 2 --init {home}/vae --pool mean", "--pool is mean, but"),
     ("--dataset {home} --phase 2 --init {home}/vae --pool-layers all", "--pool-layers is all, but"),
@@ -1731,7 +1596,7 @@ def test_a_single_text_has_no_other_and_a_cut_one_no_known_entropy(tmp_path, hom
     model = T5VAE.from_pretrained(home / "vae")
     for where, one in (tmp_path, True), (home, False):
         corpus = data.load_corpus(str(where), "test", model.tokenizer)
-        measured = metrics.evaluate(model, corpus, thorough=True)
+        measured = metrics.evaluate(model, corpus, iw_samples=2, thorough=True)
         assert ("swap_cost" in measured) == ("rec_other" in measured) == (not one)
         assert metrics.verdict(measured).startswith("rec " if one else "z is")
     short, whole = (
@@ -1749,9 +1614,7 @@ def test_a_language_model_is_no_start_for_a_vae(tmp_path, home):
     assert "is a language model: a VAE cannot start from it" in report.read_text()
 
 
-def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(
-    tmp_path, home, t5_folder, monkeypatch
-):
+def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path, home, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for parent in "a", "b", "c":
         for split in data.SPLITS:
@@ -1761,9 +1624,6 @@ def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(
     assert train_run(main, "--dataset", "a/x", "--phase", 1, *TINY, *flags) == 0
     assert train_run(main, "--dataset", "b/x", "--phase", 2, *flags, report=report) == 1
     assert "runs/x/phase1 was trained on other texts; to start" in report.read_text()
-    more = ["--dataset", "a/x", "--phase", 2, "--model", t5_folder]
-    assert train_run(main, *more, *flags, report=report) == 1
-    assert f"--model is {t5_folder}, but runs/x/phase1 was made of tiny" in report.read_text()
     init = ["--init", "runs/x/phase1", "--out", "other"]
     assert train_run(main, "--dataset", "b/x", "--phase", 2, *init, *flags) == 0
     assert train_run(main, "--dataset", "c/x", "--phase", 2, *flags) == 0, "the same elsewhere"
