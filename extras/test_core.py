@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -18,10 +17,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +29,6 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import hub_mixin
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
@@ -43,7 +39,6 @@ import train
 import vae
 from data import InputError
 from test_vae import (
-    EOS,
     NOISY,
     PAD,
     ROOT,
@@ -75,7 +70,7 @@ from test_vae import (
     whole_run,
     write,
 )
-from vae import T5VAE, Float32Activation, Float32Output, kl_divergence
+from vae import CACHE, T5VAE, Float32Activation, Float32Output, kl_divergence
 
 TEXTS = ["the old king sells a boat", "two monks paint <a> clock near the lake: 3 / 4 = 0.75!"]
 TEXTS += ["a quick brown fox jumps over the lazy dog_s ear", "UNKNOWN Extra PAD <extra_id_10> </s>"]
@@ -96,12 +91,9 @@ UMT5 = MT5 | {"model_type": "umt5", "scalable_attention": True, "is_gated_act": 
 ALL = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
 KINDS = {  # config.json, the file of the weights, the vocabulary, its files
     "t5-small": (SMALL, "stray", "t5", ALL),
-    "t5-small-old": (SMALL, "bin", "t5", ALL[:2]),
-    "t5-base": (SMALL | {"num_layers": 3}, "stray", "t5", ALL[:2]),
     "t5-v1_1": (GATED, "bin", "t5", ALL[:1]),
     "flan": (GATED, "shards", "t5", ALL),
     "mt5": (MT5, "bin", "mt5", (ALL[0], ALL[2])),
-    "mt5-alone": (MT5, "bin", "mt5-alone", ALL[:1]),
     "byt5": (BYT5, "bin", "byt5", ALL[2:]),
     "t5-efficient": (EFFICIENT, "bin", "t5", ALL),
     "umt5": (UMT5, "bin", "umt5", ALL),
@@ -121,7 +113,7 @@ def vocabularies(tmp_path_factory):
     root = tmp_path_factory.mktemp("vocabularies")
     common = {"hard_vocab_limit": False, "minloglevel": 2, "pad_id": 0, "eos_id": 1}
     large = common | {"vocab_size": 330, "byte_fallback": True, "bos_id": -1, "unk_id": 2}
-    kinds = {"t5": large | {"vocab_size": 90, "byte_fallback": False}, "mt5-alone": large}
+    kinds = {"t5": large | {"vocab_size": 90, "byte_fallback": False}}
     kinds["mt5"] = large | {"user_defined_symbols": [f"▁<extra_id_{i}>" for i in range(3)]}
     kinds["umt5"] = large | {"bos_id": 2, "unk_id": 3}
     for kind, settings in {**kinds, "byt5": None}.items():
@@ -139,11 +131,10 @@ def vocabularies(tmp_path_factory):
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(TEXTS * 5), model_writer=file, **settings
             )
-        if kind != "mt5-alone":
-            tokenizer = transformers.T5Tokenizer.from_pretrained(folder)
-            content = json.loads(tokenizer.backend_tokenizer.to_str())
-            content["model"]["unk_id"] = settings["unk_id"]
-            (folder / ALL[1]).write_text(json.dumps(content))
+        tokenizer = transformers.T5Tokenizer.from_pretrained(folder)
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content["model"]["unk_id"] = settings["unk_id"]
+        (folder / ALL[1]).write_text(json.dumps(content))
     return root
 
 
@@ -224,7 +215,7 @@ def literal(t5, memory, labels):
         cache.is_updated[layer] = True
     unread = BaseModelOutput(torch.randn(len(labels), 1, t5.config.d_model))
     start = t5.prepare_decoder_input_ids_from_labels(labels)
-    return t5(encoder_outputs=unread, decoder_input_ids=start, past_key_values=cache).logits
+    return t5(encoder_outputs=unread, decoder_input_ids=start, **{CACHE: cache}).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,7 +272,6 @@ def check_refused(folder, words, tmp_path):
         ({"vocab_size": 130}, {"vocab_size": 130}, "130"),  # than the tokenizer has
         ({}, {"vocab_size": 300}, "shared.weight"),
         ({}, {"pad_token_id": 3}, "pad_token_id 3"),
-        ({}, {"eos_token_id": 2}, "eos_token_id 2"),
         ({}, {"model_type": "longt5"}, "longt5 umt5"),
     ],
 )
@@ -295,10 +285,9 @@ def test_a_configuration_that_does_not_fit(made, said, words, tmp_path, vocabula
     ("kind", "names", "size", "words"),
     [
         ("t5-small", ["model.safetensors"], 20_000, ""),
-        ("t5-small-old", ["pytorch_model.bin"], 20_000, ""),
+        ("t5-v1_1", ["pytorch_model.bin"], 20_000, ""),
         ("flan", ["model-00002-of-00002.safetensors"], None, "model-00002-of-00002.safetensors"),
         ("t5-small", ["config.json"], 9, "config.json"),
-        ("t5-small", ["tokenizer.json"], 9, ""),
         ("t5-small", ALL, None, "tokenizer"),
     ],
 )
@@ -361,7 +350,7 @@ def test_the_hub_is_asked_for_possible_names_alone(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(vae, "snapshot_download", snapshot_download)
-    for name in "runs/poems/phase2", "~/poems", "/no/poems", "my poems", "C:\\poems":
+    for name in "runs/poems/phase2", "~/poems", "/no/poems", "my poems", "C:\\poems", "../poems":
         with pytest.raises(FileNotFoundError, match="no such run or folder$"):
             T5VAE.from_pretrained(name)
     assert asked == []
@@ -374,14 +363,6 @@ def test_the_hub_is_asked_for_possible_names_alone(monkeypatch):
     assert len(asked) == 1, "before anything is fetched"
 
 
-@pytest.mark.xfail(strict=True, reason="dots are letters of a name")
-def test_the_hub_is_not_asked_for_a_folder_beside_this_one(monkeypatch):
-    monkeypatch.setattr(vae, "snapshot_download", lambda repo_id: pytest.fail("asked"))
-    for name in "../poems", "./poems", "..":
-        with pytest.raises(FileNotFoundError, match="no such run or folder$"):
-            T5VAE.from_pretrained(name)
-
-
 def test_generation_settings_of_the_checkpoint_do_not_stay(hub, tmp_path):
     folder = shutil.copytree(hub("t5-v1_1")[0], tmp_path / "t5")
     z, plain = torch.randn(4, 5), load(folder)
@@ -392,29 +373,6 @@ def test_generation_settings_of_the_checkpoint_do_not_stay(hub, tmp_path):
     before = plain.generate(z, 8)
     plain.t5.generation_config = settings
     assert not torch.equal(plain.generate(z, 8), before), "the control"
-
-
-def test_a_run_folder_is_a_model_too_and_can_be_pushed(saved, tmp_path, monkeypatch):
-    run, pushed = tmp_path / "run", {}
-    shutil.copytree(saved, run / "model")
-    models = T5VAE.from_pretrained(run), T5VAE.from_pretrained(saved)
-    for a, b in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(a, b)
-
-    class Hub:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, repo_id, **kwargs):
-            return type("Repo", (), {"repo_id": repo_id})
-
-        def upload_folder(self, repo_id, folder_path, **kwargs):
-            pushed[repo_id] = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
-
-    monkeypatch.setattr(hub_mixin, "HfApi", Hub)
-    T5VAE.from_pretrained(run).push_to_hub("me/sentences")
-    assert pushed["me/sentences"]["model.safetensors"] == (saved / "model.safetensors").read_bytes()
-    assert {"config.json", "tokenizer_config.json", "README.md"} <= pushed["me/sentences"].keys()
 
 
 # A model that the first edition saved has these names: it still loads.
@@ -441,24 +399,6 @@ def test_the_names_in_a_saved_model_stay(tmp_path):
     promised = {"d_ff", "d_kv", "d_model", "decoder_start_token_id", "feed_forward_proj"}
     promised |= {"model_type", "num_heads", "num_layers", "tie_word_embeddings", "vocab_size"}
     assert promised < set(config["t5_config"])
-
-
-@pytest.mark.parametrize("kind", ["t5-v1_1", "umt5"])
-@torch.no_grad()
-def test_models_of_earlier_editions_load(kind, hub, tmp_path):
-    """Their config.json was written by huggingface_hub, from the arguments of __init__."""
-    model = load(hub(kind)[0])
-    t5_config = AutoConfig.from_pretrained(hub(kind)[0]).to_dict()
-    t5_config.pop("_name_or_path")
-    t5_config |= {"tie_word_embeddings": False, "transformers_version": "5.0.0"}
-    shape = {"latent_dim": 5, "pool_layers": "last", "pooling": "max", "t5_config": t5_config}
-    (tmp_path / "config.json").write_text(json.dumps(shape, sort_keys=True, indent=2))
-    state = {name: weight.clone() for name, weight in model.named_parameters()}
-    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-    model.tokenizer.save_pretrained(tmp_path)
-    again, ids, z = T5VAE.from_pretrained(tmp_path), labels_of(model)[0], torch.randn(4, 5)
-    assert torch.equal(again.decode(z, ids), model.decode(z, ids))
-    assert torch.equal(again.encode_texts(TEXTS)[0], model.encode_texts(TEXTS)[0])
 
 
 @pytest.mark.parametrize("own_head", [False, True])
@@ -557,32 +497,30 @@ def training(tmp_path, vae, *more):
     return [str(flag) for flag in [*flags, *more]], steps
 
 
-@pytest.mark.parametrize(("config", "world", "epochs"), [(GATED, 2, 2), (SMALL, 1, 2)])
-def test_training_in_fp16(config, world, epochs, tmp_path):
-    flags, steps = training(tmp_path, overflowing(config)[0], "--epochs", epochs)
-    assert run_all(*[(into, tmp_path / "errors", flags)] * world) == [0] * world
+def test_training_in_fp16(tmp_path):
+    flags, steps = training(tmp_path, overflowing(GATED)[0], "--epochs", 2)
+    assert train_run(into, tmp_path / "errors", flags) == 0
     recs = [step["rec"] for step in steps()]
-    assert len(recs) == 20 * epochs
-    assert np.mean(recs[-4:]) < np.mean(recs[:4])
+    assert len(recs) == 40
+    assert np.mean(recs[20:]) < np.mean(recs[:20]), "an epoch and the one before it"
     assert sum("skipped_at_scale" in step for step in steps()) < 20, "few steps overflow"
 
 
-@pytest.mark.parametrize("world", [2, 1])
 @torch.no_grad()
-def test_overflow_in_every_step_stops_with_advice_that_works(world, tmp_path):
+def test_overflow_in_every_step_stops_with_advice_that_works(tmp_path):
     vae = T5VAE(AutoConfig.for_model(**SMALL).to_dict() | {"tie_word_embeddings": False}, 5)
     for name, weight in vae.named_parameters():
         weight *= 3e3 if "lm_head" in name else 1 if "norm" in name else 1e-2
     with torch.enable_grad():
         flags, steps = training(tmp_path, vae, "--epochs", 2, "--save-every", 0)
-        assert run_all(*[(into, tmp_path / "errors", flags)] * world) == [1] * world
+        assert train_run(into, tmp_path / "errors", flags) == 1
         said = (tmp_path / "errors").read_text().splitlines()
-        assert [line[:9] for line in said if "--amp off" in line] == ["train.py:"] * world
+        assert [line[:9] for line in said if "--amp off" in line] == ["train.py:"]
         assert "Traceback" not in "".join(said)
         skipped = [(step["skipped_at_scale"], step["grad_norm"]) for step in steps()]
         assert skipped == [(2.0**i, None) for i in range(16, 0, -1)]
         flags[flags.index("fp16")] = "off"
-        assert run_all(*[(into, tmp_path / "errors", [*flags, "--resume"])] * world) == [0] * world
+        assert train_run(into, tmp_path / "errors", [*flags, "--resume"]) == 0
         assert len(steps()) == 40
 
 
@@ -596,7 +534,7 @@ def test_texts_in_and_out(hub):
     kinds = TEXTS, iter(TEXTS), tuple(TEXTS), dict.fromkeys(TEXTS).keys(), np.array(TEXTS), values
     for texts in kinds:
         assert torch.equal(vae.encode_texts(texts)[0], mu), "nothing is drawn"
-    with pytest.raises(InputError, match=r"encode_texts\(\['a king'\]\)"):
+    with pytest.raises(InputError, match=r"put it into a list: \['a king'\]"):
         vae.encode_texts("a king")
     for texts in [None], ["a", 1], [b"a"], [["a"]], [float("nan")]:
         with pytest.raises(InputError, match="must be a str"):
@@ -633,25 +571,10 @@ def test_texts_that_no_vocabulary_has_are_told(hub):
 
 def test_what_is_no_list_of_texts_is_refused_by_name(hub):
     vae = load(hub("t5-small")[0])
-    table = type("Frame", (), {"keys": lambda _: ["text"], "__iter__": lambda _: iter(["text"])})
-    for texts in {"text": ["a king"], "label": [1]}, table():
-        with pytest.raises(InputError, match=r"is a table .*\['text'\]"):
-            vae.encode_texts(texts)
+    with pytest.raises(InputError, match=r"is a table .*\['text'\]"):
+        vae.encode_texts({"text": ["a king"], "label": [1]})
     with pytest.raises(InputError, match=r"texts\[2\] .*surrogate"):
         vae.encode_texts(["a", "b", "\udc00c"])
-
-
-@pytest.mark.xfail(strict=True, reason="a column of pandas has keys, too: its row numbers")
-def test_a_column_of_pandas_is_a_list_of_texts(hub):
-    class Series:
-        def __iter__(self):
-            return iter(TEXTS)
-
-        def keys(self):
-            return range(len(TEXTS))
-
-    vae = load(hub("t5-small")[0])
-    assert torch.equal(vae.encode_texts(Series())[0], vae.encode_texts(TEXTS)[0])
 
 
 def test_encoding_and_decoding_evaluate_whatever_the_mode():
@@ -702,10 +625,9 @@ def test_latents_that_are_no_numbers_are_refused_and_outputs_may_be_dicts(hub):
     assert vae.decode_texts(z, **four, **more) == vae.decode_texts(z, **four)
 
 
-@pytest.mark.parametrize("kind", ["t5-small", "flan", "umt5"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(kind, dtype, hub):
-    vae = load(hub(kind)[0])
+def test_half_precision(dtype, hub):
+    vae = load(hub("flan")[0])
     mu = vae.encode_texts(TEXTS)[0]
     vae = vae.half() if dtype == torch.float16 else vae.bfloat16()
     torch.testing.assert_close(vae.encode_texts(TEXTS)[0], mu, atol=0.15, rtol=0.1)
@@ -720,9 +642,6 @@ def test_generate_takes_what_transformers_documents(hub):
         assert vae.generate(z, generation_config=GenerationConfig(**flags)).shape == (3, 5)
     four = {"max_new_tokens": 4, "eos_token_id": 255}
     assert vae.generate(z, do_sample=True, num_return_sequences=2, **four).shape == (6, 5)
-    beams = vae.generate(z, num_beams=3, num_return_sequences=2, **four)
-    alone = [vae.generate(row[None], num_beams=3, num_return_sequences=2, **four) for row in z]
-    assert torch.equal(beams, torch.cat(alone)), "each sentence depends on its own z alone"
     greedy = vae.generate(z, **four)
     one = {"top_k": 1, "do_sample": True}, {"top_p": 1e-6, "do_sample": True}, {"use_cache": False}
     for flags in one:
@@ -756,7 +675,7 @@ def test_sampling_draws_from_the_whole_distribution(hub):
         assert most - 6 < len(vae.generate(torch.zeros(3000, 5), **flags)[:, 1].unique()) <= most
 
 
-@pytest.mark.parametrize("kind", ["t5-small", "mt5", "umt5"])
+@pytest.mark.parametrize("kind", ["t5-small", "umt5"])
 @torch.no_grad()
 def test_every_attention_masks_padding(kind, hub):
     vae = load(hub(kind)[0])
@@ -771,7 +690,7 @@ def test_every_attention_masks_padding(kind, hub):
         assert (unmasked - alone).abs().max() > 1e-3, "the control"
 
 
-@pytest.mark.parametrize("kind", ["tiny", "t5-small", "t5-v1_1", "mt5", "umt5", "byt5"])
+@pytest.mark.parametrize("kind", ["tiny", "t5-small", "mt5", "umt5", "byt5"])
 def test_text_is_text(kind, hub, tmp_path):
     if kind == "tiny":
         tokenizer = data.train_tokenizer([*TEXTS, "</s> <pad> <extra_id_10>"] * 3, 90)
@@ -809,9 +728,6 @@ def test_tokens_that_a_user_added_stay_one_token(hub):
         assert data.detokenize(rows, tokenizer) == texts
 
 
-@pytest.mark.xfail(
-    strict=True, reason="detokenize and spell_out take the first of two tokens that fit"
-)
 def test_an_added_token_may_begin_as_another_one(hub):
     tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
     tokenizer.add_tokens(["qq7", "qq77"])
@@ -821,7 +737,6 @@ def test_an_added_token_may_begin_as_another_one(hub):
     assert data.detokenize(rows, tokenizer) == texts
 
 
-@pytest.mark.xfail(strict=True, reason="detokenize looks for added tokens within words")
 def test_an_added_token_may_be_a_whole_word_alone(hub):
     tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
     tokenizer.add_tokens([transformers.AddedToken("king", single_word=True)])
@@ -831,7 +746,6 @@ def test_an_added_token_may_be_a_whole_word_alone(hub):
     assert data.detokenize(rows, tokenizer) == texts
 
 
-@pytest.mark.xfail(strict=True, reason="count_unknown counts None, detokenize looks for nothing")
 def test_a_vocabulary_of_bytes_needs_no_unknown_token():
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -845,13 +759,6 @@ def test_a_vocabulary_of_bytes_needs_no_unknown_token():
     )
     assert data.detokenize(data.tokenize(MARKED, tokenizer), tokenizer) == MARKED
     assert data.make_corpus(MARKED, tokenizer).unknown == 0
-
-
-def test_unknown_tokens_are_written_as_they_were_read(hub):
-    vae, text = load(hub("t5-small")[0]), "the <unk> king <unk>"
-    ids, _ = labels_of(vae, [text])
-    vae.generate = lambda z, **_: F.pad(ids, (1, 3), value=PAD)
-    assert vae.decode_texts(torch.zeros(1, 5)) == [text]
 
 
 def test_no_dropout_comes_right_before_pooling():
@@ -878,17 +785,6 @@ def test_what_is_exponentiated_is_float32_under_autocast():
     assert not torch.equal(mu, mu.bfloat16().float()), "mu is not a rounded number"
     for ours, value in zip(half, exact, strict=True):
         torch.testing.assert_close(ours, value, rtol=0.05, atol=0.2)
-
-
-def test_loss_halves_on_one_batch():
-    vae, (ids, mask) = tiny_vae().train(), random_texts(8, 9)
-    batch = data.Batch(ids, mask, ids, np.arange(8), torch.zeros(8, 8), 8, 8)
-    args = train.settings(train.parse(["--dataset", "grammar", "--lr", "3e-3"])[0], 2)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=args.lr)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    means = [train.train_step(vae, optimizer, scaler, [batch], 0.01, i, args)[0] for i in range(60)]
-    losses = [mean["loss"] for mean in means]
-    assert losses[-1] < losses[0] / 2, losses[::10]
 
 
 # ----------------------------------------------------------------------------- hub and downloads
@@ -953,9 +849,8 @@ def test_sources_are_pinned():
 
 
 def test_own_directory(data_tokenizer, tmp_path):
-    own = write(tmp_path, content="\ufeffa king\r\n\r\n  a queen \r\n\n".encode())
+    own = write(tmp_path, content=b"a king\n\n  a queen \n\n")
     write(tmp_path, "ptb.valid.txt")
-    assert list(data.read_texts(own, "train")) == ["a king", "", "a queen", ""]
     corpus = data.load_corpus(own, "train", data_tokenizer)
     assert texts_of(corpus, data_tokenizer) == ["a king", "a queen"]
     assert (corpus.skipped, corpus.truncated, corpus.words.tolist()) == (2, 0, [3, 3])
@@ -967,7 +862,7 @@ def test_own_directory(data_tokenizer, tmp_path):
     assert data.split_path("ptb", "valid", tmp_path).name == "ptb.valid.txt"
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\r\n   \n", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("content", [b"\n\r\n   \n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_refused_by_name(data_tokenizer, tmp_path, content):
     own = write(tmp_path, "test.txt", content)
     with pytest.raises(ValueError, match="test.txt: no text"):
@@ -979,11 +874,7 @@ def test_an_empty_file_is_refused_by_name(data_tokenizer, tmp_path, content):
     [
         (b"good\n\ncaf\xe9 bad\n", r"train.txt, line 3, byte 4"),
         ("text".encode("utf-16"), r"train.txt, line 1, byte 1"),
-        pytest.param(
-            "\ufeffab".encode() + b"\xc3\n",
-            r"train.txt, line 1, byte 6",
-            marks=pytest.mark.xfail(strict=True, reason="the mark's three bytes are not counted"),
-        ),
+        ("\ufeffab".encode() + b"\xc3\n", r"train.txt, line 1, byte 6"),  # the mark has three
     ],
 )
 def test_what_is_not_utf8_is_refused_with_its_place(tmp_path, content, place):
@@ -996,16 +887,10 @@ def test_what_is_not_utf8_is_refused_with_its_place(tmp_path, content, place):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("texts.csv", "id,text\n1,a king\n"),
         ("texts.tsv", "a king\t1\n"),
-        ("texts.json", '[{"text": "a king"}]\n'),
         ("texts.ndjson", '{"text": "a king"}\n'),
         ("texts.txt", '\n{"text": "a king", "stars": 4}\n'),
-        pytest.param(
-            "TEXTS.CSV",
-            "id,text\n1,a king\n",
-            marks=pytest.mark.xfail(strict=True, reason="capitals hide it"),
-        ),
+        ("TEXTS.CSV", "id,text\n1,a king\n"),
     ],
 )
 def test_tables_are_refused_by_name(name, content, tmp_path, monkeypatch):
@@ -1048,10 +933,6 @@ def test_overlong_lines_are_cut_and_counted(data_tokenizer, tmp_path):
     kept = data.detokenize([corpus.row(0).tolist()], data_tokenizer)[0]
     assert kept.startswith("the <unk> king paints a <unk> boat the <unk>")
     assert corpus.words[0] == len(kept.split()) + 1
-    own = write(tmp_path, content=long)
-    whole = data.load_corpus(own, "train", data_tokenizer, max_length=10**6)
-    assert whole.truncated == 0
-    assert whole.words[0] == 7 * 5000 + 1
 
 
 def test_one_file_is_split_by_its_texts(tmp_path):
@@ -1083,14 +964,6 @@ def test_a_vocabulary_is_made_of_long_texts_too():
     assert tokenizer.unk_token_id not in tokenizer(texts[0])["input_ids"]
 
 
-def test_words_become_pieces():
-    tokenizer = data.train_tokenizer(islice(data.read_texts("grammar", "train"), 5000), 4000)
-    text = "the lonely queens will secretly repair a purple statue outside the palace soon"
-    assert tokenizer.tokenize(text) == ["\u2581" + word for word in text.split()]
-    assert tokenizer.pad_token_id == PAD
-    assert tokenizer.eos_token_id == EOS
-
-
 @pytest.mark.parametrize("letters", ["\u0250", "\u0298", "".join(map(chr, range(0x250, 0x2B0)))])
 def test_a_vocabulary_has_all_letters_of_its_texts(letters):
     """Also those that would mark a word, and its words become pieces."""
@@ -1100,29 +973,10 @@ def test_a_vocabulary_has_all_letters_of_its_texts(letters):
     assert tokenizer.tokenize("the old king") == ["\u2581the", "\u2581old", "\u2581king"]
 
 
-def test_where_there_are_no_spaces_a_word_is_a_character(tmp_path):
-    (tmp_path / "train.txt").write_text("แมวชอบปลา\nหมาเห่า\nสวัสดี ครับ\n", encoding="utf-8")
-    model = tiny_vae(vocab_size=384)
-    model.tokenizer = transformers.ByT5Tokenizer()
-    corpus = data.load_corpus(str(tmp_path), "train", model.tokenizer)
-    assert (corpus.word, corpus.words.tolist()) == ("character", [10, 8, 12])
-    measured = metrics.evaluate(model, corpus)
-    nats = (measured["rec"] + measured["kl"]) * 3
-    assert measured["ppl_word"] == pytest.approx(math.exp(nats / 30))
-    assert "A word of ppl_word is a character." in metrics.format_table({"thai": measured})
-
-
-def lengths_like(name):
-    """As many lengths as a data set has training texts, with its mean."""
-    rng = np.random.default_rng(0)
-    if name == "ptb":  # mean 28
-        return rng.gamma(5.5, 5.1, 42_068).astype(int).clip(2, 133)
-    return (20 + rng.lognormal(4.3, 0.6, 100_000)).astype(int).clip(28, 256)  # yahoo: mean 110
-
-
-@pytest.mark.parametrize("name", ["ptb", "yahoo"])
-def test_epochs_are_whole_random_and_waste_little(name):
-    lengths, world = lengths_like(name), 4
+def test_epochs_are_whole_random_and_waste_little():
+    """With as many lengths as PTB has training texts, and their mean, 28."""
+    lengths = np.random.default_rng(0).gamma(5.5, 5.1, 42_068).astype(int).clip(2, 133)
+    world = 4
     first = data.epoch_order(lengths, 32, seed=0, epoch=0)
     shares = [index[rank::world] for index in first for rank in range(world) if len(index) > rank]
     assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(len(lengths)))
@@ -1156,12 +1010,10 @@ def test_a_training_batch_holds_the_noise_of_its_texts(data_tokenizer):
     corpus = data.load_corpus("grammar", "train", data_tokenizer, limit=9)
     settings = {"denoise": 0.4, "latent_dim": 3, "seed": 5}
     batch = data.training_batch(corpus, 2, np.array([8, 0, 4]), **settings)
-    assert torch.equal(batch.eps, data.latent_noise(3, 5, 2, [8, 0, 4]))
+    assert torch.equal(batch.eps, data.latent_noise(3, 5, 2, [8, 0, 4], data.LATENT)[0])
     for i, labels, ids in zip([8, 0, 4], batch.labels, batch.ids, strict=True):
         assert labels[labels != PAD].tolist() == corpus.row(i).tolist(), "the target stays whole"
         assert len(ids[ids != PAD]) < len(corpus.row(i))
-    with pytest.raises(ValueError, match="prob is 1.0; it must be at least 0 and less"):
-        data.training_batch(corpus, 2, np.arange(2), **settings | {"denoise": 1.0})
     one = data.make_batch(corpus, np.array([8, 0, 4]))
     assert torch.equal(one.ids, one.labels)
     assert torch.equal(one.labels, batch.labels)
@@ -1170,32 +1022,6 @@ def test_a_training_batch_holds_the_noise_of_its_texts(data_tokenizer):
 # ------------------------------------------------------------------------------- kills and damage
 
 
-@pytest.mark.parametrize("kind", ["target", "schedule"])
-def test_killed_at_random(tmp_path, command, kind):
-    kills, rng = int(os.environ.get("KILLS", 3)), random.Random(int(os.environ.get("SEED", 0)))
-    flags, done, begun = [*command, "--save-every", 0], 0, time.monotonic()
-    flags += ["--kl-target", 0] if kind == "schedule" else []
-    assert train_run(main, *flags, "--out", tmp_path / "whole") == 0
-    longest = time.monotonic() - begun
-    flags += ["--out", tmp_path, "--resume"]
-    while done < kills:
-        child = start(main, *flags)
-        child.join(rng.uniform(0, longest))
-        child.kill()
-        child.join()
-        if child.exitcode == 0:  # it was quicker: once more, from the beginning
-            longest *= 0.8
-            shutil.rmtree(tmp_path / "phase2")
-        else:
-            done += 1
-    assert train_run(main, *flags) == 0
-    assert same_run(tmp_path / "phase2", tmp_path / "whole" / "phase2")
-    assert same_log(tmp_path / "phase2", tmp_path / "whole" / "phase2")
-
-
-@pytest.mark.xfail(
-    strict=True, reason="a kill within the write of config.json leaves a part that is refused"
-)
 def test_killed_before_there_is_a_config(tmp_path, command):
     flags = [*command, "--out", tmp_path, "--resume"]
     assert train_run(cut, 1, "os.replace", KILL, *flags) == -signal.SIGKILL
@@ -1236,7 +1062,8 @@ def test_what_a_finished_run_says(tmp_path, command, whole_run):
     flags, before = [*command, "--out", tmp_path, "--resume"], files_of(run)
     assert train_run(main, *flags, "--lr", 0.1, report=report) == 1
     assert "lr was 0.001, not 0.1" in report.read_text()
-    assert train_run(main, *flags, "--iw-samples", 5, "--micro-batch", 2) == 0, "nothing to do"
+    other = ["--iw-samples", 5, "--micro-batch", 2, "--log-every", 7]
+    assert train_run(main, *flags, *other) == 0, "nothing to do"
     assert train_run(main, *command, "--out", tmp_path, report=report) == 1
     assert re.search(r"phase2 is not empty .*--resume it", report.read_text())
     assert files_of(run) == before
@@ -1272,15 +1099,10 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, comma
     def halve(path):
         os.truncate(path, path.stat().st_size // 2)
 
-    def make_old(path):  # the controller's weight was a value of its own
-        state = torch.load(path)
-        state["kl_weight"] = state["controller"].pop("weight")
-        torch.save(state, path)
-
     def explode(path):
         torch.save(Bomb(), path)
 
-    for harm in halve, explode, make_old, lambda path: path.write_bytes(b""):
+    for harm in halve, explode:
         shutil.copytree(stopped, out)
         harm(out / "phase2" / "checkpoint.pt")
         assert train_run(main, *flags, report=report) == 1
@@ -1297,14 +1119,13 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, comma
     assert train_run(main, *flags, "--amp", "bf16") == 0, "the precision may change"
 
 
-@pytest.mark.parametrize(("calls", "name"), [(5, "torch.save"), (1, "T5VAE.save_pretrained")])
-def test_full_disk(tmp_path, command, whole_run, calls, name):
-    """The fifth checkpoint, or the model, finds no room: the checkpoint before it stays."""
+def test_full_disk(tmp_path, command, whole_run):
+    """The fifth checkpoint finds no room: the one before it stays."""
     resource = pytest.importorskip("resource")
     flags, report = [*command, "--out", tmp_path, "--save-every", 0], tmp_path / "report"
     full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    assert train_run(cut, calls, name, full, *flags, report=report) == 1
-    assert saved_state(tmp_path / "phase2")["step"] == (4 if name == "torch.save" else 10)
+    assert train_run(cut, 5, "torch.save", full, *flags, report=report) == 1
+    assert saved_state(tmp_path / "phase2")["step"] == 4
     assert "Traceback" not in report.read_text()
     assert train_run(main, *flags, "--resume") == 0
     assert same_run(tmp_path / "phase2", whole_run)
@@ -1329,11 +1150,6 @@ def test_both_phases_resume(tmp_path, home):
 # ------------------------------------------------------------------------------ places that move
 
 
-def resumes(*flags):
-    """Whether --resume says nothing but that the run is finished."""
-    return train_run(main, *flags, "--resume") == 0
-
-
 def test_places_may_be_spelled_differently_or_move(tmp_path, home, command, stopped, whole_run):
     """A run that was killed goes on bit for bit where its texts and its start are elsewhere now."""
     for split in data.SPLITS:
@@ -1356,77 +1172,36 @@ def test_places_may_be_spelled_differently_or_move(tmp_path, home, command, stop
 
 
 def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monkeypatch):
+    """It is known by its weights, in both phases."""
     monkeypatch.chdir(tmp_path)
-    for name in "small", "moved/small":
-        shutil.copytree(t5_folder, tmp_path / name)
+    shutil.copytree(t5_folder, tmp_path / "small")
     flags = ["--dataset", home, *SHORT, "--epochs", 0, "--latent-dim", 3, "--out", "out"]
     assert train_run(main, *flags, "--model", "small") == 0
     before = files_of(tmp_path / "out")
-    for model in "./small/", tmp_path / "small", "moved/small":
-        assert resumes(*flags, "--model", model), model
-    shutil.rmtree(tmp_path / "small")
-    assert resumes(*flags, "--model", "moved/small/")
+    assert train_run(main, *flags, "--model", "./small/", "--resume") == 0
+    (tmp_path / "small").rename(tmp_path / "renamed")
+    assert train_run(main, *flags, "--model", "renamed", "--resume") == 0
     assert files_of(tmp_path / "out") == before
+    break_weights(tmp_path / "renamed", lambda weights: weights["shared.weight"].add_(1))
+    report = tmp_path / "report"
+    for phase, words in (1, "has not the weights that"), (2, "renamed, but out/phase1 was made of"):
+        two = ["--model", "renamed", "--resume", "--phase", phase]
+        assert train_run(main, *flags, *two, report=report) == 1
+        assert words in report.read_text()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="phase 2 compares the name of its T5 with that which phase 1 had"
-)
-def test_a_t5_may_have_another_name_now(tmp_path, home, t5_folder):
-    one, two = (shutil.copytree(t5_folder, tmp_path / name) for name in ("one", "two"))
-    flags = ["--dataset", home, *SHORT, "--epochs", 0, "--latent-dim", 3, "--out", tmp_path / "out"]
-    assert train_run(main, *flags, "--model", one) == 0
-    assert resumes(*flags, "--phase", 1, "--model", two)
-    assert resumes(*flags, "--phase", 2, "--model", two)
-
-
-def test_stale_phases_are_refused(tmp_path, home):
-    """Phase 1 is trained again: phase 2 did not start from that, be it finished or under way."""
-    flags = ["--dataset", home, *TINY, *SHORT, "--epochs", 1, "--save-every", 0, "--resume"]
-    finished, under_way, report = tmp_path / "a", tmp_path / "b", tmp_path / "report"
-    assert train_run(main, *flags, "--out", finished) == 0
-    shutil.copytree(finished / "phase1", under_way / "phase1")
-    two = [*flags, "--phase", 2, "--out", under_way]
-    assert train_run(cut, 4, "seed_dropout", KILL, *two) == -signal.SIGKILL
-    shutil.rmtree(finished / "phase1")
-    assert train_run(main, *flags, "--phase", 1, "--seed", 1, "--out", finished) == 0
-    shutil.rmtree(under_way / "phase1")
-    shutil.copytree(finished / "phase1", under_way / "phase1")
-    for out in finished, under_way:
-        before = files_of(out)
-        assert train_run(main, *flags, "--phase", 2, "--out", out, report=report) == 1
-        assert "phase1 has not the weights that it started from" in report.read_text()
-        assert files_of(out) == before
-
-
-def test_measuring_from_elsewhere_says_where_it_looked(whole_run, home, tmp_path, monkeypatch):
-    run = shutil.copytree(whole_run, tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    data.write_json(run / "config.json", config | {"dataset": home.name})
-    monkeypatch.chdir(home.parent)
-    metrics.main([str(run), "--iw-samples", "1"])
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    looked = re.escape(str(tmp_path / "elsewhere" / home.name))
-    with pytest.raises(SystemExit, match=f"no valid.txt in {looked}; .*--dataset says where"):
-        metrics.main([str(run)])
-    with pytest.raises(SystemExit, match="no valid.txt in .*nothing"):
-        metrics.main([str(run), "--dataset", "nothing"])
-    metrics.main([str(run), "--iw-samples", "1", "--dataset", str(home)])
-
-
-@pytest.mark.xfail(
-    strict=True, reason="a data set of the paper is downloaded again, and --data-dir is advised"
-)
-def test_measuring_a_named_data_set_from_elsewhere(whole_run, tmp_path, monkeypatch):
+def test_measuring_a_named_data_set_from_elsewhere(whole_run, home, tmp_path, monkeypatch):
     run = shutil.copytree(whole_run, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     data.write_json(run / "config.json", config | {"dataset": "ptb"})
     monkeypatch.setitem(data.SOURCES, "ptb", (f"file://{tmp_path}/{{split}}", *["00" * 32] * 3))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="--dataset") as stop:
-        metrics.main([str(run)])
-    assert "--data-dir" not in str(stop.value), "which metrics.py does not have"
+    looked = re.escape(str(tmp_path / "data" / "ptb" / "test.txt"))
+    with pytest.raises(SystemExit, match=f"{looked}.*--dataset says where the texts are now$"):
+        metrics.main([str(run), "--iw-samples", "1"])
+    for split in data.SPLITS:
+        write(tmp_path / "moved" / "ptb", f"{split}.txt", (home / f"{split}.txt").read_bytes())
+    metrics.main([str(run), "--iw-samples", "1", "--dataset", "moved/ptb"])
 
 
 # ------------------------------------------------------------------------------------ the screen
@@ -1454,41 +1229,14 @@ def test_a_closed_pipe_never_ends_a_training(tmp_path, home):
     assert (tmp_path / "phase2" / "metrics.json").exists()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the output that the interpreter writes as it ends has no reader"
-)
 def test_a_closed_pipe_ends_a_measurement_quietly(whole_run):
     _, code, errors = through_pipe(ROOT / "metrics.py", whole_run, "--iw-samples", 1, lines=0)
     assert (code, errors) == (141, "")
 
 
-def measure(report, *args):
-    """metrics.main in a process of its own, which Ctrl-C reaches in its third batch."""
-    rec, count = T5VAE.rec, 0
-
-    def counted(self, z, labels):
-        nonlocal count
-        count += 1
-        if count == 3:
-            interrupt()
-        return rec(self, z, labels)
-
-    T5VAE.rec = counted
-    sys.stdout, sys.stderr = open(os.devnull, "w"), open(report, "w", buffering=1)  # noqa: SIM115
-    metrics.main([str(arg) for arg in args])
-
-
-def test_ctrl_c_ends_a_measurement_in_one_line(tmp_path, whole_run):
-    before = files_of(whole_run)
-    assert train_run(measure, tmp_path / "report", whole_run, "--write") == 130
-    assert (tmp_path / "report").read_text() == "\nmetrics.py: interrupted\n"
-    assert files_of(whole_run) == before
-
-
-@pytest.mark.parametrize("letters", ["Привет", "γάτα"])
-def test_training_on_letters_that_no_vocabulary_has_warns(letters, hub, tmp_path, capsys):
+def test_training_on_letters_that_no_vocabulary_has_warns(hub, tmp_path, capsys):
     for split in data.SPLITS:
-        texts = [f"{letters} {i}" for i in range(4)] + ["a king"] * 4
+        texts = [f"Привет {i}" for i in range(4)] + ["a king"] * 4
         (tmp_path / f"{split}.txt").write_text("\n".join(texts), encoding="utf-8")
     flags = ["--dataset", tmp_path, *SHORT, "--epochs", 0, "--model", hub("t5-small")[0]]
     train.main([*flags, "--phase", 1, "--out", tmp_path])
@@ -1631,9 +1379,8 @@ def test_dropout_reaches_attention_whatever_the_checkpoint_has(rate):
     assert model.t5.decoder.dropout.p == 0.3
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_stays_close_and_resumes(tmp_path, quiet, plain, amp):
-    flags = [*quiet, "--amp", amp, "--save-every", 0]
+def test_half_precision_stays_close_and_resumes(tmp_path, quiet, plain):
+    flags = [*quiet, "--amp", "fp16", "--save-every", 0]
     assert train_run(main, *flags, "--out", tmp_path) == 0
     assert 0 < distance(plain, tmp_path / "phase2") < 0.05
     flags += ["--out", tmp_path / "cut"]
@@ -1686,10 +1433,10 @@ def run_all(*jobs):
 
 @pytest.mark.parametrize(
     ("phase", "batch_size", "count", "more"),
-    [(1, 5, 2, []), (2, 5, 3, ["--micro-batch", 1]), (2, 1, 2, [])],
+    [(1, 5, 2, []), (2, 5, 2, ["--micro-batch", 1])],
 )
 def test_processes_give_the_same_result(tmp_path, home, phase, batch_size, count, more):
-    """With 23 texts the last batch has 3; of one text per step, one process has nothing to do."""
+    """With 23 texts the last batch has 3."""
     flags = ["--dataset", home, "--phase", phase, "--init", home / "vae", *NOISY]
     flags += ["--lr-schedule", "linear", "--batch-size", batch_size]
     flags += ["--kl-target", 2] if phase == 2 else []
@@ -1723,21 +1470,6 @@ def test_language_model_in_two_processes(tmp_path, home):
     assert run_all(*[(main, *flags)] * 2) == [0, 0]
 
 
-def test_evaluation_split_among_processes(tmp_path, quiet):
-    """The test split is one batch: two of three processes have none."""
-    flags = [*quiet, "--epochs", 0]
-    assert train_run(main, *flags, "--out", tmp_path / "one") == 0
-    assert run_all(*[(main, *flags, "--out", tmp_path / "three")] * 3) == [0, 0, 0]
-    one, three = (
-        json.loads((tmp_path / out / "phase2" / "metrics.json").read_text())
-        for out in ("one", "three")
-    )
-    assert one["rec"] != one["rec_prior"]
-    for name, value in one.items():
-        same = three[name] == pytest.approx(value, rel=1e-5) if isinstance(value, float) else True
-        assert same or three[name] == value, name
-
-
 def test_fewer_texts_than_processes(tmp_path, home):
     """Two texts in each split, three processes: one of them never has a sentence of its own."""
     for split in data.SPLITS:
@@ -1750,8 +1482,9 @@ def test_fewer_texts_than_processes(tmp_path, home):
     assert distance(one, three) < 1e-5
     assert distance(one, home / "vae") > 1e-4, "the control: they were trained"
     one, three = (json.loads((run / "metrics.json").read_text()) for run in (one, three))
-    assert one.pop("entropy") is three.pop("entropy") is None
-    assert three == pytest.approx(one, rel=1e-3, abs=1e-4)
+    for name, value in one.items():
+        near = pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value
+        assert three[name] == near, name
     assert one["sentences"] == 2
 
 
@@ -1787,19 +1520,12 @@ LIMITS = """--phase 0, --dropout 1, --dropout=-0.5, --epochs 1.5, --lr inf, --lr
     --pool sum, --recipe worst, --amp fp8, --optimizer sgd"""
 MISTAKES = [
     ("--phase 1", "--dataset is missing"),
-    ("--dataset grammar --phase 1 2", "unrecognized arguments: 2"),
-    ("--dataset grammar --overwrite", "unrecognized arguments: --overwrite"),
     ("--dataset no/such/folder --model no/such/t5 --phase 1", "no/such/t5 is no T5 to start from"),
     ("--dataset no/such/folder --model tiny", "no train.txt in"),
-    ("--dataset {home}/nothing.txt --model tiny", "no train.txt in"),
-    (
-        "--dataset grammar --phase 2",
-        "runs/grammar/phase1: no such run or folder; run phase 1 first",
-    ),
+    ("--dataset grammar --phase 2", "runs/grammar/phase1: no such run; run phase 1 first"),
     ("--dataset {home} --phase 2 --init {home}/vae --latent-dim 5", "--latent-dim is 5, but"),
     ("--dataset {home} --phase 2 --init {home}/vae --pool mean", "--pool is mean, but"),
     ("--dataset {home} --phase 2 --init {home}/vae --pool-layers all", "--pool-layers is all, but"),
-    ("--dataset {home} --phase 2 --init {home}/vae --model t5-base", "--model is t5-base, but"),
     ("--dataset {home} --phase 1 --model {home}/vae", "vae, a VAE; start from it with --init"),
     ("--dataset {home} --no-latent --init {home}/vae", "vae is a VAE: a language model cannot"),
     ("--dataset {home} --init {home} --phase 1", "is no T5 to start from"),
@@ -1836,28 +1562,27 @@ def test_numbers_out_of_their_limits_are_refused_by_name(capsys):
         assert f"argument {re.split('[ =]', flags)[0]}" in line_said(stop, capsys)
 
 
-@pytest.mark.xfail(strict=True, reason="only values that are true are seen")
-def test_flags_that_switch_off_what_is_not_there_are_refused():
+def test_flags_that_switch_off_what_is_not_there_are_refused(capsys):
     for flags in "--phase 2 --no-freeze-decoder", "--no-latent --no-freeze-decoder":
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stop:
             train.parse(["--dataset", "grammar", *flags.split()])
+        assert "--freeze-decoder is False, which has no effect" in line_said(stop, capsys)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ("{run} --iw-samples 0", "argument --iw-samples"),
-        ("{home}", "has no config.json of a run"),
         ("{run}/model", "has no config.json of a run"),
-        ("{run} --lm {run}", "it must be a finished --no-latent run on these texts"),
+        ("{stopped}", "phase2 is a run that is not finished"),
         ("{run} --device cuda", "--device is cuda, but torch finds no GPU"),
     ],
 )
-def test_mistakes_in_measuring(flags, words, home, whole_run, monkeypatch, capsys):
+def test_mistakes_in_measuring(flags, words, stopped, whole_run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["metrics.py"])
     before = files_of(whole_run)
     with pytest.raises(SystemExit) as stop:
-        metrics.main(flags.format(home=home, run=whole_run).split())
+        metrics.main(flags.format(stopped=stopped / "phase2", run=whole_run).split())
     said = line_said(stop, capsys)
     assert words in said, said
     assert said.startswith("metrics.py: ")
@@ -1871,7 +1596,7 @@ def test_a_single_text_has_no_other_and_a_cut_one_no_known_entropy(tmp_path, hom
     model = T5VAE.from_pretrained(home / "vae")
     for where, one in (tmp_path, True), (home, False):
         corpus = data.load_corpus(str(where), "test", model.tokenizer)
-        measured = metrics.evaluate(model, corpus, thorough=True)
+        measured = metrics.evaluate(model, corpus, iw_samples=2, thorough=True)
         assert ("swap_cost" in measured) == ("rec_other" in measured) == (not one)
         assert metrics.verdict(measured).startswith("rec " if one else "z is")
     short, whole = (
@@ -1899,9 +1624,6 @@ def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path,
     assert train_run(main, "--dataset", "a/x", "--phase", 1, *TINY, *flags) == 0
     assert train_run(main, "--dataset", "b/x", "--phase", 2, *flags, report=report) == 1
     assert "runs/x/phase1 was trained on other texts; to start" in report.read_text()
-    more = ["--dataset", "a/x", "--phase", 2, "--model", "t5-base"]
-    assert train_run(main, *more, *flags, report=report) == 1
-    assert "--model is t5-base, but runs/x/phase1 was made of tiny" in report.read_text()
     init = ["--init", "runs/x/phase1", "--out", "other"]
     assert train_run(main, "--dataset", "b/x", "--phase", 2, *init, *flags) == 0
     assert train_run(main, "--dataset", "c/x", "--phase", 2, *flags) == 0, "the same elsewhere"
