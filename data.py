@@ -260,7 +260,11 @@ def kept_tokens(tokenizer):
 def spell_out(text, tokenizer, own):
     """The row of a text that contains tokens of `own`: character by character, as what they say."""
     added, row = {token: i for i, token in kept_tokens(tokenizer).items()}, []
-    longest_first = map(re.escape, sorted(added, key=len, reverse=True))
+    alone = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.single_word}
+    longest_first = [
+        rf"(?<!\w){re.escape(token)}(?!\w)" if token in alone else re.escape(token)
+        for token in sorted(added, key=len, reverse=True)
+    ]
     for part in re.split(f"({'|'.join(longest_first)})", text) if added else [text]:
         if part in added:
             row.append(added[part])

@@ -569,14 +569,6 @@ def test_texts_that_no_vocabulary_has_are_told(hub):
         vae.encode_texts(["the <unk> king", "<unk> <unk>"])
 
 
-def test_what_is_no_list_of_texts_is_refused_by_name(hub):
-    vae = load(hub("t5-small")[0])
-    with pytest.raises(InputError, match=r"is a table .*\['text'\]"):
-        vae.encode_texts({"text": ["a king"], "label": [1]})
-    with pytest.raises(InputError, match=r"texts\[2\] .*surrogate"):
-        vae.encode_texts(["a", "b", "\udc00c"])
-
-
 def test_encoding_and_decoding_evaluate_whatever_the_mode():
     model = tiny_vae(dropout_rate=0.5).train()
     model.tokenizer = data.train_tokenizer(TEXTS * 3, 60)
@@ -740,9 +732,9 @@ def test_an_added_token_may_begin_as_another_one(hub):
 def test_an_added_token_may_be_a_whole_word_alone(hub):
     tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
     tokenizer.add_tokens([transformers.AddedToken("king", single_word=True)])
-    texts = ["the kings paint the king"]
+    texts = ["the kings paint the king", "</s> the kings paint the king"]
     rows = data.tokenize(texts, tokenizer)
-    assert rows[0].count(tokenizer.convert_tokens_to_ids("king")) == 1
+    assert [row.count(tokenizer.convert_tokens_to_ids("king")) for row in rows] == [1, 1]
     assert data.detokenize(rows, tokenizer) == texts
 
 
@@ -1183,11 +1175,9 @@ def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monk
     assert train_run(main, *flags, "--model", "renamed", "--resume") == 0
     assert files_of(tmp_path / "out") == before
     break_weights(tmp_path / "renamed", lambda weights: weights["shared.weight"].add_(1))
-    report = tmp_path / "report"
-    for phase, words in (1, "has not the weights that"), (2, "renamed, but out/phase1 was made of"):
-        two = ["--model", "renamed", "--resume", "--phase", phase]
-        assert train_run(main, *flags, *two, report=report) == 1
-        assert words in report.read_text()
+    two, report = ["--model", "renamed", "--resume", "--phase", 2], tmp_path / "report"
+    assert train_run(main, *flags, *two, report=report) == 1
+    assert "--model is renamed, but out/phase1 was made of" in report.read_text()
 
 
 def test_measuring_a_named_data_set_from_elsewhere(whole_run, home, tmp_path, monkeypatch):
@@ -1431,17 +1421,15 @@ def run_all(*jobs):
     return [end(child) for child in children]
 
 
-@pytest.mark.parametrize(
-    ("phase", "batch_size", "count", "more"),
-    [(1, 5, 2, []), (2, 5, 2, ["--micro-batch", 1])],
-)
-def test_processes_give_the_same_result(tmp_path, home, phase, batch_size, count, more):
+@pytest.mark.parametrize("phase", [1, 2])
+def test_processes_give_the_same_result(tmp_path, home, phase):
     """With 23 texts the last batch has 3."""
     flags = ["--dataset", home, "--phase", phase, "--init", home / "vae", *NOISY]
-    flags += ["--lr-schedule", "linear", "--batch-size", batch_size]
+    flags += ["--lr-schedule", "linear"]
     flags += ["--kl-target", 2] if phase == 2 else []
+    more = ["--micro-batch", 1] if phase == 2 else []
     assert train_run(main, *flags, "--out", tmp_path / "one") == 0
-    assert run_all(*[(main, *flags, *more, "--out", tmp_path / "more")] * count) == [0] * count
+    assert run_all(*[(main, *flags, *more, "--out", tmp_path / "more")] * 2) == [0, 0]
     one, more = (tmp_path / name / f"phase{phase}" for name in ("one", "more"))
     assert distance(one, more) < 1e-5
     assert distance(one, home / "vae") > 1e-3, "the control: they were trained"
@@ -1525,10 +1513,8 @@ MISTAKES = [
     ("--dataset grammar --phase 2", "runs/grammar/phase1: no such run; run phase 1 first"),
     ("--dataset {home} --phase 2 --init {home}/vae --latent-dim 5", "--latent-dim is 5, but"),
     ("--dataset {home} --phase 2 --init {home}/vae --pool mean", "--pool is mean, but"),
-    ("--dataset {home} --phase 2 --init {home}/vae --pool-layers all", "--pool-layers is all, but"),
     ("--dataset {home} --phase 1 --model {home}/vae", "vae, a VAE; start from it with --init"),
     ("--dataset {home} --no-latent --init {home}/vae", "vae is a VAE: a language model cannot"),
-    ("--dataset {home} --init {home} --phase 1", "is no T5 to start from"),
     ("--dataset {home} --init {home}/train.txt --phase 2", "{home}/train.txt"),
     ("--dataset {home} --out {home}/vae/config.json --model tiny", "config.json"),
 ]
