@@ -368,14 +368,14 @@ def test_a_data_set_has_one_n_and_hence_the_true_bound(dataset, true_n, neg_elbo
 
 def test_paper_tables_print_all_and_put_a_run_under_its_own(run, tmp_path, capsys):
     paper_tables.main([])
-    assert capsys.readouterr().out.count("Optimus") == 4
+    assert capsys.readouterr().out.count("Optimus (lambda 0.5)") == 4
     with pytest.raises(SystemExit, match="the paper's are yahoo"):
         paper_tables.main([run])
     own = shutil.copytree(run, tmp_path / "own")
     data.write_json(own / "config.json", read_json(own, "config.json") | {"dataset": "ptb"})
     paper_tables.main([str(own)])
     out = capsys.readouterr().out
-    assert out.count("Optimus") == 1
+    assert out.count("Optimus (lambda 0.5)") == 1
     assert str(own) in out
 
 
