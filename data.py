@@ -3,10 +3,11 @@
 A data set is three files with one text per line, one file that is split by a hash of its texts, or
 `grammar`, which is generated on the fly. The paper's four are downloaded on first use.
 
-Each random number is drawn from a generator of its own (seed, epoch, use, text). So a text gets the
-same noise in an epoch whatever its batch and process, evaluation never shifts the noise of
-training, and there is no random state to save. If two uses shared a stream, deletion would tell
-about z; if it depended on the batch, a resumed run would differ from one that was not interrupted.
+The noise of a text is drawn from a generator of its own, of (seed, epoch, use, text); the order of
+the texts from one of (seed, epoch). So a text gets the same noise in an epoch whatever its batch and
+process, evaluation never shifts the noise of training, and there is no random state to save. If two
+uses shared a stream, deletion and z would be correlated; if noise depended on the batch, a resumed
+run would differ from one that was not interrupted.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def one_line(error):
 
 @contextlib.contextmanager
 def command(name, after_interrupt=""):
-    """A script that a user error, Ctrl-C or a closed pipe ends, ends in one line, or quietly."""
+    """Turn a user error and Ctrl-C into a line; end quietly if the pipe is closed."""
     try:
         yield
         sys.stdout.flush()
@@ -164,7 +165,7 @@ def read_texts(dataset, split, data_dir="data"):
     if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".ndjson"):
         raise InputError(f"{path} is {TABLE}")
     for line in read_lines(path):
-        if empty and line.startswith(("{", "[")) and is_json(line):
+        if empty and re.match(r'[\[{]\s*["{]', line):
             raise InputError(f"{path} has JSON lines; it is {TABLE}")
         if dataset == "yelp":  # without the label
             line = re.sub(r"^\S+\t\s*", "", line)
@@ -176,13 +177,6 @@ def read_texts(dataset, split, data_dir="data"):
 
 
 TABLE = "a table, not one text per line; docs/own-text.md shows how to make a text file of it"
-
-
-def is_json(line):
-    try:
-        return isinstance(json.loads(line), dict | list)
-    except ValueError:
-        return False
 
 
 def split_of(text):
@@ -415,7 +409,7 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
 
 # What random numbers are used for. In training: token deletion, eps of Eq. 4. In evaluation:
 # samples of q, of the untempered posterior, of it in the search for its weight, and of N(0, I).
-DELETION, LATENT, POSTERIOR, UNTEMPERED, GRID, PRIOR = range(6)
+DELETION, LATENT, POSTERIOR, UNTEMPERED, SEARCH, PRIOR = range(6)
 
 
 def generator(seed, epoch, use, text):
@@ -540,8 +534,8 @@ def epoch_order(lengths, batch_size, seed, epoch):
 def evaluation_order(lengths, max_tokens=16_384):
     """Batches of all texts, longest first: arrays of text numbers.
 
-    A batch has at most `max_tokens` tokens, padding included, or one text. What does not fit into
-    memory fails at once, and what comes later fits into what was freed.
+    A batch has at most `max_tokens` tokens, padding included, or one text. The first batch is the
+    largest: what does not fit into memory fails at once.
     """
     order, batches, start = np.argsort(-lengths, kind="stable"), [], 0
     for end in range(1, len(order) + 1):

@@ -298,9 +298,9 @@ def perplexity(nats, count):
 def find_weight(model, corpus, texts=500, seed=0, max_tokens=MOST):
     """The weight w of `untemper` whose -ELBO on a validation split is least.
 
-    Of GRID, then of the geometric means with its neighbours there: the KL weight of the last step
-    would be right if the encoder were at its optimum and nothing but the weight had bent it. The
-    first `texts` texts, two samples each, the same noise for every weight.
+    Searches GRID, then the geometric means of the best weight and its neighbours there. The KL
+    weight of the last training step would be right only if the encoder were at its optimum. Takes
+    the first `texts` texts, two samples each, and the same noise for every weight.
     """
     rest = texts, seed, max_tokens
     bounds = untempered_bounds(model, corpus, GRID, *rest)
@@ -324,7 +324,7 @@ def untempered_bounds(model, corpus, weights, texts, seed, max_tokens):
             mu, logvar = model.encode(batch.ids, batch.mask)
             for weight, column in columns.items():
                 r = untemper(mu.double(), logvar.double(), weight)
-                _, rec = sample_rec(model, batch, *r, seed, data.GRID, samples=2)
+                _, rec = sample_rec(model, batch, *r, seed, data.SEARCH, samples=2)
                 column[index] = (rec + kl_divergence(*r).sum(1)).cpu()
     name = "the untempered -ELBO"
     return {w: gather(name, column).mean().item() for w, column in columns.items()}
@@ -333,8 +333,9 @@ def untempered_bounds(model, corpus, weights, texts, seed, max_tokens):
 def measure_run(model, phase, read, iw_samples=None, max_tokens=MOST):
     """(measures, columns) of a trained model on its test split. read(split) is a `Corpus`.
 
-    A phase 2 with a latent is untempered by the weight that the validation split says, of which so
-    many texts are taken that this takes a fifth of the time, at most. iw_samples: K (IW_SAMPLES).
+    For a phase 2 with a latent the weight of `untemper` is searched on the first validation texts:
+    an eighth as many as there are test texts, which takes a fifth of the time at most. iw_samples:
+    K (IW_SAMPLES).
     """
     iw_samples = IW_SAMPLES[phase] if iw_samples is None else iw_samples
     test, weight = read("test"), 1.0
@@ -410,19 +411,27 @@ def unknown_warning(share):
     )
 
 
+def read_config(run):
+    """The config.json of a run folder. Raises InputError if it is none."""
+    config = data.read_json(Path(run, "config.json"))
+    if not isinstance(config.get("data_sha256"), dict) or "phase" not in config:
+        raise InputError(f"{run} has no config.json of a run")
+    return config
+
+
 def load_run(run, device="cpu", dataset=None):
     """(config, model, read) of a run folder; read(split, limit=None) is a `Corpus` of its data.
 
     dataset: where its texts are now, if they have moved. Raises OSError or InputError if it is no
     run, or if its texts are missing or have changed.
     """
-    config = data.read_json(Path(run, "config.json"))
-    if not isinstance(config.get("data_sha256"), dict) or "phase" not in config:
-        raise InputError(f"{run} has no config.json of a run")
+    config = read_config(run)
     model = T5VAE.from_pretrained(run).to(device).requires_grad_(False)
     name, data_dir = config["dataset"], config["data_dir"]
-    if dataset and name in data.SOURCES:
-        data_dir = Path(dataset).parent
+    if dataset and name in data.SOURCES:  # some of them are read by rules of their own
+        if Path(dataset).resolve().name != name or not Path(dataset).is_dir():
+            raise InputError(f"--dataset is {dataset}; it must be a folder that is named {name}")
+        data_dir = Path(dataset).resolve().parent
     elif dataset:
         name = dataset
 
@@ -496,6 +505,8 @@ def main(argv=None):
         parser.error("--device is cuda, but torch finds no GPU")
     results, said = {}, []
     with data.command("metrics.py"):
+        for run in args.runs:  # before hours are spent on the first
+            read_config(run)
         for run in args.runs:
             config, model, read = load_run(run, args.device, args.dataset)
             lm_nll = language_model_nll(run, config, args.lm)

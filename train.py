@@ -70,7 +70,9 @@ def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5, zero=0.0):
     if schedule == "linear":
         return step / anneal_steps
     position = (step * cycles / anneal_steps) % 1  # in the cycle
-    return min(1.0, max(0.0, position - zero) / ratio)
+    if position < zero:
+        return 0.0
+    return min(1.0, (position - zero) / ratio) if ratio > 0 else 1.0
 
 
 class KLController:
@@ -291,7 +293,7 @@ class Run:
     """The folder of a phase, and its progress on the screen. Only the first process writes.
 
     With config.json the folder is claimed, with checkpoint.pt the run is under way, and with
-    metrics.json it is finished. Nothing in it is ever deleted but the checkpoint of a finished run.
+    metrics.json it is finished. No file in it is ever deleted but the checkpoint of a finished run.
     """
 
     def __init__(self, folder, args, corpora):
@@ -376,7 +378,8 @@ class Run:
 
 
 # What may differ between a run and its --resume: it names places, which are compared by what is in
-# them (data_sha256, start_sha256), or changes only how numbers round, or what is measured.
+# them (data_sha256, start_sha256), or changes only how numbers round, which dropout is drawn, or
+# what is recorded and measured.
 INCIDENTAL = {"command", "versions", "processes", "device", "amp", "out", "data_dir", "dataset"}
 INCIDENTAL |= {"model", "init", "start", "resume", "save_every", "iw_samples", "micro_batch"}
 INCIDENTAL |= {"log_every"}
@@ -389,7 +392,7 @@ def check_same(folder, before, now):
             continue
         change = f"{name} was {before.get(name)!r}, not {now[name]!r}"
         if name == "start_sha256":
-            change = f"{now['start']} has not the weights that it started from"
+            change = f"{now['start']} no longer has the weights that it started from"
         elif name == "data_sha256":
             change = f"the texts of {now['dataset']} are not those that it was trained on"
         raise InputError(f"--resume needs the command of {folder}: {change}")
@@ -480,7 +483,7 @@ def check_start(model, saved, given, args):
         raise InputError(f"--model is {args.model}, which has no effect: {start} is a VAE")
     if args.model and Path(known).resolve() != Path(args.model).resolve():  # has it moved?
         shape = {name: getattr(model, name) for name in FIXED}
-        fresh = new_vae(args.model, shape, saved.get("seed", 0), args)
+        fresh = new_vae(args.model, shape, saved.get("seed", args.seed), args)
         if checksum(fresh) != saved.get("start_sha256"):
             raise InputError(f"--model is {args.model}, but {start} was made of {known}")
 
@@ -488,9 +491,8 @@ def check_start(model, saved, given, args):
 def start_config(start):
     """The config.json of a run, also for the model/ in it; {} if there is none."""
     config = data.read_json(Path(start, "config.json"))
-    if "t5_config" in config:
-        return data.read_json(Path(start).resolve().parent / "config.json") or config
-    return config
+    parent = data.read_json(Path(start).resolve().parent / "config.json")
+    return parent if "t5_config" in config and "data_sha256" in parent else config
 
 
 def is_vae(args, saved):
@@ -704,6 +706,8 @@ def check_args(parser, args):
     """Refuse flags that contradict each other."""
     if args.no_latent and args.phase == 1:
         parser.error("--phase 1 trains an encoder, which --no-latent does not have")
+    if (args.kl_zero or 0) + (0.5 if args.kl_rise is None else args.kl_rise) > 1:
+        parser.error("--kl-zero and --kl-rise are shares of one cycle: their sum must be at most 1")
     if args.kl_target and (args.kl_threshold is not None or args.kl_schedule):
         parser.error("--kl-target takes no --kl-threshold and no --kl-schedule")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -203,8 +203,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         self.tokenizer = None
         config = AutoConfig.for_model(**t5_config)
         self.t5 = AutoModelForSeq2SeqLM.from_config(config)
-        # The maximum over states of which some are dropped and others scaled up exceeds theirs:
-        # with dropout right before pooling, mu in training is not mu in evaluation.
+        # Dropout right before max pooling would bias the maximum upwards, so that mu in training
+        # would not be mu in evaluation.
         self.t5.encoder.dropout = nn.Identity()
         for layer_index, block in enumerate(self.t5.decoder.block):
             literal = block.layer[1]
@@ -387,6 +387,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         tokens or have characters outside the vocabulary. Raises InputError for other types.
         """
         data.check_texts(texts)
+        if max_length < 2:
+            raise InputError(f"max_length is {max_length}; it must be at least 2")
         texts, tokenizer = list(texts), self._get_tokenizer()
         for i, text in enumerate(texts):
             data.check_text(text, i)

@@ -49,10 +49,10 @@ but their PPL is of an importance-weighted NLL: their N is a little high. rec of
 does not move while KL goes from 0 to 182 nats: z costs them much and gives nothing. PPLs of
 different units do not compare. Nats per sentence do, and so does PPL/word = exp(true -ELBO /
 words). The paper cuts texts at 256 tokens. Its MI is a mean over batches of 256 at most: it cannot
-exceed ln 256 = 5.55. After 3 of 50 annealing epochs the KL weight is 0.06, so KL was cheap: how much
-of it z carries in the model, no table says. lambda has two units: Li et al.'s 3 is 3 nats in all,
-0.094 per dimension; Optimus' 0.5 is per dimension, 16 nats in all; the paper's 3 is per dimension,
-96 nats in all."""
+exceed ln 256 = 5.55. After 3 of 50 annealing epochs the KL weight is 0.06, so KL was cheap: no
+table says how much of it z carries in the model. lambda has two units: Li et al.'s 3 is 3 nats in
+all, 0.094 per dimension; Optimus' 0.5 is per dimension, 16 nats in all; the paper's 3 is per
+dimension, 96 nats in all."""
 
 
 HEADS = ["PPL", "per", "KL", '"-ELBO"', "N", "MI", "AU", "true N", "rec", "true -ELBO", "PPL/word"]
