@@ -4,10 +4,10 @@ A data set is three files with one text per line, one file that is split by a ha
 `grammar`, which is generated on the fly. The paper's four are downloaded on first use.
 
 The noise of a text is drawn from a generator of its own, of (seed, epoch, use, text); the order of
-the texts from one of (seed, epoch). So a text gets the same noise in an epoch whatever its batch and
-process, evaluation never shifts the noise of training, and there is no random state to save. If two
-uses shared a stream, deletion and z would be correlated; if noise depended on the batch, a resumed
-run would differ from one that was not interrupted.
+the texts from one of (seed, epoch). So a text gets the same noise in an epoch whatever its batch
+and process, evaluation never shifts the noise of training, and there is no random state to save. If
+two uses shared a stream, deletion and z would be correlated; if noise depended on the batch, a
+resumed run would differ from one that was not interrupted.
 """
 
 import argparse
