@@ -51,6 +51,8 @@ def one_line(error):
 @contextlib.contextmanager
 def command(name, after_interrupt=""):
     """Turn a user error and Ctrl-C into a line; end quietly if the pipe is closed."""
+    if hasattr(sys.stdout, "reconfigure"):  # a redirected one may have 250 characters
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
         sys.stdout.flush()
@@ -335,6 +337,12 @@ def check_text(text, i):
         raise InputError(f"texts[{i}] is {text!r}: half a character (a lone surrogate)") from None
 
 
+def check_at_least(name, value, low):
+    """InputError if an argument is no whole number of at least `low`."""
+    if not isinstance(value, int) or value < low:
+        raise InputError(f"{name} is {value!r}; it must be a whole number, at least {low}")
+
+
 def make_corpus(texts, tokenizer, max_length=256):
     """The `Corpus` of texts, an iterable of str, in their order.
 
@@ -342,6 +350,7 @@ def make_corpus(texts, tokenizer, max_length=256):
     one is empty.
     """
     check_texts(texts)
+    check_at_least("max_length", max_length, 2)
     ids, lengths, words, characters, truncated, unknown = [], [], [], [], 0, 0
     numbered, eos_id = enumerate(texts), tokenizer.eos_token_id
     while part := list(islice(numbered, 1000)):  # lists of all ids would take ten times the memory

@@ -414,7 +414,8 @@ def unknown_warning(share):
 def read_config(run):
     """The config.json of a run folder. Raises InputError if it is none."""
     config = data.read_json(Path(run, "config.json"))
-    if not isinstance(config.get("data_sha256"), dict) or "phase" not in config:
+    needed = {"phase", "dataset", "data_dir", "max_length"}
+    if not isinstance(config.get("data_sha256"), dict) or needed - config.keys():
         raise InputError(f"{run} has no config.json of a run")
     return config
 
@@ -463,7 +464,7 @@ def check_better(run, config, args):
     if not before:
         raise InputError(f"--write: {run} is not finished")
     samples = args.iw_samples or IW_SAMPLES[config["phase"]]
-    if before["latent_dim"] and samples < before["iw_samples"]:
+    if before.get("latent_dim") and samples < before.get("iw_samples", 0):
         has = f"{run} was measured with {before['iw_samples']}"
         raise InputError(f"--write with --iw-samples {samples}: {has}, which is better")
     if before.get("precision", "off") == "off" != args.amp:

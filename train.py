@@ -306,7 +306,7 @@ class Run:
 
     @property
     def finished(self):
-        return (self.folder / "metrics.json").exists()
+        return bool(data.read_json(self.folder / "metrics.json"))
 
     def claim(self, config):
         """Write config.json, or compare with it. Raises InputError if a setting has changed."""
@@ -334,6 +334,8 @@ class Run:
             say(f"{self.folder} resumes from step {state['step']}")
         log = self.folder / "log.jsonl" if self.first else os.devnull
         self.log = open(log, "a+", buffering=1)  # noqa: SIM115 (until the process ends)
+        if self.first and self.log.seek(0, os.SEEK_END) < state["log_bytes"]:
+            raise InputError(f"{log} is shorter than at the checkpoint: remove {self.folder}")
         if self.first:  # what was recorded after the checkpoint is recorded again
             self.log.truncate(self.log.seek(state["log_bytes"]))
         return state["step"]

@@ -387,8 +387,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         tokens or have characters outside the vocabulary. Raises InputError for other types.
         """
         data.check_texts(texts)
-        if max_length < 2:
-            raise InputError(f"max_length is {max_length}; it must be at least 2")
+        data.check_at_least("max_length", max_length, 2)
+        data.check_at_least("batch_size", batch_size, 1)
         texts, tokenizer = list(texts), self._get_tokenizer()
         for i, text in enumerate(texts):
             data.check_text(text, i)
@@ -428,6 +428,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         Dropout is off, whatever the model's mode. Raises InputError if z has another shape, or a
         number that is not finite.
         """
+        data.check_at_least("batch_size", batch_size, 1)
         z, tokenizer, texts = torch.as_tensor(z), self._get_tokenizer(), []
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise InputError(f"z has shape {tuple(z.shape)}; it must be (N, {self.latent_dim})")
@@ -485,11 +486,15 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         try:
             vae = cls(**json.loads((folder / "config.json").read_text()))
             safetensors.torch.load_model(vae, folder / WEIGHTS)  # it knows of tied weights
+            if (folder / "tokenizer_config.json").is_file():
+                vae.tokenizer = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # whatever missing, damaged or foreign files lead to
-            message = f"{folder} holds no T5VAE: its config.json or {WEIGHTS}: {one_line(error)}"
+            message = (
+                f"{folder} holds no T5VAE: config.json, {WEIGHTS} or tokenizer: {one_line(error)}"
+            )
             raise InputError(message) from error
-        if (folder / "tokenizer_config.json").is_file():
-            vae.tokenizer = AutoTokenizer.from_pretrained(folder)
+        if vae.tokenizer is not None:
+            check_tokenizer(folder, vae.t5.config, vae.tokenizer)
         return vae.to(dtype or torch.float32).eval()
 
 
@@ -504,7 +509,7 @@ def load(kind, name_or_path, **settings):
 
 def check_tokenizer(name_or_path, config, tokenizer):
     """InputError if a tokenizer is missing, or is not that of a T5Config."""
-    said = f"{name_or_path} is no T5 to start from: its tokenizer"
+    said = f"{name_or_path} cannot be used: its tokenizer"
     if len(tokenizer) < len(tokenizer.all_special_ids) + 10:  # transformers invents an empty one
         raise InputError(f"{said} is missing, or has no vocabulary")
     if len(tokenizer) > config.vocab_size:
