@@ -88,8 +88,7 @@ class KLController:
     The integral remembers: it is the weight that has turned out to be needed. Far above R it rises
     by 1 / anneal_steps per step, as linear annealing does; from 1.5 R down it slows (hence the 2),
     and at R it rests. KL follows the weight hundreds of steps late, so the weight brakes early: the
-    nearer KL is to R, the further it stays below the integral, by 0.2 at R. That was the least that
-    did not overshoot in the runs that it was tuned on.
+    nearer KL is to R, the further it stays below the integral, by 0.2 at R.
     """
 
     def __init__(self, target, anneal_steps):
@@ -478,8 +477,8 @@ def check_start(model, saved, given, args):
         raise InputError(f"{start} is {kinds[1]}: {kinds[0]} cannot start from it")
     for name, value in given.items():
         if value != getattr(model, name):
-            flag = "pool" if name == "pooling" else name.replace("_", "-")
-            raise InputError(f"--{flag} is {value}, but {start} has {getattr(model, name)}")
+            has = getattr(model, name)
+            raise InputError(f"{flag_name(name)} is {value}, but {start} has {has}")
     known = saved.get("model") or args.model
     if args.model and not saved.get("model") and not args.reset_decoder:
         raise InputError(f"--model is {args.model}, which has no effect: {start} is a VAE")
@@ -738,8 +737,12 @@ def check_effects(parser, args):
 
 
 def refuse_flag(parser, args, name, where):
-    flag = "pool" if name == "pooling" else name.replace("_", "-")
-    parser.error(f"--{flag} is {getattr(args, name)}, which has no effect with {where}")
+    parser.error(f"{flag_name(name)} is {getattr(args, name)}, which has no effect with {where}")
+
+
+def flag_name(name):
+    """The flag of a setting, as the command line spells it."""
+    return "--pool" if name == "pooling" else "--" + name.replace("_", "-")
 
 
 def has_bf16():
