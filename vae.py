@@ -32,13 +32,14 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -176,6 +177,47 @@ def token_nats(logits, targets, pad_id):
         return F.cross_entropy(logits.float(), targets, ignore_index=pad_id, reduction="none")
 
 
+class SlicedNats(torch.autograd.Function):
+    """-log softmax(h W^T)[target] of n tokens, from the logits of `rows` of them at a time: (n,).
+
+    What autograd would keep from the forward pass, all logits, is made again in the backward pass.
+
+    states: h, (n, D); weight: W, (V, D), of the LM head; targets: (n,). Padding has 0 nats.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, pad_id, rows):
+        w, nats, log_sums = weight.to(states.dtype), [], []
+        for h, target in zip(states.split(rows), targets.split(rows), strict=True):
+            logits = F.linear(h, w).float()  # (rows, V)
+            log_sums.append(logits.logsumexp(1))
+            nats.append(log_sums[-1] - logits.gather(1, target[:, None])[:, 0])
+        ctx.save_for_backward(states, weight, targets, torch.cat(log_sums))
+        ctx.pad_id, ctx.rows = pad_id, rows
+        return torch.cat(nats).masked_fill(targets == pad_id, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # grad: (n,)
+        states, weight, targets, log_sums = ctx.saved_tensors
+        grad = grad.masked_fill(targets == ctx.pad_id, 0.0)
+        w, d_states = weight.to(states.dtype), torch.empty_like(states)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        parts = (t.split(ctx.rows) for t in (states, targets, log_sums, grad, d_states))
+        for h, target, log_sum, g, d_h in zip(*parts, strict=True):
+            p = F.linear(h, w).float().sub_(log_sum[:, None]).exp_()  # softmax of the logits
+            p.mul_(g[:, None]).scatter_add_(1, target[:, None], -g[:, None])  # their gradient
+            p = p.to(h.dtype)
+            torch.mm(p, w, out=d_h)
+            if d_weight is None:  # a frozen head
+                continue
+            if d_weight.dtype == p.dtype:
+                d_weight.addmm_(p.T, h)  # without a second (V, D)
+            else:
+                d_weight += p.T @ h
+        return d_states, d_weight, None, None, None
+
+
 class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CARD):
     """q(z|x) and p(x|z) on the two halves of a T5.
 
@@ -190,6 +232,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         pool_layers: "last" pools the encoder's output, "all" the outputs of all its layers.
     Raises: InputError if an argument is none of these.
     """
+
+    token_nats = staticmethod(token_nats)  # here, so that a faster one can take its place
 
     def __init__(self, t5_config: dict, latent_dim=32, pooling="max", pool_layers="last"):
         super().__init__()
@@ -315,11 +359,11 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         </s> counts, padding does not. Arguments: see `decode`. Where the logits of all tokens would
         take more than MOST_LOGITS, they are made a slice at a time, and again in the backward pass.
         """
-        targets = labels.flatten()  # (B*T,)
+        targets, pad_id = labels.flatten(), self.t5.config.pad_token_id  # (B*T,)
         row = 4 * self.t5.config.vocab_size  # bytes of a token's logits, in float32
         if targets.numel() * row <= MOST_LOGITS:
             logits = self.decode(z, labels).flatten(0, 1)  # (B*T, V)
-            nats = token_nats(logits, targets, self.t5.config.pad_token_id)
+            nats = self.token_nats(logits, targets, pad_id)
         else:
             nats = self._nats_in_slices(z, labels, max(1, SLICE // row))
         return nats.view(labels.shape).sum(1)
@@ -332,13 +376,15 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
             states = self.decode(z, labels).flatten(0, 1)  # (B*T, D)
         finally:
             self.t5.lm_head = head
-
-        def nats(states, targets):
-            return token_nats(head(states), targets, self.t5.config.pad_token_id)
-
-        parts = zip(states.split(rows), labels.flatten().split(rows), strict=True)
-        again = {"use_reentrant": False, "preserve_rng_state": False}  # the head draws nothing
-        return torch.cat([checkpoint(nats, *part, **again) for part in parts])
+        targets, pad_id = labels.flatten(), self.t5.config.pad_token_id
+        if torch.is_grad_enabled() and isinstance(head, nn.Linear):
+            device = states.device.type
+            if torch.is_autocast_enabled(device):
+                states = states.to(torch.get_autocast_dtype(device))
+            return SlicedNats.apply(states, head.weight, targets, pad_id, rows)
+        # Another head (int8, LoRA) is only called: in training autograd keeps all its logits.
+        parts = zip(states.split(rows), targets.split(rows), strict=True)
+        return torch.cat([self.token_nats(head(h), target, pad_id) for h, target in parts])
 
     def forward(self, batch):
         """The two terms of the -ELBO of a `data.Batch`: rec (B,) and kl (B, Z), nats (Eq. 1)."""
@@ -383,8 +429,10 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
     def encode_texts(self, texts, batch_size=64, max_length=256):
         """q(z|x) of N texts, an iterable of str: mu, logvar, (N, Z) each, on the CPU.
 
-        Dropout is off, whatever the model's mode. Warns of texts that are cut at `max_length`
-        tokens or have characters outside the vocabulary. Raises InputError for other types.
+        Dropout is off, whatever the model's mode. A batch has at most half of batch_size *
+        max_length tokens, padding included, or one text. Warns of texts that are cut at
+        `max_length` tokens or have characters outside the vocabulary. Raises InputError for other
+        types.
         """
         data.check_texts(texts)
         data.check_at_least("max_length", max_length, 2)
@@ -401,25 +449,18 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
                 unknown += data.count_unknown(part, rows, tokenizer)
                 cut += sum(len(row) >= max_length for row in rows)
                 rows = [[*row[: max_length - 1], tokenizer.eos_token_id] for row in rows]
-                place = slice(start, start + some)
-                mu[place], logvar[place] = self._encode_rows(rows, batch_size)
+                lengths = np.array([len(row) for row in rows])
+                for index in data.evaluation_order(lengths, batch_size * max_length // 2):
+                    ids, mask = data.pad([rows[i] for i in index], tokenizer.pad_token_id)
+                    posterior = self.encode(ids.to(self.device), mask.to(self.device))
+                    place = torch.from_numpy(start + index)
+                    mu[place], logvar[place] = (tensor.cpu().float() for tensor in posterior)
         for count, what in (
             (cut, f"are cut at {max_length} tokens"),
             (unknown, "have characters outside the vocabulary, which all look alike to the model"),
         ):
             if count:
                 warnings.warn(f"{count} of {len(texts)} texts {what}", stacklevel=2)
-        return mu, logvar
-
-    def _encode_rows(self, rows, batch_size):
-        """mu, logvar of rows of ids: (N, Z) each, on the CPU; longest first: less padding."""
-        mu, logvar = torch.zeros(2, len(rows), self.latent_dim)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        for first in range(0, len(order), batch_size):
-            index = order[first : first + batch_size]
-            ids, mask = data.pad([rows[i] for i in index], self.tokenizer.pad_token_id)
-            posterior = self.encode(ids.to(self.device), mask.to(self.device))
-            mu[index], logvar[index] = (part.cpu().float() for part in posterior)
         return mu, logvar
 
     def decode_texts(self, z, batch_size=64, **kwargs):

@@ -5,8 +5,9 @@
 `quicken(model)` replaces, in place and under the same names of weights, linear layers (oneDNN's
 products, which use AVX-512 on every CPU that has it; PyTorch's default, MKL, does so on Intel's
 alone), dropout (16 random bits per element instead of 64), a ReLU with its dropout (one tensor kept
-for the backward pass), and layer norms (rounded once, under autocast). On a GPU, and where a form
-does not apply, torch's own is used. Not for float16, whose layers in float32 it takes away.
+for the backward pass), layer norms (rounded once, under autocast), and the loss of float32 logits
+(in their place). On a GPU, and where a form does not apply, torch's own is used. Not for float16,
+whose layers in float32 it takes away.
 """
 
 import torch
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import train
+import vae
 from data import InputError
 from vae import Float32Activation, Float32Output
 
@@ -156,6 +158,40 @@ class LayerNorm(T5LayerNorm):
         )
 
 
+class InPlaceNats(torch.autograd.Function):
+    """-log softmax(logits)[target]: (n,). The (n, V) logits, in float32, are overwritten.
+
+    They become softmax in the forward pass, and their own gradient in the backward pass; torch's
+    cross_entropy makes two more tensors of their size.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, pad_id):
+        top, at_target = logits.amax(1, keepdim=True), logits.gather(1, targets[:, None])
+        p = logits.detach().sub_(top).exp_()
+        total = p.sum(1, keepdim=True)
+        padding = targets[:, None] == pad_id
+        # Not save_for_backward: it would ask whether what it saved has been overwritten.
+        ctx.p, ctx.rest = p, (targets, total, padding)
+        return (total.log() + top - at_target).masked_fill(padding, 0)[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        p, (targets, total, padding) = ctx.p, ctx.rest
+        ctx.p = None  # it serves once
+        grad = grad[:, None].masked_fill(padding, 0)
+        p.mul_(grad / total).scatter_add_(1, targets[:, None], -grad)
+        return p, None, None
+
+
+def token_nats(logits, targets, pad_id):
+    """`vae.token_nats`, which it replaces, in place on a CPU."""
+    if logits.is_cpu and logits.dtype == torch.float32 and torch.is_grad_enabled():
+        return InPlaceNats.apply(logits, targets, pad_id)
+    return vae.token_nats(logits, targets, pad_id)
+
+
 FASTER = {nn.Linear: Linear, Float32Output: Linear, nn.Dropout: Dropout}
 
 
@@ -171,6 +207,7 @@ def quicken(module):
             part.act = part.act.activation
         if isinstance(getattr(part, "act", None), nn.ReLU):  # a feed-forward layer
             part.act, part.dropout = DropoutOfReLU(part.dropout.p), nn.Identity()
+    module.token_nats = token_nats  # of a T5VAE
     return module
 
 
