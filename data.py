@@ -128,6 +128,8 @@ def read_json(path):
 def split_path(dataset, split, data_dir="data"):
     """The file of a split, or the one file of a data set. Downloads a missing one of SOURCES."""
     folder = Path(data_dir, dataset) if dataset in SOURCES else Path(dataset)
+    if dataset in SOURCES and folder.is_file():
+        raise InputError(f"{folder} is a file; it must be the folder with the texts of {dataset}")
     for path in folder / f"{split}.txt", folder / f"{folder.name}.{split}.txt", folder:
         if path.is_file():
             return path
@@ -142,10 +144,12 @@ def split_path(dataset, split, data_dir="data"):
 def read_lines(path):
     """Yields the stripped lines of a UTF-8 file, empty ones too. Only \\n ends a line.
 
-    Raises OSError if there is no file, and InputError if it is not UTF-8.
+    Raises OSError if there is no file, and InputError if it is not UTF-8, or has \\r for \\n.
     """
     with open(path, "rb") as file:
         for i, line in enumerate(file):
+            if i == 0 and not line.endswith(b"\n") and b"\r" in line.strip():
+                raise InputError(f"{path}: its lines end in \\r alone; they must end in \\n")
             try:
                 text = line.decode()
                 yield (text.removeprefix("\ufeff") if i == 0 else text).strip()
@@ -159,6 +163,8 @@ def read_texts(dataset, split, data_dir="data"):
 
     Raises OSError if there is no file, and InputError if it has no text, or is a table.
     """
+    if split not in SPLITS:
+        raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if dataset == "grammar":
         yield from map(grammar_sentence, grammar_factors(split))
         return
@@ -182,8 +188,11 @@ TABLE = "a table, not one text per line; docs/own-text.md shows how to make a te
 
 
 def split_of(text):
-    """The split of a text in a one-file data set. Its hash decides, so no text is in two."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    """The split of a text in a one-file data set. Its hash decides, so no text is in two.
+
+    White space does not count: T5's tokenizer makes each run of it one space.
+    """
+    digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
     rank = int.from_bytes(digest, "big") / 2**64
     return "train" if rank < 0.9 else "valid" if rank < 0.95 else "test"
 
@@ -196,7 +205,8 @@ def train_tokenizer(texts, vocab_size):
     # The trainer accepts as pieces only strings that occur in two different words. So it sees each
     # word twice, bare and with a mark: whole words can become pieces. Marked pieces are dropped.
     # The mark is a letter (the trainer would split the word at a symbol) that no text has.
-    texts = [text.replace("<unk>", " ") for text in texts]  # a special token, not letters to learn
+    # <unk> is a token, not letters to learn. The trainer would leave out all lines with U+2585.
+    texts = [text.replace("<unk>", " ").replace("\u2585", " ") for text in texts]
     letters = set().union(*texts)
     candidates = filter(str.isalpha, map(chr, range(0x250, sys.maxunicode)))
     mark = next(letter for letter in candidates if letter not in letters)

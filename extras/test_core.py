@@ -852,6 +852,12 @@ def test_own_directory(data_tokenizer, tmp_path):
     assert one == "a king"
     write(tmp_path / "ptb", "ptb.valid.txt")
     assert data.split_path("ptb", "valid", tmp_path).name == "ptb.valid.txt"
+    write(tmp_path, "snli")
+    with pytest.raises(InputError, match="snli is a file; it must be the folder"):
+        data.split_path("snli", "test", tmp_path)
+    for dataset in "grammar", own, "ptb":
+        with pytest.raises(InputError, match="^split is 'dev'; .* train, valid, test$"):
+            list(data.read_texts(dataset, "dev", tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"\n\r\n   \n", b"\xef\xbb\xbf"])
@@ -905,6 +911,14 @@ def test_marks_and_returns_of_other_systems_are_no_text(data_tokenizer, tmp_path
     assert texts_of(corpus, data_tokenizer)[2] == "old king here"
 
 
+def test_lines_that_end_in_returns_alone_are_refused(tmp_path):
+    for content in b"a king\ra queen\r", b"a king\ra queen", b"\xef\xbb\xbfa king\r\ra queen\r":
+        with pytest.raises(InputError, match=r"train.txt: its lines end in \\r alone"):
+            list(data.read_texts(write(tmp_path, content=content), "train"))
+    for content in b"a king", b"a king\r", b"a king\r\n", b"a\rking\n":
+        assert len(list(data.read_texts(write(tmp_path, content=content), "train"))) == 1
+
+
 def test_a_vocabulary_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="vocab_size is 5"):
         data.train_tokenizer(["a king paints"], 5)
@@ -938,6 +952,9 @@ def test_one_file_is_split_by_its_texts(tmp_path):
     assert not set(parts["train"]) & set(parts["test"])  # the same text twice is in the same split
     (tmp_path / "all.txt").write_text("\n".join(reversed(lines)))
     assert set(data.read_texts(one, "test")) == set(parts["test"])  # whatever the order
+    for text in parts["test"]:
+        spaced = text.replace(" ", "  "), text.replace(" ", "\t"), f" {text}", text + "\u00a0"
+        assert {data.split_of(other) for other in spaced} == {"test"}
     (tmp_path / "all.txt").write_text("one text")
     with pytest.raises(ValueError, match="all.txt: no text for '(valid|test)'"):
         [list(data.read_texts(one, split)) for split in data.SPLITS]
@@ -963,6 +980,13 @@ def test_a_vocabulary_has_all_letters_of_its_texts(letters):
     tokenizer = data.train_tokenizer(texts, 400)
     assert data.detokenize(data.tokenize(texts, tokenizer), tokenizer) == texts
     assert tokenizer.tokenize("the old king") == ["\u2581the", "\u2581old", "\u2581king"]
+
+
+@pytest.mark.parametrize("symbol", ["\u2585", "\u2581", "\0", "\t", "<unk>"])
+def test_symbols_of_the_trainer_cost_no_other_letters(symbol):
+    texts = ["the old king"] * 5 + [f"zebra {symbol} quartz{symbol}"] * 5
+    tokenizer = data.train_tokenizer(texts, 60)
+    assert tokenizer.unk_token_id not in data.tokenize(["zebra quartz"], tokenizer)[0]
 
 
 def test_epochs_are_whole_random_and_waste_little():
