@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import numbers
 import os
 import re
 import sys
@@ -349,7 +350,7 @@ def check_text(text, i):
 
 def check_at_least(name, value, low):
     """InputError if an argument is no whole number of at least `low`."""
-    if not isinstance(value, int) or value < low:
+    if not isinstance(value, numbers.Integral) or value < low:
         raise InputError(f"{name} is {value!r}; it must be a whole number, at least {low}")
 
 
@@ -361,6 +362,8 @@ def make_corpus(texts, tokenizer, max_length=256):
     """
     check_texts(texts)
     check_at_least("max_length", max_length, 2)
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        raise InputError(f"tokenizer is {tokenizer!r:.60}; it must have an eos_token_id, as T5's")
     ids, lengths, words, characters, truncated, unknown = [], [], [], [], 0, 0
     numbered, eos_id = enumerate(texts), tokenizer.eos_token_id
     while part := list(islice(numbered, 1000)):  # lists of all ids would take ten times the memory

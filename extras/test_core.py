@@ -342,6 +342,20 @@ def test_a_t5_is_no_vae_and_others_are_no_t5(hub, tmp_path):
         T5VAE.from_t5(str(tmp_path))
 
 
+def test_runs_and_vaes_are_no_t5_and_their_parent_is_no_run(saved, whole_run, tmp_path):
+    for folder in saved, whole_run, whole_run / "model":
+        with pytest.raises(InputError, match=f"{folder} is no T5 .* a VAE: load it with T5VAE.fr"):
+            T5VAE.from_t5(folder)
+    for kind in T5VAE.from_t5, T5VAE.from_pretrained, metrics.load_run:
+        with pytest.raises(InputError, match=f"holds runs; name one of them: {whole_run}$"):
+            kind(whole_run.parent)
+    shutil.copytree(whole_run, saved / "phase2")
+    T5VAE.from_pretrained(saved)  # a model that holds its runs is a model
+    shutil.rmtree(saved / "phase2" / "model")
+    with pytest.raises(InputError, match="run that is finished, but its model/ is gone"):
+        T5VAE.from_pretrained(saved / "phase2")
+
+
 def test_the_hub_is_asked_for_possible_names_alone(monkeypatch):
     asked = []
 
@@ -550,13 +564,35 @@ def test_texts_in_and_out(hub):
     written = vae.decode_texts(mu, max_new_tokens=5)
     for z in mu.numpy(), mu.double().numpy(), mu.tolist():
         assert vae.decode_texts(z, max_new_tokens=5) == written
-    for z in mu[0], mu[:, :3], mu[None]:
-        with pytest.raises(InputError, match=r"it must be \(N, 5\)"):
-            vae.decode_texts(z)
     assert len(vae.decode_texts(mu, 3, num_return_sequences=2, do_sample=True, max_length=5)) == 8
     vae.tokenizer = None
     with pytest.raises(InputError, match="no tokenizer"):
         vae.encode_texts(["a king"])
+
+
+def test_arguments_of_other_types_are_refused_by_name(hub, saved):
+    vae = load(hub("t5-small")[0])
+    corpus, config = data.make_corpus(TEXTS, vae.tokenizer), vae.t5.config.to_dict()
+    z = torch.zeros(3)
+    calls = [(T5VAE, (config, latent_dim), "latent_dim is") for latent_dim in (1.5, "a", None, -1)]
+    calls += [(metrics.untemper, (z, z, w), "weight is") for w in ("1", None, z, torch.ones(()))]
+    calls += [(data.make_corpus, (TEXTS, tokenizer), "tokenizer is") for tokenizer in (None, "t5")]
+    for name, wrong in {"iw_samples": -1, "seed": -1, "weight": 7}.items():
+        calls.append((partial(metrics.evaluate, **{name: wrong}), (vae, corpus), f"{name} is"))
+    calls.append((metrics.evaluate, (vae, corpus, 0.5), "weight is 0.5, which has no effect"))
+    calls.append((metrics.evaluate, (vae, TEXTS), r"corpus is a list; make it with data.make_c"))
+    calls.append((metrics.find_weight, (vae, TEXTS), "corpus is a list"))
+    calls.append((metrics.find_weight, (vae, corpus, 0), "texts is 0"))
+    calls.append((metrics.find_weight, (vae, corpus, 2, -1), "seed is -1"))
+    for wrong in "bfloat16", int, "auto":
+        calls.append((T5VAE.from_pretrained, (saved, wrong), "dtype is .*torch.bfloat16"))
+    for call, arguments, said in calls:
+        with pytest.raises(InputError, match=f"^{said}[^\n]*$"):
+            call(*arguments)
+    for call in vae.encode_texts, partial(data.make_corpus, tokenizer=vae.tokenizer):
+        with pytest.raises(TypeError, match="not iterable"):
+            call(None)
+    assert vae.encode_texts(TEXTS, np.int64(2))[0].shape == (len(TEXTS), 5)
 
 
 def test_texts_that_no_vocabulary_has_are_told(hub):
@@ -607,12 +643,21 @@ def test_texts_are_tokenized_in_parts_and_encoded_with_their_like(hub, monkeypat
 
 
 def test_latents_that_are_no_numbers_are_refused_and_outputs_may_be_dicts(hub):
-    vae, z = load(hub("t5-small")[0]), torch.zeros(3, 5)
-    for value in math.nan, -math.inf:
-        z[2, 4] = value
-        with pytest.raises(InputError, match=r"z\[2\] has a number that is not finite"):
-            vae.decode_texts(z)
-    z[2, 4], four = 0.0, {"max_new_tokens": 4}
+    vae, z, four = load(hub("t5-small")[0]), torch.zeros(3, 5), {"max_new_tokens": 4}
+    for decode in vae.generate, vae.decode_texts:
+        for value in math.nan, -math.inf, 1e300:  # the last one in float32
+            with pytest.raises(InputError, match=r"z\[2\] has a number that is not finite"):
+                decode(torch.tensor([[0.0] * 5] * 2 + [[value] * 5], dtype=torch.float64))
+        for wrong in z[0], z[:, :3], z[None], z + 1j, torch.zeros(0, 3):
+            with pytest.raises(InputError, match=r"it must be \(N, 5\)"):
+                decode(wrong)
+        for wrong in None, "z", [[1.0], [1.0, 2.0]], ["a"]:
+            with pytest.raises(InputError, match="z is no tensor of numbers"):
+                decode(wrong)
+        assert len(decode(z.long(), **four)) == len(decode(z.tolist(), **four)) == 3
+    assert vae.decode_texts(z[:0]) == []
+    with pytest.raises(InputError, match="z has no row"):
+        vae.generate(z[:0])
     more = {"return_dict_in_generate": True, "output_scores": True}
     assert vae.decode_texts(z, **four, **more) == vae.decode_texts(z, **four)
 
@@ -632,6 +677,9 @@ def test_generate_takes_what_transformers_documents(hub):
     for flags in {"max_length": 5}, {"max_new_tokens": 4}:
         assert vae.generate(z, **flags, eos_token_id=255).shape == (3, 5)
         assert vae.generate(z, generation_config=GenerationConfig(**flags)).shape == (3, 5)
+        config = GenerationConfig(eos_token_id=255)
+        assert vae.generate(z, generation_config=config, **flags).shape == (3, 5)
+    assert vae.generate(z, generation_config=config).shape == vae.generate(z).shape == (3, 257)
     four = {"max_new_tokens": 4, "eos_token_id": 255}
     assert vae.generate(z, do_sample=True, num_return_sequences=2, **four).shape == (6, 5)
     greedy = vae.generate(z, **four)
