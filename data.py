@@ -58,7 +58,7 @@ def command(name, after_interrupt=""):
         yield
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough
-        ignore_output()
+        ignore_output(sys.stdout)
         sys.exit(141)  # as the shell reports SIGPIPE
     except (OSError, InputError, FloatingPointError) as error:
         traceback.clear_frames(error.__traceback__)  # a DistributedDataParallel, before its group
@@ -68,24 +68,41 @@ def command(name, after_interrupt=""):
         sys.exit(130)
 
 
-def ignore_output():
-    """From now on what is printed goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def ignore_output(stream):
+    """From now on what is written to stdout or stderr goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def unread(stream):
+    """A closed pipe, as of `2>&1 | head`, does not end the work: what is written goes nowhere."""
+    try:
+        yield
+    except BrokenPipeError:
+        ignore_output(stream)
 
 
 def say(*lines):
-    """Print lines at once. A closed pipe, as of `| head`, does not end the work."""
-    try:
+    """Print lines at once, whoever reads them."""
+    with unread(sys.stdout):
         print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:
-        ignore_output()
+
+
+class Bar(tqdm):
+    """A bar on stderr, whoever reads it."""
+
+    def display(self, *args, **kwargs):
+        with unread(sys.stderr):
+            return super().display(*args, **kwargs)
 
 
 def progress(items, what):
     """Yields the items, with a bar on stderr after five seconds (in a file: a line per 30 s)."""
     interval = 0.5 if sys.stderr.isatty() else 30
     hidden = processes()[0] > 0
-    return tqdm(items, what, leave=False, delay=5, mininterval=interval, disable=hidden)
+    with unread(sys.stderr):
+        sys.stderr.flush()  # of a warning, which the bar would trip over
+    return Bar(items, what, leave=False, delay=5, mininterval=interval, disable=hidden)
 
 
 def number(kind, low, below=math.inf):

@@ -468,8 +468,15 @@ def load_run(run, device="cpu", dataset=None):
     return config, model, read
 
 
-def write_measures(run, measured, columns):
-    """metrics.json, and sentences.npz: the values per sentence, for paired comparisons."""
+def write_measures(run, measured, columns, said):
+    """metrics.json, sentences.npz (values per sentence, for paired comparisons), and the card.
+
+    said: the verdict, which stands below the measures in the model's README.md, its card.
+    """
+    heading, card = "\n## Measures on the test split\n\n", Path(run, "model", "README.md")
+    text = card.read_text(encoding="utf-8").split(heading)[0] if card.is_file() else ""
+    table = format_table({Path(run).resolve().name: measured})
+    card.write_text(f"{text}{heading}```\n{table}\n```\n\n{said}\n", encoding="utf-8")
     values = {name: column.numpy() for name, column in columns.items() if column.dim() == 1}
     npz = Path(run, "sentences.npz")
     data.write_atomically(npz, lambda file: np.savez_compressed(file, **values))
@@ -505,11 +512,27 @@ def language_model_nll(run, config, named=None):
     return None
 
 
+def measure_again(run, args):
+    """(measures, verdict) of a run folder, which gets them with --write; args: those of `main`."""
+    config, model, read = load_run(run, args.device, args.dataset)
+    lm_nll = language_model_nll(run, config, args.lm)
+    if args.write:
+        check_better(run, config, args)
+    with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
+        measured, columns = measure_run(model, config["phase"], read, args.iw_samples)
+    before = data.read_json(Path(run, "metrics.json"))
+    measured |= {"kl_weight": before.get("kl_weight"), "precision": args.amp}
+    said = verdict(measured, config.get("kl_target"), lm_nll)
+    if args.write:
+        write_measures(run, measured, columns, said)
+    return measured, said
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure runs on their test split.")
     flag = parser.add_argument
     flag("runs", nargs="+", metavar="RUN", help="run folder of train.py")
-    samples = data.number(int, 1)
+    samples = data.number(int, 1, 2**16)
     flag("--iw-samples", type=samples, metavar="K", help="samples per text (20; phase 1: none)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", choices=("cuda", "cpu"), default=device, help="where to compute")
@@ -526,21 +549,13 @@ def main(argv=None):
     with data.command("metrics.py"):
         for run in args.runs:  # before hours are spent on the first
             read_config(run)
-        for run in args.runs:
-            config, model, read = load_run(run, args.device, args.dataset)
-            lm_nll = language_model_nll(run, config, args.lm)
-            if args.write:
-                check_better(run, config, args)
-            with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
-                found = measure_run(model, config["phase"], read, args.iw_samples)
-            measured, columns = found
-            before = data.read_json(Path(run, "metrics.json"))
-            measured |= {"kl_weight": before.get("kl_weight"), "precision": args.amp}
-            if args.write:
-                write_measures(run, measured, columns)
-            results[run] = measured
-            said.append(f"{run}: {verdict(measured, config.get('kl_target'), lm_nll)}")
-        print(format_table(results), *said, sep="\n")
+        try:
+            for run in args.runs:
+                results[run], its_verdict = measure_again(run, args)
+                said.append(f"{run}: {its_verdict}")
+        finally:  # what one run has told is printed, whatever happens to the next
+            if results:
+                print(format_table(results), *said, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from test_vae import (
     PAD,
     ROOT,
     SHORT,
+    SHORT_LM,
     TINY,
     cli_tokenizer,
     command,
@@ -1120,7 +1121,7 @@ def files_of(out):
     return {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
 
 
-def test_what_a_finished_run_says(tmp_path, command, whole_run):
+def test_what_a_finished_run_says(tmp_path, command, whole_run, capsys):
     report = tmp_path / "report"
     run = shutil.copytree(whole_run, tmp_path / "phase2")
     flags, before = [*command, "--out", tmp_path, "--resume"], files_of(run)
@@ -1128,9 +1129,17 @@ def test_what_a_finished_run_says(tmp_path, command, whole_run):
     assert "lr was 0.001, not 0.1" in report.read_text()
     other = ["--iw-samples", 5, "--micro-batch", 2, "--log-every", 7]
     assert train_run(main, *flags, *other) == 0, "nothing to do"
+    for samples, again in (None, ""), (2, ""), (5, " --write"), (1, ""):
+        train.say_finished(run, samples)
+        said = capsys.readouterr().out
+        line = f"; metrics.py {run} --iw-samples {samples}{again} measures it again"
+        assert said == f"{run} is finished{line if samples in (1, 5) else ''}\n"
     assert train_run(main, *command, "--out", tmp_path, report=report) == 1
     assert re.search(r"phase2 is not empty .*--resume it", report.read_text())
     assert files_of(run) == before
+    (run / "model").rename(tmp_path / "elsewhere")
+    assert train_run(main, *flags, report=report) == 1
+    assert f"{run} is finished, but its model/ is gone" in report.read_text()
 
 
 def test_files_of_others_are_never_touched(tmp_path, home):
@@ -1289,6 +1298,17 @@ def test_a_closed_pipe_never_ends_a_training(tmp_path, home):
     assert read[0].startswith("train: 23 texts")
     assert (code, errors) == (0, "")
     assert (tmp_path / "phase2" / "metrics.json").exists()
+
+
+def test_a_bar_on_a_closed_pipe_does_not_end_the_work(monkeypatch):
+    bar, (reader, writer) = data.Bar, os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(data, "Bar", lambda *a, **k: bar(*a, **k | {"delay": 0, "mininterval": 0}))
+    with open(writer, "w", buffering=1) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with pytest.raises(BrokenPipeError):  # the control
+            list(data.tqdm(range(3), file=stderr))
+        assert list(data.progress(range(3), "counting")) == [0, 1, 2]
 
 
 def test_a_closed_pipe_ends_a_measurement_quietly(whole_run):
@@ -1526,7 +1546,7 @@ def test_processes_resume_in_the_middle_of_an_epoch(tmp_path, quiet, plain):
 
 def test_language_model_in_two_processes(tmp_path, home):
     """Nothing that trains is left out of the loss: DistributedDataParallel would complain."""
-    flags = ["--dataset", home, *TINY, *SHORT, "--no-latent", "--out", tmp_path]
+    flags = ["--dataset", home, *TINY, *SHORT_LM, "--no-latent", "--out", tmp_path]
     assert run_all(*[(main, *flags)] * 2) == [0, 0]
 
 
@@ -1575,7 +1595,8 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
 # Flags that are refused, each by its name: a number out of its limits, an unknown choice.
 LIMITS = """--phase 0, --dropout 1, --dropout=-0.5, --epochs 1.5, --lr inf, --lr=-1e-3,
     --denoise=-0.1, --micro-batch 0, --max-length 1, --limit 0, --limit x, --latent-dim 0,
-    --iw-samples 0, --log-every 0, --seed -1, --seed 9223372036854775808, --save-every nan,
+    --latent-dim 100000000000, --latent-dim 1e11, --iw-samples 65536, --iw-samples 0,
+    --log-every 0, --seed -1, --seed 9223372036854775808, --save-every nan,
     --kl-target=-1, --kl-threshold inf, --kl-zero 1, --kl-schedule sine, --kl-anneal-epochs nan,
     --pool sum, --recipe worst, --amp fp8, --optimizer sgd"""
 MISTAKES = [
@@ -1647,6 +1668,15 @@ def test_mistakes_in_measuring(flags, words, stopped, whole_run, monkeypatch, ca
     assert files_of(whole_run) == before
 
 
+def test_what_one_run_has_told_is_printed_whatever_happens_to_the_next(whole_run, tmp_path, capsys):
+    good, bad = (shutil.copytree(whole_run, tmp_path / name) for name in ("good", "bad"))
+    (bad / "model" / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="bad/model holds no T5VAE"):
+        metrics.main([str(good), str(bad), "--iw-samples", "3", "--write"])
+    assert f"{good}: z is" in capsys.readouterr().out
+    assert json.loads((good / "metrics.json").read_text())["iw_samples"] == 3
+
+
 def test_a_single_text_has_no_other_and_a_cut_one_no_known_entropy(tmp_path, home):
     for split in data.SPLITS:
         texts = (home / f"{split}.txt").read_text().splitlines()
@@ -1665,7 +1695,8 @@ def test_a_single_text_has_no_other_and_a_cut_one_no_known_entropy(tmp_path, hom
 
 
 def test_a_language_model_is_no_start_for_a_vae(tmp_path, home):
-    flags, report = ["--dataset", home, *SHORT, "--epochs", 0, "--out", tmp_path], tmp_path / "say"
+    flags = ["--dataset", home, *SHORT_LM, "--epochs", 0, "--out", tmp_path]
+    report = tmp_path / "say"
     assert train_run(main, *flags, *TINY, "--no-latent") == 0
     start = ["--phase", 2, "--init", tmp_path / "lm", "--kl-target", 8]
     assert train_run(main, *flags, *start, report=report) == 1
