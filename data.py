@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import numbers
 import os
 import re
 import sys
@@ -57,7 +58,7 @@ def command(name, after_interrupt=""):
         yield
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough
-        ignore_output()
+        ignore_output(sys.stdout)
         sys.exit(141)  # as the shell reports SIGPIPE
     except (OSError, InputError, FloatingPointError) as error:
         traceback.clear_frames(error.__traceback__)  # a DistributedDataParallel, before its group
@@ -67,24 +68,41 @@ def command(name, after_interrupt=""):
         sys.exit(130)
 
 
-def ignore_output():
-    """From now on what is printed goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def ignore_output(stream):
+    """From now on what is written to stdout or stderr goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def unread(stream):
+    """A closed pipe, as of `2>&1 | head`, does not end the work: what is written goes nowhere."""
+    try:
+        yield
+    except BrokenPipeError:
+        ignore_output(stream)
 
 
 def say(*lines):
-    """Print lines at once. A closed pipe, as of `| head`, does not end the work."""
-    try:
+    """Print lines at once, whoever reads them."""
+    with unread(sys.stdout):
         print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:
-        ignore_output()
+
+
+class Bar(tqdm):
+    """A bar on stderr, whoever reads it."""
+
+    def display(self, *args, **kwargs):
+        with unread(sys.stderr):
+            return super().display(*args, **kwargs)
 
 
 def progress(items, what):
     """Yields the items, with a bar on stderr after five seconds (in a file: a line per 30 s)."""
     interval = 0.5 if sys.stderr.isatty() else 30
     hidden = processes()[0] > 0
-    return tqdm(items, what, leave=False, delay=5, mininterval=interval, disable=hidden)
+    with unread(sys.stderr):
+        sys.stderr.flush()  # of a warning, which the bar would trip over
+    return Bar(items, what, leave=False, delay=5, mininterval=interval, disable=hidden)
 
 
 def number(kind, low, below=math.inf):
@@ -128,6 +146,8 @@ def read_json(path):
 def split_path(dataset, split, data_dir="data"):
     """The file of a split, or the one file of a data set. Downloads a missing one of SOURCES."""
     folder = Path(data_dir, dataset) if dataset in SOURCES else Path(dataset)
+    if dataset in SOURCES and folder.is_file():
+        raise InputError(f"{folder} is a file; it must be the folder with the texts of {dataset}")
     for path in folder / f"{split}.txt", folder / f"{folder.name}.{split}.txt", folder:
         if path.is_file():
             return path
@@ -142,10 +162,12 @@ def split_path(dataset, split, data_dir="data"):
 def read_lines(path):
     """Yields the stripped lines of a UTF-8 file, empty ones too. Only \\n ends a line.
 
-    Raises OSError if there is no file, and InputError if it is not UTF-8.
+    Raises OSError if there is no file, and InputError if it is not UTF-8, or has \\r for \\n.
     """
     with open(path, "rb") as file:
         for i, line in enumerate(file):
+            if i == 0 and not line.endswith(b"\n") and b"\r" in line.strip():
+                raise InputError(f"{path}: its lines end in \\r alone; they must end in \\n")
             try:
                 text = line.decode()
                 yield (text.removeprefix("\ufeff") if i == 0 else text).strip()
@@ -159,6 +181,8 @@ def read_texts(dataset, split, data_dir="data"):
 
     Raises OSError if there is no file, and InputError if it has no text, or is a table.
     """
+    if split not in SPLITS:
+        raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if dataset == "grammar":
         yield from map(grammar_sentence, grammar_factors(split))
         return
@@ -182,8 +206,11 @@ TABLE = "a table, not one text per line; docs/own-text.md shows how to make a te
 
 
 def split_of(text):
-    """The split of a text in a one-file data set. Its hash decides, so no text is in two."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    """The split of a text in a one-file data set. Its hash decides, so no text is in two.
+
+    White space does not count: T5's tokenizer makes each run of it one space.
+    """
+    digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
     rank = int.from_bytes(digest, "big") / 2**64
     return "train" if rank < 0.9 else "valid" if rank < 0.95 else "test"
 
@@ -196,7 +223,8 @@ def train_tokenizer(texts, vocab_size):
     # The trainer accepts as pieces only strings that occur in two different words. So it sees each
     # word twice, bare and with a mark: whole words can become pieces. Marked pieces are dropped.
     # The mark is a letter (the trainer would split the word at a symbol) that no text has.
-    texts = [text.replace("<unk>", " ") for text in texts]  # a special token, not letters to learn
+    # <unk> is a token, not letters to learn. The trainer would leave out all lines with U+2585.
+    texts = [text.replace("<unk>", " ").replace("\u2585", " ") for text in texts]
     letters = set().union(*texts)
     candidates = filter(str.isalpha, map(chr, range(0x250, sys.maxunicode)))
     mark = next(letter for letter in candidates if letter not in letters)
@@ -339,7 +367,7 @@ def check_text(text, i):
 
 def check_at_least(name, value, low):
     """InputError if an argument is no whole number of at least `low`."""
-    if not isinstance(value, int) or value < low:
+    if not isinstance(value, numbers.Integral) or value < low:
         raise InputError(f"{name} is {value!r}; it must be a whole number, at least {low}")
 
 
@@ -351,6 +379,8 @@ def make_corpus(texts, tokenizer, max_length=256):
     """
     check_texts(texts)
     check_at_least("max_length", max_length, 2)
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        raise InputError(f"tokenizer is {tokenizer!r:.60}; it must have an eos_token_id, as T5's")
     ids, lengths, words, characters, truncated, unknown = [], [], [], [], 0, 0
     numbered, eos_id = enumerate(texts), tokenizer.eos_token_id
     while part := list(islice(numbered, 1000)):  # lists of all ids would take ten times the memory

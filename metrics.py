@@ -13,6 +13,7 @@ r gives the tight ones.
 
 import argparse
 import math
+import numbers
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import distributed
 
 import data
 from data import InputError
-from vae import T5VAE, evaluating, kl_divergence
+from vae import T5VAE, check_no_parent, evaluating, kl_divergence
 
 REC_SAMPLES = 4  # of q, for rec beside an NLL
 IW_SAMPLES = {1: 0, 2: 20}  # default K, by phase: phase 1 trains no density to be measured
@@ -55,8 +56,8 @@ def untemper(mu, logvar, weight):
 
     mu, logvar: (..., Z). Returns: mu, logvar: (..., Z). Raises InputError if w is outside [0, 1].
     """
-    if not 0 <= weight <= 1:
-        raise InputError(f"weight is {weight}; it must be at least 0 and at most 1")
+    if not isinstance(weight, numbers.Real) or not 0 <= weight <= 1:
+        raise InputError(f"weight is {weight!r}; it must be a number, at least 0 and at most 1")
     w = torch.as_tensor(weight, dtype=logvar.dtype, device=logvar.device)
     log_d = torch.logaddexp(w.log(), torch.log1p(-w) + logvar)
     return mu * (w.log() - log_d).exp(), logvar - log_d
@@ -129,6 +130,7 @@ def importance_weighted(model, batch, mu, logvar, samples, seed=0):
 def greedy(model, batch, mu):
     """The greedy text from mu (B, Z): hits, tokens in their place; exact_match, 0 or 100: (B,)."""
     length = batch.labels.shape[1]
+    mu = mu.nan_to_num()  # `gather` says whose mu is not finite
     ids = model.generate(mu, max_new_tokens=length)[:, 1:]  # without the start token
     ids = F.pad(ids, (0, length - ids.shape[1]))
     hits = ((ids == batch.labels) & batch.mask.bool()).sum(1)
@@ -146,6 +148,7 @@ def other_texts(count, seed=0):
 
 def measure(model, corpus, weight=1.0, iw_samples=0, thorough=False, seed=0, max_tokens=MOST):
     """What `evaluate` summarizes, a row per sentence: {name: (n,)}, and mu, logvar, z: (n, Z)."""
+    check_arguments(corpus, seed, weight, iw_samples)
     device, (rank, world) = model.device, data.processes()
     rec_samples = REC_SAMPLES if iw_samples else 1
     if model.latent_dim == 0:  # all samples are one
@@ -184,6 +187,17 @@ def measure(model, corpus, weight=1.0, iw_samples=0, thorough=False, seed=0, max
     return {name: gather(name, column.cpu()) for name, column in columns.items()}
 
 
+def check_arguments(corpus, seed, weight=1.0, iw_samples=0):
+    """InputError if a corpus is none, such as a list of texts, or another argument is wrong."""
+    if not isinstance(corpus, data.Corpus):
+        has = f"corpus is a {type(corpus).__name__}"
+        raise InputError(f"{has}; make it with data.make_corpus(texts, model.tokenizer)")
+    data.check_at_least("seed", seed, 0)
+    data.check_at_least("iw_samples", iw_samples, 0)
+    if not iw_samples and weight != 1:
+        raise InputError(f"weight is {weight!r}, which has no effect without iw_samples")
+
+
 def gather(name, column):
     """The sum of a column over processes; each has zeros in the others' places. Refuses NaN."""
     if data.processes()[1] > 1:
@@ -204,7 +218,8 @@ def evaluate(model, corpus, weight=1.0, iw_samples=0, thorough=False, seed=0, ma
         thorough: also rec with other latents, and the greedy reconstruction.
         max_tokens: padded tokens of a batch, at most, if more than one text.
     Returns: means over sentences, nats, with standard errors `<name>_se`; ratios; counts.
-    Raises: FloatingPointError, with the measure and the text, if a number is not finite.
+    Raises: FloatingPointError, with the measure and the text, if a number is not finite; InputError
+        if an argument is out of its limits or has no effect.
     """
     columns = measure(model, corpus, weight, iw_samples, thorough, seed, max_tokens)
     return summarize(columns, corpus, weight, iw_samples)
@@ -302,6 +317,8 @@ def find_weight(model, corpus, texts=500, seed=0, max_tokens=MOST):
     weight of the last training step would be right only if the encoder were at its optimum. Takes
     the first `texts` texts, two samples each, and the same noise for every weight.
     """
+    check_arguments(corpus, seed)
+    data.check_at_least("texts", texts, 1)
     rest = texts, seed, max_tokens
     bounds = untempered_bounds(model, corpus, GRID, *rest)
     best = min(bounds, key=bounds.get)
@@ -339,7 +356,7 @@ def measure_run(model, phase, read, iw_samples=None, max_tokens=MOST):
     """
     iw_samples = IW_SAMPLES[phase] if iw_samples is None else iw_samples
     test, weight = read("test"), 1.0
-    if phase == 2 and model.latent_dim > 0:
+    if phase == 2 and model.latent_dim > 0 and iw_samples:
         texts = min(500, max(20, len(test) // 8))
         weight = find_weight(model, read("valid"), texts, max_tokens=max_tokens)
     columns = measure(model, test, weight, iw_samples, thorough=True, max_tokens=max_tokens)
@@ -413,6 +430,7 @@ def unknown_warning(share):
 
 def read_config(run):
     """The config.json of a run folder. Raises InputError if it is none."""
+    check_no_parent(run)
     config = data.read_json(Path(run, "config.json"))
     needed = {"phase", "dataset", "data_dir", "max_length"}
     if not isinstance(config.get("data_sha256"), dict) or needed - config.keys():
@@ -450,8 +468,15 @@ def load_run(run, device="cpu", dataset=None):
     return config, model, read
 
 
-def write_measures(run, measured, columns):
-    """metrics.json, and sentences.npz: the values per sentence, for paired comparisons."""
+def write_measures(run, measured, columns, said):
+    """metrics.json, sentences.npz (values per sentence, for paired comparisons), and the card.
+
+    said: the verdict, which stands below the measures in the model's README.md, its card.
+    """
+    heading, card = "\n## Measures on the test split\n\n", Path(run, "model", "README.md")
+    text = card.read_text(encoding="utf-8").split(heading)[0] if card.is_file() else ""
+    table = format_table({Path(run).resolve().name: measured})
+    card.write_text(f"{text}{heading}```\n{table}\n```\n\n{said}\n", encoding="utf-8")
     values = {name: column.numpy() for name, column in columns.items() if column.dim() == 1}
     npz = Path(run, "sentences.npz")
     data.write_atomically(npz, lambda file: np.savez_compressed(file, **values))
@@ -487,11 +512,27 @@ def language_model_nll(run, config, named=None):
     return None
 
 
+def measure_again(run, args):
+    """(measures, verdict) of a run folder, which gets them with --write; args: those of `main`."""
+    config, model, read = load_run(run, args.device, args.dataset)
+    lm_nll = language_model_nll(run, config, args.lm)
+    if args.write:
+        check_better(run, config, args)
+    with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
+        measured, columns = measure_run(model, config["phase"], read, args.iw_samples)
+    before = data.read_json(Path(run, "metrics.json"))
+    measured |= {"kl_weight": before.get("kl_weight"), "precision": args.amp}
+    said = verdict(measured, config.get("kl_target"), lm_nll)
+    if args.write:
+        write_measures(run, measured, columns, said)
+    return measured, said
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure runs on their test split.")
     flag = parser.add_argument
     flag("runs", nargs="+", metavar="RUN", help="run folder of train.py")
-    samples = data.number(int, 1)
+    samples = data.number(int, 1, 2**16)
     flag("--iw-samples", type=samples, metavar="K", help="samples per text (20; phase 1: none)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", choices=("cuda", "cpu"), default=device, help="where to compute")
@@ -508,21 +549,13 @@ def main(argv=None):
     with data.command("metrics.py"):
         for run in args.runs:  # before hours are spent on the first
             read_config(run)
-        for run in args.runs:
-            config, model, read = load_run(run, args.device, args.dataset)
-            lm_nll = language_model_nll(run, config, args.lm)
-            if args.write:
-                check_better(run, config, args)
-            with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
-                found = measure_run(model, config["phase"], read, args.iw_samples)
-            measured, columns = found
-            before = data.read_json(Path(run, "metrics.json"))
-            measured |= {"kl_weight": before.get("kl_weight"), "precision": args.amp}
-            if args.write:
-                write_measures(run, measured, columns)
-            results[run] = measured
-            said.append(f"{run}: {verdict(measured, config.get('kl_target'), lm_nll)}")
-        print(format_table(results), *said, sep="\n")
+        try:
+            for run in args.runs:
+                results[run], its_verdict = measure_again(run, args)
+                said.append(f"{run}: {its_verdict}")
+        finally:  # what one run has told is printed, whatever happens to the next
+            if results:
+                print(format_table(results), *said, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -941,8 +941,8 @@ LATE = [f"{T5}.modeling_t5", f"{T5}.tokenization_t5", "transformers.generation.u
 FORK.set_forkserver_preload(["train", "test_vae", *LATE, "torch._dynamo", "sentencepiece"])
 
 TINY = ["--model", "tiny"]  # in these tests still smaller: see shrink_tiny
-SHORT = shlex.split("--batch-size 5 --log-every 3 --max-length 12 --device cpu")
-SHORT += shlex.split("--epochs 2 --iw-samples 2")
+SHORT_LM = shlex.split("--batch-size 5 --log-every 3 --max-length 12 --device cpu --epochs 2")
+SHORT = [*SHORT_LM, "--iw-samples", 2]
 NOISY = [*SHORT, "--denoise", 0.2]
 
 
@@ -1140,6 +1140,11 @@ def test_saved_runs_are_measured_again(whole_run, home, tmp_path, capsys, monkey
             metrics.main([str(run), "--write", *worse])
     metrics.main([str(run), "--write", "--iw-samples", "3"])
     assert json.loads((run / "metrics.json").read_text())["iw_samples"] == 3
+    nll = re.findall(r"^nll +(\S+)$", capsys.readouterr().out, re.M)[-1]
+    cards = [(r / "model" / "README.md").read_text() for r in (whole_run, run)]
+    (its_text, its_measures), (same_text, new_measures) = (c.split("\n## Measures") for c in cards)
+    assert its_text == same_text
+    assert (nll in its_measures, nll in new_measures) == (False, True)
     (run / "metrics.json").unlink()
     with pytest.raises(SystemExit, match="--write: .*not finished"):
         metrics.main([str(run), "--write", "--iw-samples", "3"])
@@ -1189,8 +1194,8 @@ def test_killed_anywhere(tmp_path, command, whole_run, where, calls):
 
 
 def test_tiny_makes_phase_2_alone_and_language_models(tmp_path, home):
-    flags = ["--dataset", home, *TINY, *SHORT, "--epochs", 1, "--out", tmp_path]
-    assert train_run(main, *flags, "--phase", 2, "--init", "tiny") == 0
+    flags = ["--dataset", home, *TINY, *SHORT_LM, "--epochs", 1, "--out", tmp_path]
+    assert train_run(main, *flags, "--iw-samples", 2, "--phase", 2, "--init", "tiny") == 0
     assert train_run(main, *flags, "--no-latent") == 0
     result = json.loads((tmp_path / "lm" / "metrics.json").read_text())
     assert (result["latent_dim"], result["kl"]) == (0, 0)
@@ -1367,7 +1372,8 @@ def test_what_sets_a_target_and_what_switches_it_off():
     "flags",
     [
         "--no-latent --kl-target 8", "--no-latent --denoise 0.4", "--no-latent --pool mean",
-        "--no-latent --latent-dim 8", "--no-latent --phase 1", "--no-latent --reset-decoder",
+        "--no-latent --iw-samples 50", "--no-latent --latent-dim 8", "--no-latent --phase 1",
+        "--no-latent --reset-decoder",
         "--phase 1 --kl-target 8", "--phase 1 --kl-schedule linear", "--phase 1 --reset-decoder",
         "--phase 2 --freeze-decoder", "--kl-cycles 3", "--kl-zero 0.5 --kl-schedule linear",
         "--kl-schedule constant --kl-anneal-epochs 3", "--kl-target 8 --kl-threshold 0.5",

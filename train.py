@@ -416,6 +416,20 @@ def check_folder(folder, resume):
         raise InputError(f"{folder} holds {found[0]}, {advice}")
 
 
+def say_finished(folder, samples):
+    """That a run is finished, and how to measure it with another K: `samples`, if it is not None.
+
+    Raises InputError if its model is gone.
+    """
+    if not (folder / "model").is_dir():
+        raise InputError(f"{folder} is finished, but its model/ is gone: remove {folder}")
+    has, again = data.read_json(folder / "metrics.json").get("iw_samples", 0), ""
+    if samples not in (None, has):
+        write = " --write" if samples > has else ""  # which refuses fewer
+        again = f"; metrics.py {folder} --iw-samples {samples}{write} measures it again"
+    say(f"{folder} is finished{again}")
+
+
 def barrier():
     """Wait until all processes are here."""
     if distributed.is_initialized():
@@ -591,7 +605,7 @@ def run_phase(args, corpora=None):
     run = Run(run_folder(args, args.phase), args, corpora)
     run.claim(config)
     if run.finished:
-        say(f"{run.folder} is finished")
+        say_finished(run.folder, args.iw_samples)
         return corpora
     prepare(model, args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -608,19 +622,11 @@ def run_phase(args, corpora=None):
         table = metrics.format_table({run.folder.name: measured})
         lm_nll = metrics.language_model_nll(run.folder, config)
         verdict = metrics.verdict(measured, args.kl_target, lm_nll)
-        write_card(run.folder / "model" / "README.md", f"```\n{table}\n```\n\n{verdict}\n")
-        metrics.write_measures(run.folder, measured, columns)
+        metrics.write_measures(run.folder, measured, columns, verdict)
         (run.folder / "checkpoint.pt").unlink(missing_ok=True)
         say(f"{run.folder}:", table, verdict, *samples)
     barrier()  # the next phase reads what the first process wrote
     return corpora
-
-
-def write_card(path, measures):
-    """Append the measures to a model's README.md, or replace those that it has."""
-    heading = "\n## Measures on the test split\n\n"
-    card = path.read_text(encoding="utf-8").split(heading)[0]
-    path.write_text(f"{card}{heading}{measures}", encoding="utf-8")
 
 
 def write_samples(model, corpus, mu, out):
@@ -651,13 +657,14 @@ def make_parser():
     parser = argparse.ArgumentParser("train.py", usage, about)
     flag, optional = parser.add_argument, argparse.BooleanOptionalAction
     count, amount, share = data.number(int, 1), data.number(float, 0), data.number(float, 0, 1)
+    size = data.number(int, 1, 2**16)  # of what must fit into memory
     flag("--dataset", help=f"{', '.join(data.DATASETS)}, or a folder or file of your own")
     flag("--data-dir", default="data", help="where the folders of named data sets are (data)")
     flag("--limit", type=count, help="train on the first N texts only")
     flag("--max-length", type=data.number(int, 2), default=256, help="tokens of a text (256)")
     flag("--denoise", type=share, help="share of input tokens deleted (paper: 0.15; best: 0)")
     flag("--model", help="hub name or folder of a T5 (t5-small), or tiny: small, random weights")
-    flag("--latent-dim", type=count, help="dimensions of z (32)")
+    flag("--latent-dim", type=size, help="dimensions of z (32)")
     flag("--no-latent", action="store_true", help="a language model: no z, phase 2 alone")
     flag("--dropout", type=share, help="dropout rate (that of the T5; best: 0, then 0.1)")
     flag("--pool", dest="pooling", choices=POOLINGS, help="how a text's states are pooled (max)")
@@ -695,7 +702,7 @@ def make_parser():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", choices=("cpu", "cuda"), default=device, help="where to compute")
     flag("--log-every", type=count, default=50, help="steps per training record (50)")
-    flag("--iw-samples", type=count, help="K of the test split's NLL (20; phase 1: none)")
+    flag("--iw-samples", type=size, help="K of the test split's NLL (20; phase 1: none)")
     return parser
 
 
@@ -720,7 +727,8 @@ def check_args(parser, args):
 def check_effects(parser, args):
     """Refuse flags that have no effect in this command."""
     if args.no_latent:
-        useless, where = ("denoise", "freeze_decoder", *FIXED, *KL_FLAGS), "--no-latent"
+        useless = "denoise", "freeze_decoder", "iw_samples", *FIXED, *KL_FLAGS
+        where = "--no-latent"
     elif args.phase == 1:
         useless, where = KL_FLAGS, "--phase 1"
     else:

@@ -237,8 +237,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
 
     def __init__(self, t5_config: dict, latent_dim=32, pooling="max", pool_layers="last"):
         super().__init__()
-        if latent_dim < 0:
-            raise InputError(f"latent_dim is {latent_dim}; it must be 0 (a language model) or more")
+        data.check_at_least("latent_dim", latent_dim, 0)
         if pooling not in POOLINGS:
             raise InputError(f"pooling is {pooling!r}; it must be one of {POOLINGS}")
         if pool_layers not in POOL_LAYERS:
@@ -275,6 +274,10 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         are new. Raises InputError if there is no such checkpoint, or if it is none of FAMILY,
         incomplete, or without its tokenizer.
         """
+        check_no_parent(name_or_path)
+        if data.read_json(Path(name_or_path, "config.json")).keys() & {"data_sha256", "t5_config"}:
+            advice = "load it with T5VAE.from_pretrained, or train it on with --init"
+            raise InputError(f"{name_or_path} is no T5 to start from but a run or a VAE: {advice}")
         config = load(AutoConfig, name_or_path)
         if config.model_type not in FAMILY:
             kind = f"it is a {config.model_type}; it must be one of {', '.join(FAMILY)}"
@@ -407,16 +410,21 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
 
         Greedy, up to 256 tokens, unless told otherwise: the arguments are those of T5's own
         `generate` (max_length, do_sample, num_beams, ...). With do_sample=True top_k is off unless
-        it is given: samples are of p(x|z) itself. Raises InputError for what would replace z.
+        it is given: samples are of p(x|z) itself. Raises InputError for what would replace z, and
+        for a z that has no row, another shape, or a number that is not finite.
         """
+        z = self._check_z(z)
+        if len(z) == 0:
+            raise InputError("z has no row; it must have at least one")
         for name in kwargs:
             replacing = ("inputs", "input_ids", "inputs_embeds", "encoder_outputs", "values")
             if name.endswith(replacing) or name == "cache":
                 raise InputError(f"generate takes no {name}: it decodes z")
         config = kwargs.get("generation_config")
+        length = config and (config.max_new_tokens or config.max_length)
         if max_new_tokens is not None:
             kwargs["max_new_tokens"] = max_new_tokens
-        elif config is None and "max_length" not in kwargs:
+        elif "max_length" not in kwargs and not length:
             kwargs["max_new_tokens"] = 256
         sampling = kwargs.get("do_sample", config is not None and config.do_sample)
         if sampling and (config is None or config.top_k is None):
@@ -470,18 +478,28 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         number that is not finite.
         """
         data.check_at_least("batch_size", batch_size, 1)
-        z, tokenizer, texts = torch.as_tensor(z), self._get_tokenizer(), []
-        if z.dim() != 2 or z.shape[1] != self.latent_dim:
-            raise InputError(f"z has shape {tuple(z.shape)}; it must be (N, {self.latent_dim})")
-        if not z.isfinite().all():
-            row = (~z.isfinite()).any(1).nonzero()[0].item()
-            raise InputError(f"z[{row}] has a number that is not finite")
+        z, tokenizer, texts = self._check_z(z), self._get_tokenizer(), []
         with evaluating(self):
             for start in data.progress(range(0, len(z), batch_size), "decoding"):
-                ids = self.generate(z[start : start + batch_size].to(self.w_mu.weight), **kwargs)
+                ids = self.generate(z[start : start + batch_size], **kwargs)
                 ids = getattr(ids, "sequences", ids)  # return_dict_in_generate=True
                 texts += data.detokenize(ids.tolist(), tokenizer)
         return texts
+
+    def _check_z(self, z):
+        """z as a tensor (N, Z) like the weights. Raises InputError if it cannot be one."""
+        try:
+            z = torch.as_tensor(z)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"z is no tensor of numbers: {one_line(error)}") from None
+        if z.dim() != 2 or z.shape[1] != self.latent_dim or z.is_complex():
+            has = f"shape {tuple(z.shape)} and {z.dtype}"
+            raise InputError(f"z has {has}; it must be (N, {self.latent_dim}), real numbers")
+        z = z.to(self.w_mu.weight)
+        if not z.isfinite().all():
+            row = (~z.isfinite()).any(1).nonzero()[0].item()
+            raise InputError(f"z[{row}] has a number that is not finite, in {z.dtype}")
+        return z
 
     def _get_tokenizer(self):
         if self.tokenizer is None:
@@ -511,6 +529,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         InputError if it holds something else.
         """
         inspect.signature(snapshot_download).bind(str(name_or_path), **download)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise InputError(f"dtype is {dtype!r}; it must be one of torch's: torch.bfloat16")
+        check_no_parent(name_or_path)
         folder = Path(name_or_path)
         if not folder.is_dir():
             if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name_or_path)):
@@ -523,7 +544,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         if (folder / "model").is_dir():  # a run folder
             folder = folder / "model"
         elif "data_sha256" in data.read_json(folder / "config.json"):
-            raise InputError(f"{folder} is a run that is not finished: it has no model yet")
+            finished = (folder / "metrics.json").is_file()
+            state = "finished, but its model/ is gone" if finished else "not finished"
+            raise InputError(f"{folder} is a run that is {state}")
         try:
             vae = cls(**json.loads((folder / "config.json").read_text()))
             safetensors.torch.load_model(vae, folder / WEIGHTS)  # it knows of tied weights
@@ -537,6 +560,14 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         if vae.tokenizer is not None:
             check_tokenizer(folder, vae.t5.config, vae.tokenizer)
         return vae.to(dtype or torch.float32).eval()
+
+
+def check_no_parent(folder):
+    """InputError if a folder is no run and no model, but holds runs."""
+    runs = [Path(folder, name) for name in ("phase2", "phase1", "lm")]
+    runs = [run for run in runs if (run / "config.json").is_file()]
+    if runs and not Path(folder, "config.json").is_file():
+        raise InputError(f"{folder} holds runs; name one of them: {', '.join(map(str, runs))}")
 
 
 def load(kind, name_or_path, **settings):

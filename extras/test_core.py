@@ -43,6 +43,7 @@ from test_vae import (
     PAD,
     ROOT,
     SHORT,
+    SHORT_LM,
     TINY,
     cli_tokenizer,
     command,
@@ -342,6 +343,20 @@ def test_a_t5_is_no_vae_and_others_are_no_t5(hub, tmp_path):
         T5VAE.from_t5(str(tmp_path))
 
 
+def test_runs_and_vaes_are_no_t5_and_their_parent_is_no_run(saved, whole_run, tmp_path):
+    for folder in saved, whole_run, whole_run / "model":
+        with pytest.raises(InputError, match=f"{folder} is no T5 .* a VAE: load it with T5VAE.fr"):
+            T5VAE.from_t5(folder)
+    for kind in T5VAE.from_t5, T5VAE.from_pretrained, metrics.load_run:
+        with pytest.raises(InputError, match=f"holds runs; name one of them: {whole_run}$"):
+            kind(whole_run.parent)
+    shutil.copytree(whole_run, saved / "phase2")
+    T5VAE.from_pretrained(saved)  # a model that holds its runs is a model
+    shutil.rmtree(saved / "phase2" / "model")
+    with pytest.raises(InputError, match="run that is finished, but its model/ is gone"):
+        T5VAE.from_pretrained(saved / "phase2")
+
+
 def test_the_hub_is_asked_for_possible_names_alone(monkeypatch):
     asked = []
 
@@ -550,13 +565,35 @@ def test_texts_in_and_out(hub):
     written = vae.decode_texts(mu, max_new_tokens=5)
     for z in mu.numpy(), mu.double().numpy(), mu.tolist():
         assert vae.decode_texts(z, max_new_tokens=5) == written
-    for z in mu[0], mu[:, :3], mu[None]:
-        with pytest.raises(InputError, match=r"it must be \(N, 5\)"):
-            vae.decode_texts(z)
     assert len(vae.decode_texts(mu, 3, num_return_sequences=2, do_sample=True, max_length=5)) == 8
     vae.tokenizer = None
     with pytest.raises(InputError, match="no tokenizer"):
         vae.encode_texts(["a king"])
+
+
+def test_arguments_of_other_types_are_refused_by_name(hub, saved):
+    vae = load(hub("t5-small")[0])
+    corpus, config = data.make_corpus(TEXTS, vae.tokenizer), vae.t5.config.to_dict()
+    z = torch.zeros(3)
+    calls = [(T5VAE, (config, latent_dim), "latent_dim is") for latent_dim in (1.5, "a", None, -1)]
+    calls += [(metrics.untemper, (z, z, w), "weight is") for w in ("1", None, z, torch.ones(()))]
+    calls += [(data.make_corpus, (TEXTS, tokenizer), "tokenizer is") for tokenizer in (None, "t5")]
+    for name, wrong in {"iw_samples": -1, "seed": -1, "weight": 7}.items():
+        calls.append((partial(metrics.evaluate, **{name: wrong}), (vae, corpus), f"{name} is"))
+    calls.append((metrics.evaluate, (vae, corpus, 0.5), "weight is 0.5, which has no effect"))
+    calls.append((metrics.evaluate, (vae, TEXTS), r"corpus is a list; make it with data.make_c"))
+    calls.append((metrics.find_weight, (vae, TEXTS), "corpus is a list"))
+    calls.append((metrics.find_weight, (vae, corpus, 0), "texts is 0"))
+    calls.append((metrics.find_weight, (vae, corpus, 2, -1), "seed is -1"))
+    for wrong in "bfloat16", int, "auto":
+        calls.append((T5VAE.from_pretrained, (saved, wrong), "dtype is .*torch.bfloat16"))
+    for call, arguments, said in calls:
+        with pytest.raises(InputError, match=f"^{said}[^\n]*$"):
+            call(*arguments)
+    for call in vae.encode_texts, partial(data.make_corpus, tokenizer=vae.tokenizer):
+        with pytest.raises(TypeError, match="not iterable"):
+            call(None)
+    assert vae.encode_texts(TEXTS, np.int64(2))[0].shape == (len(TEXTS), 5)
 
 
 def test_texts_that_no_vocabulary_has_are_told(hub):
@@ -607,12 +644,21 @@ def test_texts_are_tokenized_in_parts_and_encoded_with_their_like(hub, monkeypat
 
 
 def test_latents_that_are_no_numbers_are_refused_and_outputs_may_be_dicts(hub):
-    vae, z = load(hub("t5-small")[0]), torch.zeros(3, 5)
-    for value in math.nan, -math.inf:
-        z[2, 4] = value
-        with pytest.raises(InputError, match=r"z\[2\] has a number that is not finite"):
-            vae.decode_texts(z)
-    z[2, 4], four = 0.0, {"max_new_tokens": 4}
+    vae, z, four = load(hub("t5-small")[0]), torch.zeros(3, 5), {"max_new_tokens": 4}
+    for decode in vae.generate, vae.decode_texts:
+        for value in math.nan, -math.inf, 1e300:  # the last one in float32
+            with pytest.raises(InputError, match=r"z\[2\] has a number that is not finite"):
+                decode(torch.tensor([[0.0] * 5] * 2 + [[value] * 5], dtype=torch.float64))
+        for wrong in z[0], z[:, :3], z[None], z + 1j, torch.zeros(0, 3):
+            with pytest.raises(InputError, match=r"it must be \(N, 5\)"):
+                decode(wrong)
+        for wrong in None, "z", [[1.0], [1.0, 2.0]], ["a"]:
+            with pytest.raises(InputError, match="z is no tensor of numbers"):
+                decode(wrong)
+        assert len(decode(z.long(), **four)) == len(decode(z.tolist(), **four)) == 3
+    assert vae.decode_texts(z[:0]) == []
+    with pytest.raises(InputError, match="z has no row"):
+        vae.generate(z[:0])
     more = {"return_dict_in_generate": True, "output_scores": True}
     assert vae.decode_texts(z, **four, **more) == vae.decode_texts(z, **four)
 
@@ -632,6 +678,9 @@ def test_generate_takes_what_transformers_documents(hub):
     for flags in {"max_length": 5}, {"max_new_tokens": 4}:
         assert vae.generate(z, **flags, eos_token_id=255).shape == (3, 5)
         assert vae.generate(z, generation_config=GenerationConfig(**flags)).shape == (3, 5)
+        config = GenerationConfig(eos_token_id=255)
+        assert vae.generate(z, generation_config=config, **flags).shape == (3, 5)
+    assert vae.generate(z, generation_config=config).shape == vae.generate(z).shape == (3, 257)
     four = {"max_new_tokens": 4, "eos_token_id": 255}
     assert vae.generate(z, do_sample=True, num_return_sequences=2, **four).shape == (6, 5)
     greedy = vae.generate(z, **four)
@@ -852,6 +901,12 @@ def test_own_directory(data_tokenizer, tmp_path):
     assert one == "a king"
     write(tmp_path / "ptb", "ptb.valid.txt")
     assert data.split_path("ptb", "valid", tmp_path).name == "ptb.valid.txt"
+    write(tmp_path, "snli")
+    with pytest.raises(InputError, match="snli is a file; it must be the folder"):
+        data.split_path("snli", "test", tmp_path)
+    for dataset in "grammar", own, "ptb":
+        with pytest.raises(InputError, match="^split is 'dev'; .* train, valid, test$"):
+            list(data.read_texts(dataset, "dev", tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"\n\r\n   \n", b"\xef\xbb\xbf"])
@@ -905,6 +960,14 @@ def test_marks_and_returns_of_other_systems_are_no_text(data_tokenizer, tmp_path
     assert texts_of(corpus, data_tokenizer)[2] == "old king here"
 
 
+def test_lines_that_end_in_returns_alone_are_refused(tmp_path):
+    for content in b"a king\ra queen\r", b"a king\ra queen", b"\xef\xbb\xbfa king\r\ra queen\r":
+        with pytest.raises(InputError, match=r"train.txt: its lines end in \\r alone"):
+            list(data.read_texts(write(tmp_path, content=content), "train"))
+    for content in b"a king", b"a king\r", b"a king\r\n", b"a\rking\n":
+        assert len(list(data.read_texts(write(tmp_path, content=content), "train"))) == 1
+
+
 def test_a_vocabulary_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="vocab_size is 5"):
         data.train_tokenizer(["a king paints"], 5)
@@ -938,6 +1001,9 @@ def test_one_file_is_split_by_its_texts(tmp_path):
     assert not set(parts["train"]) & set(parts["test"])  # the same text twice is in the same split
     (tmp_path / "all.txt").write_text("\n".join(reversed(lines)))
     assert set(data.read_texts(one, "test")) == set(parts["test"])  # whatever the order
+    for text in parts["test"]:
+        spaced = text.replace(" ", "  "), text.replace(" ", "\t"), f" {text}", text + "\u00a0"
+        assert {data.split_of(other) for other in spaced} == {"test"}
     (tmp_path / "all.txt").write_text("one text")
     with pytest.raises(ValueError, match="all.txt: no text for '(valid|test)'"):
         [list(data.read_texts(one, split)) for split in data.SPLITS]
@@ -963,6 +1029,13 @@ def test_a_vocabulary_has_all_letters_of_its_texts(letters):
     tokenizer = data.train_tokenizer(texts, 400)
     assert data.detokenize(data.tokenize(texts, tokenizer), tokenizer) == texts
     assert tokenizer.tokenize("the old king") == ["\u2581the", "\u2581old", "\u2581king"]
+
+
+@pytest.mark.parametrize("symbol", ["\u2585", "\u2581", "\0", "\t", "<unk>"])
+def test_symbols_of_the_trainer_cost_no_other_letters(symbol):
+    texts = ["the old king"] * 5 + [f"zebra {symbol} quartz{symbol}"] * 5
+    tokenizer = data.train_tokenizer(texts, 60)
+    assert tokenizer.unk_token_id not in data.tokenize(["zebra quartz"], tokenizer)[0]
 
 
 def test_epochs_are_whole_random_and_waste_little():
@@ -1048,7 +1121,7 @@ def files_of(out):
     return {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
 
 
-def test_what_a_finished_run_says(tmp_path, command, whole_run):
+def test_what_a_finished_run_says(tmp_path, command, whole_run, capsys):
     report = tmp_path / "report"
     run = shutil.copytree(whole_run, tmp_path / "phase2")
     flags, before = [*command, "--out", tmp_path, "--resume"], files_of(run)
@@ -1056,9 +1129,17 @@ def test_what_a_finished_run_says(tmp_path, command, whole_run):
     assert "lr was 0.001, not 0.1" in report.read_text()
     other = ["--iw-samples", 5, "--micro-batch", 2, "--log-every", 7]
     assert train_run(main, *flags, *other) == 0, "nothing to do"
+    for samples, again in (None, ""), (2, ""), (5, " --write"), (1, ""):
+        train.say_finished(run, samples)
+        said = capsys.readouterr().out
+        line = f"; metrics.py {run} --iw-samples {samples}{again} measures it again"
+        assert said == f"{run} is finished{line if samples in (1, 5) else ''}\n"
     assert train_run(main, *command, "--out", tmp_path, report=report) == 1
     assert re.search(r"phase2 is not empty .*--resume it", report.read_text())
     assert files_of(run) == before
+    (run / "model").rename(tmp_path / "elsewhere")
+    assert train_run(main, *flags, report=report) == 1
+    assert f"{run} is finished, but its model/ is gone" in report.read_text()
 
 
 def test_files_of_others_are_never_touched(tmp_path, home):
@@ -1217,6 +1298,17 @@ def test_a_closed_pipe_never_ends_a_training(tmp_path, home):
     assert read[0].startswith("train: 23 texts")
     assert (code, errors) == (0, "")
     assert (tmp_path / "phase2" / "metrics.json").exists()
+
+
+def test_a_bar_on_a_closed_pipe_does_not_end_the_work(monkeypatch):
+    bar, (reader, writer) = data.Bar, os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(data, "Bar", lambda *a, **k: bar(*a, **k | {"delay": 0, "mininterval": 0}))
+    with open(writer, "w", buffering=1) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with pytest.raises(BrokenPipeError):  # the control
+            list(data.tqdm(range(3), file=stderr))
+        assert list(data.progress(range(3), "counting")) == [0, 1, 2]
 
 
 def test_a_closed_pipe_ends_a_measurement_quietly(whole_run):
@@ -1454,7 +1546,7 @@ def test_processes_resume_in_the_middle_of_an_epoch(tmp_path, quiet, plain):
 
 def test_language_model_in_two_processes(tmp_path, home):
     """Nothing that trains is left out of the loss: DistributedDataParallel would complain."""
-    flags = ["--dataset", home, *TINY, *SHORT, "--no-latent", "--out", tmp_path]
+    flags = ["--dataset", home, *TINY, *SHORT_LM, "--no-latent", "--out", tmp_path]
     assert run_all(*[(main, *flags)] * 2) == [0, 0]
 
 
@@ -1503,7 +1595,8 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
 # Flags that are refused, each by its name: a number out of its limits, an unknown choice.
 LIMITS = """--phase 0, --dropout 1, --dropout=-0.5, --epochs 1.5, --lr inf, --lr=-1e-3,
     --denoise=-0.1, --micro-batch 0, --max-length 1, --limit 0, --limit x, --latent-dim 0,
-    --iw-samples 0, --log-every 0, --seed -1, --seed 9223372036854775808, --save-every nan,
+    --latent-dim 100000000000, --latent-dim 1e11, --iw-samples 65536, --iw-samples 0,
+    --log-every 0, --seed -1, --seed 9223372036854775808, --save-every nan,
     --kl-target=-1, --kl-threshold inf, --kl-zero 1, --kl-schedule sine, --kl-anneal-epochs nan,
     --pool sum, --recipe worst, --amp fp8, --optimizer sgd"""
 MISTAKES = [
@@ -1575,6 +1668,15 @@ def test_mistakes_in_measuring(flags, words, stopped, whole_run, monkeypatch, ca
     assert files_of(whole_run) == before
 
 
+def test_what_one_run_has_told_is_printed_whatever_happens_to_the_next(whole_run, tmp_path, capsys):
+    good, bad = (shutil.copytree(whole_run, tmp_path / name) for name in ("good", "bad"))
+    (bad / "model" / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="bad/model holds no T5VAE"):
+        metrics.main([str(good), str(bad), "--iw-samples", "3", "--write"])
+    assert f"{good}: z is" in capsys.readouterr().out
+    assert json.loads((good / "metrics.json").read_text())["iw_samples"] == 3
+
+
 def test_a_single_text_has_no_other_and_a_cut_one_no_known_entropy(tmp_path, home):
     for split in data.SPLITS:
         texts = (home / f"{split}.txt").read_text().splitlines()
@@ -1593,7 +1695,8 @@ def test_a_single_text_has_no_other_and_a_cut_one_no_known_entropy(tmp_path, hom
 
 
 def test_a_language_model_is_no_start_for_a_vae(tmp_path, home):
-    flags, report = ["--dataset", home, *SHORT, "--epochs", 0, "--out", tmp_path], tmp_path / "say"
+    flags = ["--dataset", home, *SHORT_LM, "--epochs", 0, "--out", tmp_path]
+    report = tmp_path / "say"
     assert train_run(main, *flags, *TINY, "--no-latent") == 0
     start = ["--phase", 2, "--init", tmp_path / "lm", "--kl-target", 8]
     assert train_run(main, *flags, *start, report=report) == 1

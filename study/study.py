@@ -258,8 +258,9 @@ def row_job(row, name, seed, args):
         start = str(needs.out)
     flags += ["--model", start] if no_latent else ["--phase", "2", "--init", start]
     out = run_folder(row, name, seed, args)
-    command = ["train.py", *flags, *rest, "--iw-samples", str(text.iw_samples)]
-    command += ["--out", str(out.parent)]
+    command = ["train.py", *flags, *rest, "--out", str(out.parent)]
+    if not no_latent:
+        command += ["--iw-samples", str(text.iw_samples)]
     result = Path(args.results, name, row.name, str(seed))
     return Job(out, command, needs, result, text.positions)
 
