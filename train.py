@@ -177,7 +177,8 @@ def train_step(model, optimizer, scaler, batches, weight, step, args):
             scaler.scale(terms[0] * world / batch.step_count).backward()
         sums += terms.detach()
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
     if world > 1:
         distributed.all_reduce(sums)
     # The step's only synchronization with a GPU.

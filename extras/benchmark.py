@@ -2,6 +2,7 @@
 
     python -m extras.benchmark --dataset ptb --model t5-small [--batch-size 32] [--amp bf16]
     python -m extras.benchmark --overhead
+    python -m extras.benchmark --fits
 
 The core, the core with `fast_cpu.quicken`, and transformers' own T5 take turns on the same batches
 in one process, each with fused AdamW and clipping, so that the ratios hold on a shared machine.
@@ -11,6 +12,8 @@ transformers, the memory, and the rate of evaluating and generating.
 --overhead prints what a step costs beside the model, in ms of CPU time: a GPU would wait for it.
 That is making a batch of 64 texts of 14 tokens; the step sizes and the step of adamw-rms on
 t5-small's 117 weights, of one element each, beside one of AdamW; and reading the loss.
+
+--fits prints how many texts a training step has room for, by the formula in docs/speed.md.
 
 The other flags are those of train.py.
 """
@@ -42,14 +45,24 @@ except ImportError:  # Windows: there no peak of a process is shown
 # heads * length; the mean of an encoder's and a decoder's.
 KEPT = {"off": (34, 12, 16, 12), "bf16": (29, 6, 14, 12)}
 KEPT_WITHOUT_DROPOUT = {"off": (24, 4, 16, 4), "bf16": (24, 4, 14, 4)}
+# The same times d_ff, where the feed-forward layer has a gate: with dropout, and without.
+KEPT_OF_GATE = {"off": (32, 28), "bf16": (16, 14)}
+SHAPES = {  # of what --fits shows
+    "t5-small": {},
+    "t5-base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+    "mT5-small": {"d_ff": 1024, "num_layers": 8, "num_heads": 6, "vocab_size": 250_112}
+    | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
 
 
 def activation_bytes(config, sentences, length, amp="off"):
     """What all layers keep for the backward pass, on a CPU, of texts of `length` tokens."""
     kept = KEPT if config.dropout_rate else KEPT_WITHOUT_DROPOUT
-    attention = config.num_heads * config.d_kv, config.num_heads * length
-    sizes = config.d_model, config.d_ff, *attention
-    per_token = sum(k * size for k, size in zip(kept[amp], sizes, strict=True))
+    of_width, of_feed_forward, of_heads, of_scores = kept[amp]
+    if config.is_gated_act:
+        of_feed_forward = KEPT_OF_GATE[amp][0 if config.dropout_rate else 1]
+    per_token = of_width * config.d_model + of_feed_forward * config.d_ff
+    per_token += config.num_heads * (of_heads * config.d_kv + of_scores * length)
     return per_token * (config.num_layers + config.num_decoder_layers) * sentences * length
 
 
@@ -59,13 +72,39 @@ def step_bytes(model, sentences, length, amp="off"):
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = model.t5.lm_head.weight
     logits = 4 * len(head) * sentences * length
-    if logits > vae.MOST_LOGITS:  # a slice at a time
-        logits = vae.SLICE
-    logits *= 3  # themselves, log softmax, their gradient
+    if logits <= vae.MOST_LOGITS:
+        logits *= 3  # themselves, log softmax, their gradient
+    else:
+        logits = 2 * vae.SLICE  # a slice, and what its log softmax needs
     first_gradient = 4 * head.numel() * head.requires_grad  # the head's, beside all activations
     half = every / 2 if amp == "bf16" else 0  # autocast's copies
     kept = activation_bytes(model.t5.config, sentences, length, amp)
     return every + 2 * trained + half + max(kept + logits + first_gradient, trained)
+
+
+def fits():
+    """Yields the rows of docs/speed.md: how many texts a step has room for, when all is trained."""
+    yield "| T5, precision | P, million | 8 GB: 64, 256 tokens | 16 GB | 24 GB |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for name, shape in SHAPES.items():
+        config = transformers.T5Config(**shape, decoder_start_token_id=0).to_dict()
+        with torch.device("meta"):
+            model = vae.T5VAE(config | {"tie_word_embeddings": "mT5" not in name})
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        for amp in "off", "bf16":
+            cells = []
+            for gigabytes in 8, 16, 24:
+                room = [most_texts(model, length, amp, gigabytes * 1e9) for length in (64, 256)]
+                cells.append(", ".join(f"{texts:,}" if texts else "-" for texts in room))
+            yield f"| {name}, {amp} | {parameters:.0f} | {' | '.join(cells)} |"
+
+
+def most_texts(model, length, amp, room):
+    """The largest number of texts whose step takes at most `room` bytes; 0 if none does."""
+    texts = 0
+    while step_bytes(model, texts + 1, length, amp) <= room:
+        texts += 1
+    return texts
 
 
 class PlainT5(nn.Module):
@@ -196,11 +235,14 @@ def main(argv=None):
     flag, count = own.add_argument, data.number(int, 1)
     flag("--repeats", type=count, default=7, metavar="N", help="steps after a warm-up (7)")
     flag("--overhead", action="store_true", help="only what a step costs beside the model")
+    flag("--fits", action="store_true", help="only how many texts fit into the memory of a GPU")
     mine, rest = own.parse_known_args(argv)
     transformers.utils.logging.set_verbosity_error()
     with data.command("benchmark.py"):
         if mine.overhead:
             return print(*overhead(), sep="\n")
+        if mine.fits:
+            return print(*fits(), sep="\n")
         args, _ = train.parse([*rest, "--phase", "1"])
         args = train.settings(args, 1)
         torch.manual_seed(args.seed)
