@@ -462,7 +462,8 @@ def latent_noise(latent_dim, seed, epoch, index, use, draws=1):
     The first draws of a text are the same ones however many there are.
     """
     shape = draws, latent_dim
-    noise = [generator(seed, epoch, use, i).standard_normal(shape, np.float32) for i in index]
+    rngs = [generator(seed, epoch, use, text) for text in index.tolist()]
+    noise = [rng.standard_normal(shape, np.float32) for rng in rngs]
     return torch.from_numpy(np.stack(noise, 1))
 
 

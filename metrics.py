@@ -476,9 +476,8 @@ def write_measures(run, measured, columns, said):
     data.write_json(Path(run, "metrics.json"), measured)
 
 
-def check_better(run, config, args):
-    """InputError if a run is not finished, or has measures of more samples or higher precision."""
-    before = data.read_json(Path(run, "metrics.json"))
+def check_better(run, before, config, args):
+    """InputError if a run has no measures `before`, or they have more samples or bits."""
     if not before:
         raise InputError(f"--write: {run} is not finished")
     samples = args.iw_samples or IW_SAMPLES[config["phase"]]
@@ -509,11 +508,11 @@ def measure_again(run, args):
     """(measures, verdict) of a run folder, which gets them with --write; args: those of `main`."""
     config, model, read = load_run(run, args.device, args.dataset)
     lm_nll = language_model_nll(run, config, args.lm)
+    before = data.read_json(Path(run, "metrics.json"))
     if args.write:
-        check_better(run, config, args)
+        check_better(run, before, config, args)
     with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
         measured, columns = measure_run(model, config["phase"], read, args.iw_samples)
-    before = data.read_json(Path(run, "metrics.json"))
     measured |= {"kl_weight": before.get("kl_weight"), "precision": args.amp}
     said = verdict(measured, config.get("kl_target"), lm_nll)
     if args.write:

@@ -144,7 +144,7 @@ def set_rates(optimizer, args, progress):
             group["lr"] = rate
         else:  # a tensor: a number would make the CPU wait for the GPU
             (weight,) = group["params"]
-            rms = weight.detach().norm() / weight.numel() ** 0.5
+            rms = torch.linalg.vector_norm(weight.detach()) / weight.numel() ** 0.5
             group["lr"] = rate * rms.clamp(min=1e-3)
 
 
@@ -259,7 +259,7 @@ def train(model, corpora, run, args):
     # 4 resume
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "controller": controller}
     step, weight = run.load(parts), 0.0
-    run.begin(step, steps_per_epoch, total_steps, test_steps(corpora["test"], args))
+    run.begin(step, steps_per_epoch, total_steps)
     # 5 loop
     for epoch in range(step // steps_per_epoch, args.epochs):
         if step % steps_per_epoch == 0:
@@ -349,11 +349,11 @@ class Run:
             state |= {"step": step, "log_bytes": self.log.tell()}
             data.write_atomically(self.folder / "checkpoint.pt", partial(torch.save, state))
 
-    def begin(self, step, steps_per_epoch, total_steps, test_steps):
-        """Start the clock. test_steps: what the test at the end takes, in training steps."""
+    def begin(self, step, steps_per_epoch, total_steps):
+        """Start the clock."""
         self.begun = self.saved = time.monotonic()
         self.first_step, self.steps_per_epoch = step, steps_per_epoch
-        self.total_steps, self.test_steps = total_steps, test_steps
+        self.total_steps = total_steps
 
     def minutes_since_save(self):
         return (time.monotonic() - self.saved) / 60
@@ -369,8 +369,8 @@ class Run:
         left = ""
         if split == "train" and step > self.first_step:
             rate = (step - self.first_step) / (time.monotonic() - self.begun)
-            minutes = (self.total_steps - step + self.test_steps) / rate / 60
-            left = f"; {rate:.1f} steps/s, about {minutes:.0f} min left"
+            minutes = (self.total_steps - step) / rate / 60
+            left = f"; {rate:.1f} steps/s, about {minutes:.0f} min to the test"
         say(f"{place}, {split}: {shown}{left}")
 
     def last_kl_weight(self):
@@ -580,13 +580,6 @@ def load_corpora(tokenizer, args):
         elif c.unknown:
             say(f"  {c.unknown:,} texts have characters outside the vocabulary")
     return corpora
-
-
-def test_steps(test, args):
-    """About how many training steps the test takes: such a step is three passes forward."""
-    samples = metrics.IW_SAMPLES[args.phase] if args.iw_samples is None else args.iw_samples
-    passes = 16 if args.no_latent else 20 + 1.3 * samples
-    return len(test) / args.batch_size * passes / 3
 
 
 def run_phase(args, corpora=None):
