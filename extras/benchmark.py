@@ -19,6 +19,7 @@ The other flags are those of train.py.
 """
 
 import argparse
+import bisect
 import copy
 import statistics
 import sys
@@ -100,11 +101,14 @@ def fits():
 
 
 def most_texts(model, length, amp, room):
-    """The largest number of texts whose step takes at most `room` bytes; 0 if none does."""
-    texts = 0
-    while step_bytes(model, texts + 1, length, amp) <= room:
-        texts += 1
-    return texts
+    """The largest number of texts such that its step, and that of fewer, takes at most `room`."""
+
+    def needs(texts):
+        return step_bytes(model, texts, length, amp)
+
+    whole = vae.MOST_LOGITS // (4 * model.t5.config.vocab_size * length)  # more are sliced
+    sizes = range(1, whole + 1 if needs(whole) > room else 10_000)
+    return bisect.bisect_right(sizes, room, key=needs)
 
 
 class PlainT5(nn.Module):

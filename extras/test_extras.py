@@ -624,9 +624,10 @@ def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_activations_take_what_the_formula_says(amp, dropout):
+@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
+def test_activations_take_what_the_formula_says(amp, dropout, feed_forward):
     sizes = {"d_model": 48, "d_ff": 160, "num_heads": 3, "d_kv": 16}
-    sizes |= {"num_layers": 5, "num_decoder_layers": 5}
+    sizes |= {"num_layers": 5, "num_decoder_layers": 5, "feed_forward_proj": feed_forward}
     kept = {}
 
     def pack(tensor):
@@ -672,6 +673,15 @@ def test_what_a_step_costs_beside_the_model():
     assert list(found)[0] == "a batch of 64 texts of 14 tokens"
     assert found["adamw-rms, 117 weights: step"] > found["adamw, 117 weights: step"]
     assert found["adamw-rms, 117 weights: step sizes"] > found["reading the loss"]
+
+
+def test_the_table_of_what_fits_is_that_of_the_page():
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert "\n".join(benchmark.fits()) in page
+    model = tiny_vae()
+    most = benchmark.most_texts(model, 64, "off", 1e9)
+    assert benchmark.step_bytes(model, most, 64) <= 1e9 < benchmark.step_bytes(model, most + 1, 64)
+    assert benchmark.most_texts(model, 64, "off", 1e3) == 0
 
 
 def test_the_memory_of_a_step_stops_growing_with_the_logits_where_they_are_sliced():
