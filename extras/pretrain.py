@@ -134,7 +134,7 @@ def pretrain(t5, corpora, make_batch, args, run):
     optimizer = train.make_optimizer(t5, rates)
     parts = {"model": t5, "optimizer": optimizer}
     step = run.load(parts)
-    run.begin(step, min(steps_per_epoch, max(1, total_steps)), total_steps, 0)
+    run.begin(step, min(steps_per_epoch, max(1, total_steps)), total_steps)
     while step < total_steps:
         epoch, begun = divmod(step, steps_per_epoch)
         if begun == 0:

@@ -1,16 +1,13 @@
-"""The curves of runs, and the figures of RESULTS.md.
+"""The curves of runs, and the figure of RESULTS.md.
 
     python -m study.plots curves RUN [RUN ...] --out curves.png
     python -m study.plots price --out study/figures/price.png
-    python -m study.plots buys --out study/figures/buys.png
-    python -m study.plots plane --out study/figures/plane-ptb.png [--text ptb]
 
 Needs `pip install -r extras/requirements.txt`.
 
 curves: rec, KL, KL weight and -ELBO over the steps of any runs, with the NLL and the KL of the
-posterior at the end. price: what a nat of KL costs in NLL, per text. buys: what it buys, in exact
-sentences and in swap cost. plane: KL across, rec up, for one text in all its folders (ptb,
-ptb-256), with the published rows if the paper has a table of it.
+posterior at the end. price: for each text and row, what z costs in NLL beside a language model,
+over the nats that it carries in the model; a line leads to the KL that the encoder pays.
 """
 
 import argparse
@@ -24,20 +21,19 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 import data
-from extras import paper_tables
 from study import study_tables
 
 # The study's rows by method, with the color and the marker of each. Other rows are not drawn.
 METHODS = {
     "KL target": (r"r\d+", "#0072B2", "o"),
-    "the paper's recipe": (r"paper-.+|cyclical|constant", "#D55E00", "^"),
+    "the paper's recipe": (r"paper-.+", "#D55E00", "^"),
+    "Optimus, Li et al.": (r"optimus|li2019", "#56B4E9", "v"),
     "KL threshold": (r"threshold[\d.]+", "#009E73", "s"),
-    "annealing": (r"linear\d*", "#CC79A7", "D"),
+    "linear annealing": ("linear", "#CC79A7", "D"),
 }
 TEXT_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 KL_TICKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -45,8 +41,6 @@ KL_TICKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)
 # same slope where they meet.
 KL_SCALE = {"base": 2, "linthresh": 4, "linscale": 0.5 / math.log(2)}
 LM_LINE = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 1}
-# GPT-2's tokens per test sentence, counted, and the two marks that Optimus' perplexities count too.
-GPT2_TOKENS = {"ptb": 28.09}
 
 
 @dataclass
@@ -64,30 +58,26 @@ class Point:
         return "lm-deep" if self.row == "paper-deep" else "lm"
 
 
-def points_of(runs, *keys):
-    """The Points of a text that have these measures, method by method. All need nll: the end of a
-    phase 1 has none."""
+def points_of(runs):
+    """The Points of a text that were measured at weight 1, method by method."""
     points = []
     for method, (rows, _, _) in METHODS.items():
         for row in sorted(runs):
             if not re.fullmatch(rows, row):
                 continue
             for seed, measured in sorted(runs[row].items()):
-                if all(measured.get(key) is not None for key in (*keys, "kl", "rec", "nll")):
+                if measured.get("kl_posterior") is not None:
                     points.append(Point(row, seed, method, measured))
     return points
 
 
 def above(point, runs, pairs):
-    """(NLL of a run minus what it is compared with, standard error), nats per sentence.
+    """(NLL of a run minus the language model's, standard error), nats per sentence.
 
-    That is the entropy if it is known, else the NLL of the language model: of the seed that the run
-    is paired with, else of its own, else the first.
+    The language model is of the seed that the run is paired with, else of its own, else the first.
     Paired errors are far smaller than those of two means: the sentences are the same.
     """
     nll, error = point.measured["nll"], point.measured.get("nll_se") or 0
-    if point.measured.get("entropy") is not None:
-        return nll - point.measured["entropy"], error
     lm, paired = point.language_model, {}
     for seed in runs[lm]:
         found = pairs.get(f"{point.row}/{point.seed} - {lm}/{seed}", {})
@@ -102,9 +92,9 @@ def above(point, runs, pairs):
     return nll - runs[lm][seed]["rec"], error
 
 
-def mean_nll(runs, row="lm"):
-    """NLL of a language model, which is its rec: the mean over its seeds."""
-    return statistics.fmean(measured["rec"] for measured in runs[row].values())
+def mean_nll(runs):
+    """NLL of the language model, which is its rec: the mean over its seeds."""
+    return statistics.fmean(measured["rec"] for measured in runs["lm"].values())
 
 
 def text_name(folder):
@@ -128,19 +118,19 @@ def names_of(points):
 # ---------------------------------------- what the figures share
 
 
-def look(point, color=None):
-    """Keywords that draw a point: the marker is its method's; the color too, unless given."""
-    _, own, marker = METHODS[point.method]
-    style = {"marker": marker, "color": color or own, "linestyle": "", "markersize": 5.5}
+def look(point):
+    """Keywords that draw a point: the marker and the color of its method."""
+    _, color, marker = METHODS[point.method]
+    style = {"marker": marker, "color": color, "linestyle": "", "markersize": 5.5}
     return style | {"markeredgewidth": 1.2, "label": f"{point.row}/{point.seed}"}
 
 
-def legend_handles(points, color=None):
+def legend_handles(points):
     """A handle for each method that is drawn."""
     handles = []
-    for method, (_, own, marker) in METHODS.items():
+    for method, (_, color, marker) in METHODS.items():
         if any(point.method == method for point in points):
-            style = {"marker": marker, "color": color or own, "linestyle": ""}
+            style = {"marker": marker, "color": color, "linestyle": ""}
             handles.append(Line2D([], [], label=method, **style))
     return handles
 
@@ -148,7 +138,7 @@ def legend_handles(points, color=None):
 def set_kl_axis(axes, highest):
     """KL across, on the scale of KL_SCALE, from 0 to beyond the highest."""
     axes.set_xscale("symlog", **KL_SCALE)
-    axes.set(xlim=(-0.35, max(20, 1.4 * highest)), xlabel="KL, nats per sentence")
+    axes.set(xlim=(-0.35, max(20, 1.4 * highest)), xlabel="nats that z carries")
     axes.set_xticks([tick for tick in KL_TICKS if tick <= axes.get_xlim()[1]])
     axes.xaxis.set_major_formatter("{x:g}")
 
@@ -179,11 +169,11 @@ def name_points(axes, points):
             text.remove()
 
 
-# ---------------------------------------- price, buys, plane
+# ---------------------------------------- price
 
 
 def draw_price(results, paired):
-    """A Figure of what a nat of KL costs in NLL: a panel for each text with a language model."""
+    """A Figure of what z costs and carries: a panel for each text with a language model."""
     panels = {}
     for text, runs in results.items():
         points = [point for point in points_of(runs) if point.language_model in runs]
@@ -193,7 +183,7 @@ def draw_price(results, paired):
         raise data.InputError("no text has a language model (row lm) and a row to compare with it")
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(8, 1.2 + 3.2 * lines), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 3.6 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
@@ -211,151 +201,31 @@ def draw_price(results, paired):
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(first.get_xlabel())
     for row in grid:
-        row[0].set_ylabel("NLL above the title's, nats per sentence")
+        row[0].set_ylabel("NLL above the language model's, nats")
     handles = legend_handles(points)
-    handles.append(Line2D([], [], **LM_LINE, label="the language model"))
+    style = {"marker": "|", "color": "0.3", "linewidth": 0.8}
+    handles.append(Line2D([], [], label="to the KL that the encoder pays", **style))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
-    title = "What KL costs: NLL (a bound) above the language model's, or the known entropy"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle("What z carries in the model, and what it costs", fontsize=11)
     for axes, names in named.items():
         name_points(axes, names)
     return figure
 
 
 def price_panel(axes, text, points, runs, pairs):
-    """Draw a text's points and its language model; returns [(KL, gap, name)] of the points."""
+    """Draw the points of a text; returns [(nats that z carries, gap, name)] of them."""
     named = []
     for point, name in zip(points, names_of(points), strict=True):
-        kl, (gap, error) = point.measured["kl"], above(point, runs, pairs)
-        axes.errorbar(kl, gap, error, **look(point), elinewidth=1, capsize=2)
-        named.append((kl, gap, name))
-    entropy = points[0].measured.get("entropy")
-    nll = mean_nll(runs)
-    axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    axes.axhline(0 if entropy is None else nll - entropy, **LM_LINE)
-    what = "language model" if entropy is None else "entropy"
-    nats = nll if entropy is None else entropy
-    axes.set_title(f"{text_name(text)}: {what} {nats:.2f} nats", fontsize=9.5)
+        carried, (gap, error) = point.measured["kl_posterior"], above(point, runs, pairs)
+        style = look(point)
+        axes.errorbar(carried, gap, error, **style, elinewidth=1, capsize=2)
+        paid = {"color": style["color"], "linewidth": 0.8, "alpha": 0.6, "marker": "|"}
+        axes.plot([carried, point.measured["kl"]], [gap, gap], markevery=[1], **paid)
+        named.append((carried, gap, name))
+    axes.axhline(0, **LM_LINE)
+    axes.set_title(f"{text_name(text)}: language model {mean_nll(runs):.2f} nats", fontsize=9.5)
     axes.grid(alpha=0.25)
     return named
-
-
-def draw_buys(results):
-    """A Figure of what KL buys: exact sentences, and what another sentence's z costs."""
-    texts = {}
-    for text, runs in results.items():
-        if points := points_of(runs, "rec_other", "exact_match"):
-            texts[text] = points
-    if not texts:
-        raise data.InputError("no row has exact_match and rec_other in its metrics.json")
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    exact, swap = figure.subplots(1, 2)
-    handles = []
-    for (text, points), color in zip(texts.items(), itertools.cycle(TEXT_COLORS)):
-        for point in points:
-            m = point.measured
-            style = look(point, color)
-            exact.plot(m["kl"], m["exact_match"], **style)
-            swap.plot(m["kl"], m["rec_other"] - m["rec"], **style)
-        handles.append(Patch(color=color, label=text_name(text)))
-    shown = sum(texts.values(), [])
-    highest = max(point.measured["kl"] for point in shown)
-    costs = [point.measured["rec_other"] - point.measured["rec"] for point in shown]
-    swap.set_yscale("symlog", **KL_SCALE)
-    low, high = min(-0.35, 1.35 * min(costs)), max(20, 1.35 * max(costs))
-    swap.set(ylim=(low, high), yticks=[t for t in (-16, -4, -2, *KL_TICKS) if low <= t <= high])
-    exact.set_yscale("symlog", linthresh=1, linscale=0.7)
-    exact.set(ylim=(-0.12, 150), yticks=(0, 1, 10, 100), title="Exact reconstructions")
-    exact.set_ylabel("% of the test sentences")
-    swap.set(title="Swap cost", ylabel="rec with another sentence's z - rec, nats")
-    for axes in exact, swap:
-        set_kl_axis(axes, highest)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.25)
-    handles += legend_handles(shown, "0.3")
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)
-    figure.suptitle("What depends on z: exact sentences (from mu, without noise), swap cost")
-    return figure
-
-
-def published(text):
-    """([(KL, rec, name)], {label: nats}): the corrected rows of the paper's table of a text, and
-    the language models that can be derived from it."""
-    if text not in paper_tables.PAPER:
-        return [], {}
-    rows = {row["name"]: row for row in paper_tables.reread(text)}
-    points = []
-    for name, row in rows.items():
-        if row["rec"] is not None:
-            short = "paper: " * (row["unit"] == "T5 token") + name.split(" + ")[-1]
-            points.append((float(row["kl"]), row["rec"], short))
-    # In the paper's first row z is ignored: it is the language model of the next two.
-    lines = {"the paper's T5-small without z": rows["Max pool"]["neg_elbo"]}
-    if text in GPT2_TOKENS:
-        per_token = math.log(float(rows["GPT-2"]["ppl"]))
-        lines["GPT-2, from its perplexity"] = GPT2_TOKENS[text] * per_token
-    return points, lines
-
-
-def points_in_folders(results, text):
-    """{folder: its Points} of a text and of those named <text>-..., at least one."""
-    folders = {}
-    for folder, runs in results.items():
-        if (folder == text or folder.startswith(text + "-")) and (points := points_of(runs)):
-            folders[folder] = points
-    if not folders:
-        raise data.InputError(f"no row of {text} that is drawn has kl, rec and nll")
-    return folders
-
-
-def draw_plane(results, text):
-    """A Figure of the rate-distortion plane of a text: what z costs (KL) against what is left to
-    say (rec). A line is what a language model pays: rec + KL = its NLL."""
-    folders = points_in_folders(results, text)
-    figure = Figure(figsize=(8, 6.4), layout="constrained")
-    axes, handles = figure.subplots(), []
-    named, lines = published(text)
-    for kl, rec, name in named:
-        axes.plot(kl, rec, "x", color="0.3", label=name)
-    for (folder, points), color in zip(folders.items(), itertools.cycle(TEXT_COLORS)):
-        for point, name in zip(points, names_of(points), strict=True):
-            axes.plot(point.measured["kl"], point.measured["rec"], **look(point, color))
-            named.append((point.measured["kl"], point.measured["rec"], name))
-        runs = results[folder]
-        for row, style in ("lm", "-"), ("lm-deep", "--"):
-            if row in runs:
-                deep = ", deep" if row == "lm-deep" else ""
-                label = f"our language model of {text_name(folder)}{deep}"
-                handles += diagonal(axes, label, mean_nll(runs, row), color, style)
-    entropy = next(iter(folders.values()))[0].measured.get("entropy")
-    if entropy is not None:
-        handles += diagonal(axes, "entropy", entropy, "black", "-")
-    for (label, nats), style in zip(lines.items(), ("--", ":"), strict=False):
-        handles += diagonal(axes, label, nats, "0.3", style)
-    handles += legend_handles(sum(folders.values(), []), "0.3")
-    if lines:
-        style = {"marker": "x", "color": "0.3", "linestyle": ""}
-        handles.append(Line2D([], [], label="published (paper: corrected)", **style))
-    kls, recs = ([point[i] for point in named] for i in (0, 1))
-    margin = 0.06 * (max(recs) - min(recs)) + 0.5
-    set_kl_axis(axes, max(kls))
-    axes.set_xlabel("KL: what z costs, nats per sentence")
-    axes.set(ylim=(max(0, min(recs) - margin), max(recs) + margin))
-    axes.set_ylabel("rec: what is left to say, nats per sentence")
-    axes.grid(alpha=0.25)
-    title = f"{text_name(text)}: rate and distortion; on a curve, rec + KL is that model's NLL"
-    axes.set_title(title, fontsize=11)
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
-    name_points(axes, named)
-    return figure
-
-
-def diagonal(axes, label, nats, color, style):
-    """The line rec + KL = nats, curved by the scale of KL."""
-    kl = [nats * i / 1000 for i in range(1001)]
-    rec = [nats - x for x in kl]
-    label = f"{label}: {nats:.2f}"
-    return axes.plot(kl, rec, style, color=color, linewidth=1, label=label, zorder=1)
 
 
 # ---------------------------------------- the curves of runs
@@ -406,17 +276,16 @@ def draw_curves(runs):
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="plots.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("kind", choices=("curves", "price", "buys", "plane"))
+    flag("kind", choices=("curves", "price"))
     flag("runs", nargs="*", metavar="RUN", help="of curves: run folders of train.py")
     flag("--out", required=True, metavar="PNG", help="file to write")
-    results = str(Path("study", "results"))
-    flag("--results", default=results, metavar="DIR", help="the study's runs (study/results)")
-    flag("--text", default="ptb", help="of plane: its folder, and those named TEXT-... (ptb)")
+    results = str(Path("study", "weight1"))
+    flag("--results", default=results, metavar="DIR", help="the study's runs (study/weight1)")
     args = parser.parse_args(argv)
     if Path(args.out).suffix != ".png":
         parser.error(f"--out is {args.out}; it must end in .png")
     if (args.kind == "curves") != bool(args.runs):
-        parser.error(f"RUN is {args.runs}; curves needs run folders, the other kinds take none")
+        parser.error(f"RUN is {args.runs}; curves needs run folders, price takes none")
     return args
 
 
@@ -424,10 +293,7 @@ def draw(args):
     """The Figure that a command asks for."""
     if args.kind == "curves":
         return draw_curves(args.runs)
-    runs, paired = study_tables.read(args.results)
-    if args.kind == "price":
-        return draw_price(runs, paired)
-    return draw_buys(runs) if args.kind == "buys" else draw_plane(runs, args.text)
+    return draw_price(*study_tables.read(args.results))
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""The tables of RESULTS.md, from what study.study keeps in study/results/.
+"""The tables of RESULTS.md, from what study.study keeps in study/weight1/ and study/results/.
 
     python -m study.study --tables
 
@@ -15,15 +15,21 @@ import data
 from extras import paper_tables
 
 TEXT_ORDER = ("grammar", "captions", "captions-all", "ptb", "ptb-256", "answers")
-# Those of the recipe `best`: after the same phase 1, a target, a threshold or annealing.
-METHODS = ("r4", "r8", "r16", "r24", "threshold0.25", "threshold0.5", "linear")
+# The order of rows in a text's part of the table; others follow.
+ORDER = ("lm", "lm-paper", "lm-deep", "optimus", "li2019", "paper-max", "paper-denoise")
+ORDER += ("paper-klt", "paper-deep", "r4", "r8", "r16", "r24", "linear", "paper-default")
+# Rows whose KL, swap cost and exact sentences are shown until they are measured at weight 1.
+EARLIER = ("r4", "r8", "r16", "r24", "threshold0.25", "threshold0.5", "linear")
 POSITIONS = ("r8", "r16", "paper-max", "paper-denoise", "mean")
 SYSTEMS = {  # row: its name in the paper's tables
+    "optimus": "Optimus (lambda 0.5)",
+    "li2019": "Li et al. (lambda 3)",
     "paper-max": "Max pool",
     "paper-denoise": "Max pool + Denoise",
     "paper-klt": "Max pool + Denoise + KLT",
     "paper-deep": "Max pool + Denoise + KLT + Deep",
 }
+BOUNDS = ("nll", "neg_elbo")  # measures of claims that hold at weight 1 only
 # The paper's text of the kind of ours.
 OF_ITS_KIND = {"captions": "snli", "ptb": "ptb", "answers": "yahoo"}
 OF_ITS_KIND |= {"snli": "snli", "yahoo": "yahoo", "yelp": "yelp"}
@@ -49,18 +55,18 @@ CLAIMS = (
     Claim("(a) phase 1 keeps z, KL weight 1", "swap_cost", "constant", ">"),
     Claim("(a) phase 1 makes z say more", "swap_cost", "no-threshold", ">", "cold"),
     Claim("(b) phase 1 needs a frozen decoder", "swap_cost", "paper-default", ">", "unfrozen"),
-    Claim("(b) phase 1 needs a frozen decoder", "neg_elbo", "paper-default", "<", "unfrozen"),
+    Claim("(b) phase 1 needs a frozen decoder", "nll", "paper-default", "<", "unfrozen"),
     Claim("(c) max informs more than mean", "swap_cost", "paper-default", ">", "mean"),
     Claim("(c) max informs more than last", "swap_cost", "paper-default", ">", "last"),
     Claim("(d) deletion helps long texts", "swap_cost", "paper-denoise", ">", "paper-max"),
-    Claim("(d) deletion helps long texts", "neg_elbo", "paper-denoise", "<", "paper-max"),
-    Claim("(d) with a threshold, too", "neg_elbo", "deletion0.4", "<", "no-deletion"),
-    Claim("(e) a threshold of 0.5 helps", "neg_elbo", "paper-default", "<", "no-threshold"),
-    Claim("(e) 0.5 is better than 3", "neg_elbo", "deletion0.4", "<", "paper-klt"),
+    Claim("(d) deletion helps long texts", "nll", "paper-denoise", "<", "paper-max"),
+    Claim("(d) with a threshold, too", "nll", "deletion0.4", "<", "no-deletion"),
+    Claim("(e) a threshold of 0.5 helps", "nll", "paper-default", "<", "no-threshold"),
+    Claim("(e) 0.5 is better than 3", "nll", "deletion0.4", "<", "paper-klt"),
     Claim("(f) cyclical annealing loses z", "swap_cost", "cyclical", "<"),
     Claim("(g) of 64 dimensions as many are active", "active", "z64", "=", "paper-default"),
     Claim("(g) of 128 dimensions fewer are active", "active", "z128", "<", "paper-default"),
-    Claim("(h) a deeper T5 is better", "neg_elbo", "paper-deep", "<", "paper-klt"),
+    Claim("(h) a deeper T5 is better", "nll", "paper-deep", "<", "paper-klt"),
     Claim("(i) all layers inform more", "swap_cost", "all-layers", ">", "paper-default"),
     Claim("(k) deletion raises the KL", "kl", "paper-denoise", ">", "paper-max"),
     Claim("(k) a threshold raises the KL", "kl", "paper-klt", ">", "paper-denoise"),
@@ -190,66 +196,55 @@ def label(runs, text, row, shown):
     return f"{text}: {shown}" + (f", {seeds} seeds" if seeds > 1 else "")
 
 
-def price_table(runs, paired):
-    """What a nat costs, and what it buys: per text the language model, and METHODS by their KL."""
-    heads = ["text: row", "KL", "NLL - LM's", "efficiency", "exact, %", "swap cost"]
-    rows = []
-    for text in runs:
-        if lm := number(runs, text, "lm", "rec"):
-            name = label(runs, text, "lm", "language model")
-            rows.append([name, "0", f"NLL {cell(lm)}", "-", "-", "-"])
-        found = [row for row in METHODS if row in runs[text]]
-        for row in sorted(found, key=lambda row: number(runs, text, row, "kl")[0]):
-            against = cell(difference(runs, paired, text, row, "lm", "nll"), "+")
-            cells = [label(runs, text, row, row), cell(number(runs, text, row, "kl")), against]
-            for key in "efficiency", "exact_match", "swap_cost":
-                cells.append(cell(number(runs, text, row, key)))
-            rows.append(cells)
-    return table(heads, rows)
+def rows_table(runs, paired):
+    """Every row that was measured at weight 1: what z carries, and what it costs.
 
-
-def systems_table(runs, paired):
-    """The paper's four systems, and its corrected tables: -ELBO in units of a language model's."""
-    heads = ["text: system", "KL", "rec - lm-paper's", "swap cost", "-ELBO", "paper: KL, -ELBO"]
-    rows = []
-    for text, theirs in OF_ITS_KIND.items():
-        printed = {row["name"]: row for row in paper_tables.reread(theirs)}
-        unit = printed["Max pool"]["neg_elbo"]  # collapsed: the paper's own language model
-        for row, name in SYSTEMS.items():
-            own = "lm-deep" if row == "paper-deep" else "lm"
-            bound = number(runs, text, row, "neg_elbo", beside=own)
-            lm = number(runs, text, own, "rec", beside=row)
-            if bound is None or lm is None:
-                continue
-            cells = [label(runs, text, row, row), cell(number(runs, text, row, "kl"))]
-            cells.append(cell(difference(runs, paired, text, row, "lm-paper", "rec"), "+"))
-            cells += [cell(number(runs, text, row, "swap_cost")), f"{bound[0] / lm[0]:.2f}"]
-            paper = printed[name]
-            rows.append([*cells, f"{paper['kl']}, {paper['neg_elbo'] / unit:.2f}"])
-    return table(heads, rows)
-
-
-def weight1_table(runs, paired):
-    """Every row that was measured at KL weight 1, beside the language model of its text."""
+    A row is compared with the language model of as many layers. On the right stand the paper's
+    numbers, corrected, on the most similar text; its -ELBO is in units of its "Max pool", where z
+    is ignored.
+    """
     heads = ["text: row", "KL, of which z carries", "-ELBO at q, untempered", "NLL - LM's"]
+    heads += ["swap cost", "exact, %", "paper: KL, -ELBO"]
     rows = []
     for text in runs:
-        own_lm = number(runs, text, "lm", "rec")
-        if own_lm:
-            rows.append([label(runs, text, "lm", "lm"), "-", "-", f"NLL {cell(own_lm)}", "-", "-"])
-        for row in runs[text]:
-            carried = number(runs, text, row, "kl_posterior")
-            if carried is None or row.startswith("lm"):
+        known = [row for row in ORDER if row in runs[text]]
+        for row in [*known, *sorted(runs[text].keys() - set(known))]:
+            name = label(runs, text, row, row)
+            if row.startswith("lm"):
+                nll = cell(number(runs, text, row, "rec"))
+                rows.append([name, "-", "-", f"NLL {nll}", "-", "-", "-"])
                 continue
-            both = [number(runs, text, row, name) for name in ("kl", "neg_elbo")]
-            untempered = number(runs, text, row, "neg_elbo_untempered")
-            against = cell(difference(runs, paired, text, row, "lm", "nll"), "+")
-            cells = [f"{cell(both[0])}, {cell(carried)}", f"{cell(both[1])}, {cell(untempered)}"]
-            cells += [against, cell(number(runs, text, row, "swap_cost"))]
-            rows.append(
-                [label(runs, text, row, row), *cells, cell(number(runs, text, row, "exact_match"))]
-            )
-    return table([*heads, "swap cost", "exact, %"], rows)
+            own = "lm-deep" if row.endswith("-deep") else "lm"
+            keys = "kl", "kl_posterior", "neg_elbo", "neg_elbo_untempered"
+            kl, carried, at_q, at_r = (cell(number(runs, text, row, key)) for key in keys)
+            against = cell(difference(runs, paired, text, row, own, "nll"), "+")
+            last = [cell(number(runs, text, row, key)) for key in ("swap_cost", "exact_match")]
+            last.append(published(text, row))
+            rows.append([name, f"{kl}, {carried}", f"{at_q}, {at_r}", against, *last])
+    return table(heads, rows)
+
+
+def earlier_table(runs):
+    """What holds of the second edition's rows, whose bounds were not measured at weight 1."""
+    rows = []
+    for text in runs:
+        found = [row for row in EARLIER if row in runs[text]]
+        for row in sorted(found, key=lambda row: number(runs, text, row, "kl")[0]):
+            keys = "kl", "swap_cost", "exact_match"
+            cells = [cell(number(runs, text, row, key)) for key in keys]
+            rows.append([label(runs, text, row, row), *cells])
+    return table(["text: row", "KL", "swap cost", "exact, %"], rows)
+
+
+def published(text, row):
+    """The paper's KL and -ELBO of a system on the most similar text, or "-"."""
+    if text not in OF_ITS_KIND or row not in SYSTEMS:
+        return "-"
+    printed = {found["name"]: found for found in paper_tables.reread(OF_ITS_KIND[text])}
+    theirs, unit = printed[SYSTEMS[row]], printed["Max pool"]["neg_elbo"]
+    if theirs["neg_elbo"] is None:
+        return "-"
+    return f"{theirs['kl']}, {theirs['neg_elbo'] / unit:.2f}"
 
 
 def seed_range(runs, text, row, key):
@@ -310,10 +305,15 @@ def plateau(runs, text):
     return f"{'yes' if abs(last - before) <= 0.02 * before else 'no'}: {before:.2f}, {last:.2f}"
 
 
-def claims_table(runs, paired):
-    """The paper's claims, each with the two numbers that it rests on."""
+def claims_table(runs, paired, bounds=True):
+    """The paper's claims, each with the two numbers that it rests on.
+
+    bounds: whether those about the NLL are among them.
+    """
     rows = []
     for claim in CLAIMS:
+        if claim.measure in BOUNDS and not bounds:
+            continue
         said = f"`{claim.measure}`: {claim.a} {claim.expected}"
         said += f" {claim.b}" if claim.b else " 1 nat; `kl`"
         rows.append([claim.says, said, *(verdict(claim, runs, paired, text) for text in runs)])
@@ -343,17 +343,15 @@ def positions_table(runs):
 def tables(results):
     """{name: table} in the order of RESULTS.md, those that have a row.
 
-    Rows that were measured at weight 1 have a table of their own: the second edition's rows, in the
-    others, have bounds of another posterior.
+    Rows of the second edition were not measured at weight 1: their bounds are those of another
+    posterior, and stand in no table.
     """
     runs, paired = read(results)
     measured = [seed for rows in runs.values() for row in rows.values() for seed in row.values()]
     if any("kl_posterior" in seed for seed in measured):
-        return {"weight 1": weight1_table(runs, paired)}
-    found = {
-        "price": price_table(runs, paired),
-        "systems": systems_table(runs, paired),
-        "claims": claims_table(runs, paired),
-        "positions": positions_table(runs),
-    }
+        found = {"weight 1": rows_table(runs, paired), "claims": claims_table(runs, paired)}
+    else:
+        found = {"earlier": earlier_table(runs)}
+        found |= {"earlier claims": claims_table(runs, paired, bounds=False)}
+        found |= {"positions": positions_table(runs)}
     return {name: table for name, table in found.items() if table}

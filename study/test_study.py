@@ -238,20 +238,45 @@ def test_damaged_results_are_named(tmp_path):
 def test_tables_say_what_the_results_hold(tmp_path):
     for seed in range(2):
         write_row(tmp_path, "ptb", "lm", seed, rec=100.0, nll=100.0, latent_dim=0)
-    write_row(tmp_path, "ptb", "threshold0.25", kl=8.5, kl_se=0.1)
-    write_row(tmp_path, "ptb", "r4", kl=9.0)
+    at_1 = {"kl_posterior": 6.0, "kl_posterior_se": 0.02, "neg_elbo_untempered": 102.0}
+    write_row(tmp_path, "ptb", "r4", kl=9.0, **at_1)
+    write_row(tmp_path, "ptb", "paper-max", kl=50.0, neg_elbo=130.0, nll=109.0, **at_1)
+    write_row(tmp_path, "ptb", "lm-deep", rec=90.0, nll=90.0, latent_dim=0)
+    write_row(tmp_path, "ptb", "paper-deep", kl=50.0, nll=91.0, **at_1)
     for seed, nll in enumerate((101.0, 103.0)):
-        measures = {"kl": 8.0 + seed / 50, "kl_se": 0.04, "efficiency": 0.9}
+        measures = {"kl": 8.0 + seed / 50, "kl_se": 0.04, **at_1}
         write_row(tmp_path, "ptb", "r8", seed, nll=nll, nll_se=0.5, **measures)
     pairs = {f"r8/{seed} - lm/{seed}": {"nll": [1.0 + 2 * seed, 0.1]} for seed in range(2)}
     data.write_json(tmp_path / "ptb" / "paired.json", pairs)
-    lines = study_tables.tables(tmp_path)["price"].splitlines()
-    assert lines[2] == "| ptb: language model, 2 seeds | 0 | NLL 100.00±0.00 | - | - | - |"
+    lines = study_tables.tables(tmp_path)["weight 1"].splitlines()
+    assert lines[2] == "| ptb: lm, 2 seeds | - | - | NLL 100.00±0.00 | - | - | - |"
+    cells = [line.split(" | ") for line in lines[2:]]
+    names = ["lm, 2 seeds", "lm-deep", "paper-max", "paper-deep", "r4", "r8, 2 seeds"]
+    assert [line[0].removeprefix("| ptb: ") for line in cells] == names
+    of = dict(zip(names, cells, strict=True))
+    assert of["paper-max"][1:4] == ["50.00, 6.00±0.02", "130.00, 102.00", "+9.00"]
+    assert of["paper-max"][-1] == "0.09, 1.00 |", "the paper's, in units of its Max pool"
+    assert of["paper-deep"][3] == "+1.00", "beside the language model of as many layers"
     # Several seeds: the mean, and the standard deviation over them, if it is the larger error.
-    assert lines[3] == "| ptb: r8, 2 seeds | 8.01±0.04 | +2.00±1.41 | 0.90±0.00 | - | - |"
-    # By KL, so that rows of the same KL stand together, whatever led to it.
-    assert lines[4] == "| ptb: threshold0.25 | 8.50±0.10 | - | - | - | - |"
-    assert lines[5] == "| ptb: r4 | 9.00 | - | - | - | - |"
+    assert of["r8, 2 seeds"][1] == "8.01±0.04, 6.00±0.02"
+    assert of["r8, 2 seeds"][3] == "+2.00±1.41"
+
+
+def test_of_earlier_rows_only_what_needs_no_bound_is_shown(tmp_path):
+    write_row(tmp_path, "ptb", "threshold0.25", kl=8.5, kl_se=0.1, swap_cost=20.0, exact_match=1.5)
+    write_row(tmp_path, "ptb", "r4", kl=9.0)
+    write_row(tmp_path, "ptb", "paper-denoise", swap_cost=6.0, nll=100.0, kl=30.0)
+    write_row(tmp_path, "ptb", "paper-max", swap_cost=7.0, nll=105.0, kl=40.0)
+    tables = study_tables.tables(tmp_path)
+    lines = tables["earlier"].splitlines()
+    assert lines[2:] == [
+        "| ptb: threshold0.25 | 8.50±0.10 | 20.00 | 1.50 |",
+        "| ptb: r4 | 9.00 | - | - |",
+    ]
+    assert "`swap_cost`: paper-denoise > paper-max" in tables["earlier claims"]
+    assert "`nll`" not in tables["earlier claims"]
+    runs, paired = study_tables.read(tmp_path)
+    assert "`nll`" in study_tables.claims_table(runs, paired), "the control"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +342,7 @@ def test_a_claim_of_one_row_shows_its_swap_cost_and_kl(tmp_path, cost, lost):
         study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
         == f"{said}: {cost:.2f}, 7.00"
     )
-    table = study_tables.tables(tmp_path)["claims"]
+    table = study_tables.tables(tmp_path)["earlier claims"]
     assert f"| `swap_cost`: cold < 1 nat; `kl` | {said}: {cost:.2f}, 7.00 |" in table
 
 
@@ -331,21 +356,11 @@ def test_claims_of_active_dimensions_compare_shares(tmp_path, au, same, fewer):
         assert study_tables.verdict(claim, *runs, "ptb") == f"{said}: {au / 64:.2f}, 1.00"
 
 
-def test_systems_are_shown_beside_the_same_training_without_z(tmp_path):
-    write_row(tmp_path, "ptb", "lm", rec=100.0, neg_elbo=100.0, latent_dim=0)
-    write_row(tmp_path, "ptb", "lm-paper", kl=0.0, rec=110.0, neg_elbo=110.0, latent_dim=0)
-    write_row(tmp_path, "ptb", "paper-max", rec=107.0, neg_elbo=115.0, swap_cost=6.0)
-    pairs = {"paper-max/0 - lm-paper/0": {"rec": [-3.0, 0.1]}}
-    data.write_json(tmp_path / "ptb" / "paired.json", pairs)
-    lines = study_tables.tables(tmp_path)["systems"].splitlines()
-    assert lines[2] == "| ptb: paper-max | 8.00 | -3.00±0.10 | 6.00 | 1.15 | 0.09, 1.00 |"
-
-
 def test_claims_and_pairs_name_rows_of_the_study():
     rows = {row.name for row in study.ROWS}
     for a, b in study_tables.pairs(rows):
         assert {a, b} <= rows
-    assert set(study_tables.SYSTEMS) | set(study_tables.METHODS) <= rows
+    assert {*study_tables.SYSTEMS, *study_tables.ORDER, *study_tables.EARLIER} <= rows
 
 
 # ---------------------------------------- figures
@@ -358,56 +373,50 @@ def write_drawn(results, text, row, seed=0, **measures):
 
 @pytest.fixture
 def results(tmp_path):
-    """captions: all is there; ptb: a phase 1, rows that are not drawn, an empty folder; answers: no
-    language model."""
+    """captions: all is there; ptb: a row without the KL of the posterior, one that is not drawn, an
+    empty folder; answers: no language model."""
     for seed, rec in enumerate((50.0, 50.2)):
         write_drawn(tmp_path, "captions", "lm", seed, kl=0.0, rec=rec, nll=rec)
     for seed, nll in enumerate((50.3, 49.5)):
-        z = {"rec_other": 62.0, "exact_match": 2.5}
-        write_drawn(tmp_path, "captions", "r8", seed, kl=8.0, rec=43.0, nll=nll, **z)
-    z = {"rec_other": 51.0, "exact_match": 1.5}
-    write_drawn(tmp_path, "captions", "paper-deep", kl=99.0, rec=52.0, nll=90.0, **z)
+        write_drawn(tmp_path, "captions", "r8", seed, kl=8.0, kl_posterior=6.0, rec=43.0, nll=nll)
+    z = {"kl": 99.0, "kl_posterior": 12.0}
+    write_drawn(tmp_path, "captions", "paper-deep", **z, rec=52.0, nll=90.0)
     pairs = {"r8/1 - lm/0": {"nll": [-0.5, 0.01]}}
     (tmp_path / "captions" / "paired.json").write_text(json.dumps(pairs))
     write_drawn(tmp_path, "ptb", "lm", kl=0.0, rec=110.0, nll=110.0)
-    write_drawn(tmp_path, "ptb", "cyclical", kl=2.0, rec=107.0, nll=108.0)
-    write_drawn(tmp_path, "ptb", "linear", kl=170.0, rec=60.0)
-    write_drawn(tmp_path, "ptb", "z128", kl=8.0, rec=104.0, nll=111.0)
+    write_drawn(tmp_path, "ptb", "optimus", kl=2.0, kl_posterior=1.0, rec=107.0, nll=108.0)
+    write_drawn(tmp_path, "ptb", "linear", kl=170.0, rec=60.0, nll=120.0)
+    write_drawn(tmp_path, "ptb", "z128", kl=8.0, kl_posterior=7.0, rec=104.0, nll=111.0)
     (tmp_path / "ptb" / "r16" / "0").mkdir(parents=True)
-    write_drawn(tmp_path, "answers", "threshold0.5", kl=15.0, rec=320.0, nll=333.0)
+    write_drawn(tmp_path, "answers", "r4", kl=4.0, kl_posterior=4.0, rec=320.0, nll=333.0)
     return tmp_path
 
 
-def draw(kind, results, *flags):
-    flags = ["--results", str(results), "--out", "x.png", *flags]
-    return plots.draw(plots.parse_args([kind, *flags]))
+def draw(results):
+    return plots.draw(plots.parse_args(["price", "--results", str(results), "--out", "x.png"]))
 
 
 def bars(axes):
-    """{row/seed: (KL, gap, standard error)} of the points of a panel that have error bars."""
+    """{row/seed: (nats that z carries, gap, standard error)} of the points of a panel."""
     found = {}
     for bar in axes.containers:
         assert isinstance(bar, ErrorbarContainer)
-        (kl,), (gap,) = bar.lines[0].get_data()
+        (carried,), (gap,) = bar.lines[0].get_data()
         (((_, low), (_, high)),) = bar.lines[2][0].get_segments()
-        found[bar.get_label()] = kl, gap, (high - low) / 2
+        found[bar.get_label()] = carried, gap, (high - low) / 2
     return found
 
 
-def drawn(axes):
-    """{label: (x, y)} of the single points of a panel."""
-    lines = (line for line in axes.get_lines() if len(line.get_xdata()) == 1)
-    return {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in lines}
-
-
 def test_the_price_is_nll_above_the_language_model(results):
-    captions, ptb = draw("price", results).axes
+    captions, ptb = draw(results).axes
     assert captions.get_title() == "captions: language model 50.10 nats", "the mean over seeds"
     points = bars(captions)
-    assert points.pop("r8/1") == pytest.approx((8, -0.5, 0.01)), "it is paired with seed 0"
-    assert points.pop("r8/0") == pytest.approx((8, 0.3, 0.5)), "not paired: sqrt(0.3^2 + 0.4^2)"
+    assert points.pop("r8/1") == pytest.approx((6, -0.5, 0.01)), "it is paired with seed 0"
+    assert points.pop("r8/0") == pytest.approx((6, 0.3, 0.5)), "not paired: sqrt(0.3^2 + 0.4^2)"
     assert not points
-    assert bars(ptb) == {"cyclical/0": pytest.approx((2, -2, 0.5))}, "what has no nll is left out"
+    assert bars(ptb) == {"optimus/0": pytest.approx((1, -2, 0.5))}
+    paid = [tuple(line.get_xdata()) for line in captions.get_lines() if line.get_alpha() == 0.6]
+    assert paid == [(6, 8), (6, 8)], "from what z carries to what the encoder pays"
     for axes in captions, ptb:
         (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
         assert low < -2.5 < 0.8 < high, "below zero is seen, with its error"
@@ -415,85 +424,32 @@ def test_the_price_is_nll_above_the_language_model(results):
         assert [tick for tick in axes.get_yticks() if tick <= 0], "zero has its place on the axis"
 
 
-def test_the_price_of_grammar_is_nll_above_its_entropy(tmp_path):
-    write_drawn(tmp_path, "grammar", "lm", kl=0.0, rec=21.25, nll=21.25, entropy=21.0)
-    write_drawn(tmp_path, "grammar", "r4", kl=4.0, rec=17.0, nll=21.5, nll_se=0.05, entropy=21.0)
-    (axes,) = draw("price", tmp_path).axes
-    assert axes.get_title() == "grammar: entropy 21.00 nats"
-    assert bars(axes) == {"r4/0": pytest.approx((4, 0.5, 0.05))}
-    (dashed,) = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
-    assert dashed.get_ydata() == pytest.approx([0.25, 0.25]), "the language model"
-
-
 def test_a_deep_row_is_compared_with_a_deep_language_model(results):
-    assert "paper-deep/0" not in bars(draw("price", results).axes[0])
+    assert "paper-deep/0" not in bars(draw(results).axes[0])
     write_drawn(results, "captions", "lm-deep", kl=0.0, rec=45.0, nll=45.0)
-    assert bars(draw("price", results).axes[0])["paper-deep/0"] == pytest.approx((99, 45, 0.5))
-
-
-def test_what_kl_buys(results):
-    exact, swap = draw("buys", results).axes
-    assert drawn(exact) == {"r8/0": (8, 2.5), "r8/1": (8, 2.5), "paper-deep/0": (99, 1.5)}
-    assert drawn(swap) == {"r8/0": (8, 19), "r8/1": (8, 19), "paper-deep/0": (99, -1)}
-    assert swap.get_ylim()[0] < -1
-    assert draw("buys", results).legends[0].get_texts()[0].get_text() == "captions"
-
-
-def test_the_plane_has_both_widths_and_the_published_rows(results):
-    write_drawn(results, "ptb-256", "r8", kl=8.0, rec=93.5, nll=101.0)
-    write_drawn(results, "ptb-256", "lm", kl=0.0, rec=100.5, nll=100.5)
-    figure = draw("plane", results)
-    (axes,) = figure.axes
-    points = drawn(axes)
-    assert points["cyclical/0"] == (2, 107)
-    assert points["r8/0"] == (8, 93.5)
-    assert "linear/0" not in points, "a phase 1"
-    published = {row["name"]: row for row in paper_tables.reread("ptb")}
-    klt = published["Max pool + Denoise + KLT"]
-    assert points["paper: KLT"] == (float(klt["kl"]), klt["rec"]), "-ELBO corrected"
-    assert points["Optimus (lambda 0.5)"] == pytest.approx((15.72, 96.82 - 15.72))
-    assert {"paper: KLT", "Li et al. (lambda 3)"} <= {text.get_text() for text in axes.texts}
-    lines = {line.get_label(): line for line in axes.get_lines() if len(line.get_xdata()) > 1}
-    assert list(lines) == [
-        "our language model of PTB: 110.00",
-        "our language model of PTB, width 256: 100.50",
-        "the paper's T5-small without z: 104.32",
-        "GPT-2, from its perplexity: 89.54",
-    ]
-    for label, line in lines.items():
-        nats = line.get_xdata() + line.get_ydata()
-        assert nats == pytest.approx(float(label.split(": ")[1]), abs=0.005)
-    colors = [lines[label].get_color() for label in list(lines)[:2]]
-    (wide,) = [line for line in axes.get_lines() if line.get_label() == "r8/0"]
-    assert wide.get_color() == colors[1] != colors[0], "a point has the color of its language model"
+    assert bars(draw(results).axes[0])["paper-deep/0"] == pytest.approx((12, 45, 0.5))
 
 
 def test_names_cover_nothing(results):
     for seed in range(8):
-        write_drawn(results, "captions", f"r{seed}", seed, kl=8.0 + seed / 50, rec=43.0, nll=51.0)
-    figure = draw("plane", results, "--text", "captions")
-    (axes,) = figure.axes
+        z = {"kl": 9.0 + seed, "kl_posterior": 8.0 + seed / 50}
+        write_drawn(results, "captions", f"r{seed}", seed, **z, rec=43.0, nll=51.0)
+    axes = draw(results).axes[0]
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) > 4
     for i, box in enumerate(boxes):
         assert not box.count_overlaps(boxes[i + 1 :])
-        points = axes.transData.transform(list(drawn(axes).values()))
+        points = axes.transData.transform([point[:2] for point in bars(axes).values()])
         assert not any(box.contains(*point) for point in points)
 
 
 def test_figures_are_written_and_mistakes_are_one_line(results, tmp_path):
-    for kind in "price", "buys", "plane":
-        out = tmp_path / f"{kind}.png"
-        plots.main([kind, "--results", str(results), "--out", str(out)])
-        assert matplotlib.image.imread(out).std() > 0
-    for kind, folder, flags, said in (
-        ("price", "no/such", (), "there is no folder"),
-        ("price", results / "ptb", (), "no text has a language model"),
-        ("buys", results / "ptb", (), "no row has exact_match"),
-        ("plane", results, ("--text", "snli"), "no row of snli"),
-    ):
+    out = tmp_path / "price.png"
+    plots.main(["price", "--results", str(results), "--out", str(out)])
+    assert matplotlib.image.imread(out).std() > 0
+    for folder, said in ("no/such", "there is no folder"), (results / "ptb", "no text has a lang"):
         with pytest.raises(SystemExit, match=f"^plots.py: .*{said}"):
-            plots.main([kind, "--out", "x.png", "--results", str(folder), *flags])
+            plots.main(["price", "--out", "x.png", "--results", str(folder)])
     with pytest.raises(SystemExit):
         plots.parse_args(["price", "--out", "x.nothing"])
 
@@ -513,7 +469,7 @@ def missing(text):
 
 
 def test_tables_are_what_the_runs_measured():
-    assert {"price", "claims"} <= TABLES.keys()
+    assert {"weight 1", "claims"} <= TABLES.keys()
     assert missing(TEXT) == []
 
 
