@@ -330,6 +330,16 @@ def test_links_of_the_pages_lead_somewhere():
     assert wrong == []
 
 
+def test_headings_and_tables_end_with_their_lines():
+    wrong = []
+    for page in PAGES:
+        for line in FENCE.sub("", page.read_text()).splitlines():
+            open_row = line.startswith("|") and not line.endswith("|")
+            if open_row or re.search(r"[.|] #+ ", line):
+                wrong.append((page.name, line))
+    assert wrong == []
+
+
 def test_the_sentence_of_the_readme_is_one_of_the_grammar():
     factors = dict.fromkeys(data.OPTIONAL) | {"colour": "red", "where": "near the river"}
     factors |= {"who": "king", "number": "one", "tense": "present", "when": 0, "what": "boat"}
