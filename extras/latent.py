@@ -265,7 +265,8 @@ def draw_map(place, labels, axes_names, path):
     for colour, text in rows:
         axes.scatter([], [], s=45, c=colour, label=text.replace("$", r"\$"))
     axes.legend(title="label (texts)", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    axes.set(xlabel=axes_names[0], ylabel=axes_names[1], title="posterior means")
+    axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
+    axes.set_title(f"posterior means of {len(place):,} texts")
     axes.spines[["top", "right"]].set_visible(False)
     save_picture(figure, path)
 

@@ -23,6 +23,8 @@ texts of that file. Writes RUN-samples.json beside RUN.
 """
 
 import argparse
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +156,8 @@ def main(argv=None):
     flag("--like", metavar="FILE", help="texts, one per line: also write texts of their kind")
     args = parser.parse_args(argv)
     run = Path(args.run).resolve()
-    with data.command("samples.py"):
+    with warnings.catch_warnings(), data.command("samples.py"):
+        warnings.showwarning = lambda message, *_: print(f"samples.py: {message}", file=sys.stderr)
         _, model, read = metrics.load_run(args.run)
         if model.latent_dim == 0:
             raise data.InputError(f"{args.run} is a language model; it must be the run of a VAE")

@@ -330,6 +330,16 @@ def test_links_of_the_pages_lead_somewhere():
     assert wrong == []
 
 
+def test_headings_and_tables_end_with_their_lines():
+    wrong = []
+    for page in PAGES:
+        for line in FENCE.sub("", page.read_text()).splitlines():
+            open_row = line.startswith("|") and not line.endswith("|")
+            if open_row or re.search(r"[.|] #+ ", line):
+                wrong.append((page.name, line))
+    assert wrong == []
+
+
 def test_the_sentence_of_the_readme_is_one_of_the_grammar():
     factors = dict.fromkeys(data.OPTIONAL) | {"colour": "red", "where": "near the river"}
     factors |= {"who": "king", "number": "one", "tense": "present", "when": 0, "what": "boat"}
@@ -337,7 +347,7 @@ def test_the_sentence_of_the_readme_is_one_of_the_grammar():
     assert f'["{data.grammar_sentence(factors)}"]' in (ROOT / "README.md").read_text()
 
 
-ROWS = [{"text": f"a review,\n number {i}\u00a0", "stars": 1 + i % 5} for i in range(300)]
+ROWS = [{"text": f"a review,\n number {i}\u00a0", "label": 1 + i % 5} for i in range(300)]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -346,7 +356,7 @@ def test_a_table_becomes_texts(tmp_path, monkeypatch, page, kind):
     """The block of a page that makes texts of a table, as it stands and with the other kind."""
     monkeypatch.chdir(tmp_path)
     with open("reviews.csv", "w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, ["text", "stars"])
+        table = csv.DictWriter(file, ["text", "label"])
         table.writeheader()
         table.writerows(ROWS)
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -428,6 +428,9 @@ def test_samples_like_a_file_are_measured_beside_it(run, tmp_path, language_mode
     lm = T5VAE.from_pretrained(language_model)
     assert measured["like: the texts"]["lm_nats"] == pytest.approx(samples.lm_nats(lm, texts[:4]))
     assert "like, sampled " in capsys.readouterr().out
+    write_files(tmp_path, like=[*texts, "naïve ☃"])
+    samples.main([*flags, "--like", str(tmp_path / "like")])
+    assert "samples.py: 1 of 6 texts have characters" in capsys.readouterr().err
 
 
 def test_texts_without_spaces_are_measured_by_characters(run):

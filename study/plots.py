@@ -22,6 +22,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import NullLocator, SymmetricalLogLocator
 from matplotlib.transforms import Bbox
 
 import data
@@ -259,8 +260,12 @@ def draw_curves(runs):
             measured = data.read_json(Path(run, "metrics.json")).get(end)
             if measured is not None and steps:
                 axes.plot(steps[-1], measured, "s", color=color, markersize=8, mec="black")
-        if end is not None:  # at the start KL may be thousands
+        low, high = axes.dataLim.intervaly
+        if end is not None and high > 10 * low:  # at the start KL may be thousands
             axes.set_yscale("symlog", linthresh=1)
+            ticks = SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5))
+            axes.yaxis.set(major_locator=ticks, minor_locator=NullLocator())
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.set_ylabel("" if name == "kl_weight" else "nats per sentence")

@@ -559,6 +559,9 @@ def test_curves_show_the_log_and_mark_the_end(tmp_path, home, capsys):
     assert (mark.get_xdata().item(), mark.get_ydata().item()) == (5, 2.5)
     assert weight.lines[0].get_ydata().tolist() == [0.5]
     assert bound.lines[1].get_ydata().item() == 8.0
+    ticks = [text.get_text() for text in kl.get_yticklabels()]
+    assert {"1", "2", "5"} <= set(ticks), "more than powers of ten, as plain numbers"
+    assert (kl.get_yscale(), bound.get_yscale()) == ("symlog", "linear")
     plots.main(["curves", str(run), "--out", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="has no log.jsonl"):
