@@ -22,7 +22,7 @@ import re
 import sys
 import traceback
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -52,6 +52,8 @@ def one_line(error):
 @contextlib.contextmanager
 def command(name, after_interrupt=""):
     """Turn a user error and Ctrl-C into a line; end quietly if the pipe is closed."""
+    if sys.stdout is None:  # closed by the shell
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a redirected one may have 250 characters
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -122,7 +124,10 @@ def write_atomically(path, write):
     """write(file) fills a file that replaces `path` only once it is complete and on disk."""
     beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.partial")  # per process
     with open(beside, "wb") as file:
-        write(file)
+        try:
+            write(file)
+        except RuntimeError as error:  # torch.save's, of a full disk
+            raise OSError(f"{path}: {one_line(error.__context__ or error)}") from error
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -162,17 +167,21 @@ def split_path(dataset, split, data_dir="data"):
 def read_lines(path):
     """Yields the stripped lines of a UTF-8 file, empty ones too. Only \\n ends a line.
 
-    Raises OSError if there is no file, and InputError if it is not UTF-8, or has \\r for \\n.
+    path: "-" is standard input. Raises OSError if there is no file, and InputError if it is not
+    UTF-8, or has \\r for \\n.
     """
-    with open(path, "rb") as file:
+    with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
         for i, line in enumerate(file):
-            if i == 0 and not line.endswith(b"\n") and b"\r" in line.strip():
-                raise InputError(f"{path}: its lines end in \\r alone; they must end in \\n")
+            place, returns = f"{path}, line {i + 1}", line.strip().count(b"\r")
+            if returns > 1 or (returns and i == 0 and not line.endswith(b"\n")):
+                raise InputError(f"{place}: has \\r in its middle; lines must end in \\n")
+            if b"\0" in line:  # UTF-16, whose ASCII is valid UTF-8
+                raise InputError(f"{place}, byte {line.index(0) + 1}: not UTF-8; save it as UTF-8")
             try:
                 text = line.decode()
                 yield (text.removeprefix("\ufeff") if i == 0 else text).strip()
             except UnicodeDecodeError as error:
-                place = f"{path}, line {i + 1}, byte {error.start + 1}"
+                place += f", byte {error.start + 1}"
                 raise InputError(f"{place}: not UTF-8; save it as UTF-8") from None
 
 
@@ -191,7 +200,7 @@ def read_texts(dataset, split, data_dir="data"):
     if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".ndjson"):
         raise InputError(f"{path} is {TABLE}")
     for line in read_lines(path):
-        if empty and re.match(r'[\[{]\s*["{]', line):
+        if empty and is_json(line):
             raise InputError(f"{path} has JSON lines; it is {TABLE}")
         if dataset == "yelp":  # without the label
             line = re.sub(r"^\S+\t\s*", "", line)
@@ -200,6 +209,14 @@ def read_texts(dataset, split, data_dir="data"):
             yield line
     if empty:
         raise InputError(f"{path}: no text for {split!r}: only empty lines, or too few texts")
+
+
+def is_json(line):
+    """Whether a line is a list or an object of JSON, or begins one of several lines."""
+    try:
+        return line in ("[", "{") or isinstance(json.loads(line), list | dict)
+    except ValueError:
+        return False
 
 
 TABLE = "a table, not one text per line; docs/own-text.md shows how to make a text file of it"
@@ -223,8 +240,9 @@ def train_tokenizer(texts, vocab_size):
     # The trainer accepts as pieces only strings that occur in two different words. So it sees each
     # word twice, bare and with a mark: whole words can become pieces. Marked pieces are dropped.
     # The mark is a letter (the trainer would split the word at a symbol) that no text has.
-    # <unk> is a token, not letters to learn. The trainer would leave out all lines with U+2585.
-    texts = [text.replace("<unk>", " ").replace("\u2585", " ") for text in texts]
+    # <unk> is a token, not letters to learn. The trainer would leave out all lines with U+2585,
+    # and the letters of <s>, </s> and <pad>, its own tokens.
+    texts = [text.replace("<unk>", " ").replace("\u2585", " ").replace("<", "< ") for text in texts]
     letters = set().union(*texts)
     candidates = filter(str.isalpha, map(chr, range(0x250, sys.maxunicode)))
     mark = next(letter for letter in candidates if letter not in letters)
@@ -351,6 +369,8 @@ def check_texts(texts):
     """InputError if an iterable of texts is a single str, or a table with columns."""
     if isinstance(texts, str):
         raise InputError(f"texts is one str; put it into a list: [{texts!r}]")
+    if isinstance(texts, Set):
+        raise InputError("texts is a set, which has no order; make a list of it")
     if isinstance(texts, Mapping) or hasattr(texts, "columns"):
         raise InputError(f"texts is a table ({type(texts).__name__}); name its column: ['text']")
 
@@ -442,7 +462,8 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
                 yield line
 
     corpus = make_corpus(texts(), tokenizer, max_length)
-    entropy = GRAMMAR_ENTROPY if dataset == "grammar" and not corpus.truncated else None
+    whole = not corpus.truncated and not corpus.unknown
+    entropy = GRAMMAR_ENTROPY if dataset == "grammar" and whole else None
     return replace(corpus, skipped=skipped, sha256=digest.hexdigest(), entropy=entropy)
 
 
@@ -462,7 +483,7 @@ def latent_noise(latent_dim, seed, epoch, index, use, draws=1):
     The first draws of a text are the same ones however many there are.
     """
     shape = draws, latent_dim
-    rngs = [generator(seed, epoch, use, text) for text in index.tolist()]
+    rngs = [generator(seed, epoch, use, text) for text in np.asarray(index).tolist()]
     noise = [rng.standard_normal(shape, np.float32) for rng in rngs]
     return torch.from_numpy(np.stack(noise, 1))
 

@@ -1292,6 +1292,14 @@ def test_logits_in_slices_give_the_same_gradients(checkpoint, half, monkeypatch)
     assert vae.MOST_LOGITS == 2**30
 
 
+def test_the_sliced_loss_refuses_a_second_derivative(checkpoint, monkeypatch):
+    model, labels = from_t5(checkpoint), torch.randint(3, 50, (2, 4))
+    z = torch.randn(2, 5, requires_grad=True)
+    monkeypatch.setattr(vae, "MOST_LOGITS", 100)
+    with pytest.raises(data.InputError, match="no second derivative; raise vae.MOST_LOGITS"):
+        torch.autograd.grad(model.rec(z, labels).sum(), z, create_graph=True)
+
+
 def test_a_frozen_head_is_sliced_without_a_gradient(checkpoint, monkeypatch):
     monkeypatch.setattr(vae, "MOST_LOGITS", 100)
     model, labels = from_t5(checkpoint).freeze_decoder(), torch.randint(3, 50, (5, 7))

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import metrics
+import vae
 from data import InputError, say
 from vae import POOL_LAYERS, POOLINGS, T5VAE, kl_divergence
 
@@ -448,6 +449,7 @@ def new_vae(name, shape, seed, args):
     """
     torch.manual_seed(seed)
     if name != "tiny":
+        vae.check_place(name)
         if not Path(name).exists():
             say(f"fetching {name} from the hub, unless it is in the cache")
         return T5VAE.from_t5(name, **shape)
@@ -517,6 +519,7 @@ def is_vae(args, saved):
         return True
     if args.init is None or args.init == "tiny" or Path(args.init).exists():
         return False
+    vae.check_place(args.init)
     say(f"fetching {args.init} from the hub, unless it is in the cache")
     config, _ = transformers.PretrainedConfig.get_config_dict(args.init)
     return "t5_config" in config
@@ -599,6 +602,8 @@ def run_phase(args, corpora=None):
     run = Run(run_folder(args, args.phase), args, corpora)
     run.claim(config)
     if run.finished:
+        if run.first:  # a kill may have left it
+            (run.folder / "checkpoint.pt").unlink(missing_ok=True)
         say_finished(run.folder, args.iw_samples)
         return corpora
     prepare(model, args)
@@ -756,6 +761,8 @@ def parse(argv):
     """What the command says: (flags, the phases that it runs)."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if any("\udc80" <= letter <= "\udcff" for letter in "".join(argv)):  # bytes that are not UTF-8
+        parser.error(f"{argv!r} has characters that are not UTF-8")
     if args.dataset is None:
         changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
         if changed - {"resume", "out", "seed"}:

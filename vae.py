@@ -39,7 +39,6 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -197,25 +196,26 @@ class SlicedNats(torch.autograd.Function):
         return torch.cat(nats).masked_fill(targets == pad_id, 0.0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # grad: (n,)
+        if torch.is_grad_enabled():  # create_graph=True
+            raise InputError("the loss in slices has no second derivative; raise vae.MOST_LOGITS")
         states, weight, targets, log_sums = ctx.saved_tensors
         grad = grad.masked_fill(targets == ctx.pad_id, 0.0)
         w, d_states = weight.to(states.dtype), torch.empty_like(states)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
         parts = (t.split(ctx.rows) for t in (states, targets, log_sums, grad, d_states))
         for h, target, log_sum, g, d_h in zip(*parts, strict=True):
             p = F.linear(h, w).float().sub_(log_sum[:, None]).exp_()  # softmax of the logits
             p.mul_(g[:, None]).scatter_add_(1, target[:, None], -g[:, None])  # their gradient
             p = p.to(h.dtype)
             torch.mm(p, w, out=d_h)
-            if d_weight is None:  # a frozen head
+            if not ctx.needs_input_grad[1]:  # a frozen head
                 continue
-            if d_weight.dtype == p.dtype:
+            if p.dtype == torch.float32:
                 d_weight.addmm_(p.T, h)  # without a second (V, D)
             else:
                 d_weight += p.T @ h
-        return d_states, d_weight, None, None, None
+        return d_states, d_weight.to(weight.dtype), None, None, None
 
 
 class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CARD):
@@ -274,7 +274,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         are new. Raises InputError if there is no such checkpoint, or if it is none of FAMILY,
         incomplete, or without its tokenizer.
         """
-        check_no_parent(name_or_path)
+        check_place(name_or_path)
         if data.read_json(Path(name_or_path, "config.json")).keys() & {"data_sha256", "t5_config"}:
             advice = "load it with T5VAE.from_pretrained, or train it on with --init"
             raise InputError(f"{name_or_path} is no T5 to start from but a run or a VAE: {advice}")
@@ -531,11 +531,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         inspect.signature(snapshot_download).bind(str(name_or_path), **download)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise InputError(f"dtype is {dtype!r}; it must be one of torch's: torch.bfloat16")
-        check_no_parent(name_or_path)
+        check_place(name_or_path)
         folder = Path(name_or_path)
         if not folder.is_dir():
-            if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name_or_path)):
-                raise FileNotFoundError(f"{name_or_path}: no such run or folder")
             try:
                 folder = Path(snapshot_download(str(name_or_path), **download))
             except Exception as error:  # whatever a name or a network leads to
@@ -562,6 +560,15 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         return vae.to(dtype or torch.float32).eval()
 
 
+def check_place(name_or_path):
+    """FileNotFoundError if a name is neither a folder nor one that the hub may have; InputError if
+    it is the parent of runs."""
+    check_no_parent(name_or_path)
+    of_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name_or_path))
+    if not Path(name_or_path).is_dir() and not of_hub:
+        raise FileNotFoundError(f"{name_or_path}: no such run or folder")
+
+
 def check_no_parent(folder):
     """InputError if a folder is no run and no model, but holds runs."""
     runs = [Path(folder, name) for name in ("phase2", "phase1", "lm")]
@@ -582,7 +589,7 @@ def load(kind, name_or_path, **settings):
 def check_tokenizer(name_or_path, config, tokenizer):
     """InputError if a tokenizer is missing, or is not that of a T5Config."""
     said = f"{name_or_path} cannot be used: its tokenizer"
-    if len(tokenizer) < len(tokenizer.all_special_ids) + 10:  # transformers invents an empty one
+    if len(tokenizer) < len(tokenizer.all_special_ids) + 2:  # transformers invents an empty one
         raise InputError(f"{said} is missing, or has no vocabulary")
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"{said} has {len(tokenizer)} tokens, vocab_size {config.vocab_size}")

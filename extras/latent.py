@@ -101,12 +101,9 @@ def active_dimensions(model, n=256):
 
 def read_lines(path):
     """The stripped lines of a UTF-8 file, empty ones too; "-" is standard input."""
-    if path != "-":
-        return list(data.read_lines(path))
-    if sys.stdin is None:
+    if path == "-" and sys.stdin is None:
         raise InputError("there are no texts: standard input is closed")
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace", newline="\n")
-    return [line.strip() for line in sys.stdin]
+    return list(data.read_lines(path))
 
 
 def read_group(path):

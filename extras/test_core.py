@@ -950,6 +950,71 @@ def test_tables_are_refused_by_name(name, content, tmp_path, monkeypatch):
     assert "json" in (ROOT / "docs" / "own-text.md").read_text(), "which shows the way"
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a king\n" + b"\r".join([b"a queen"] * 40) + b"\n", "line 2: has .r in its middle"),
+        (b"a king\ra queen", "line 1: has .r in its middle"),
+        ("a king\na queen\n".encode("utf-16-le"), "line 1, byte 2: not UTF-8"),
+        (b'[\n  {"text": "a king"}\n]\n', "has JSON lines"),
+        (b'{"text": "a king"}\n', "has JSON lines"),
+    ],
+)
+def test_a_file_that_is_not_a_text_per_line_is_refused(tmp_path, content, said):
+    own = write(tmp_path, "test.txt", content)
+    with pytest.raises(data.InputError, match=said):
+        list(data.read_texts(own, "test"))
+
+
+def test_a_text_that_only_begins_like_a_table_is_a_text(tmp_path):
+    own = write(tmp_path, "test.txt", b'["Hello," she said.] It rained.\n{"quoted"} braces\n')
+    assert len(list(data.read_texts(own, "test"))) == 2
+
+
+def test_tiny_knows_the_letters_of_what_looks_like_its_own_tokens():
+    texts = ["<s> the red dog runs home . </s>", "a <pad> of qua", "if x<y or y>z"] * 20
+    tokenizer = data.train_tokenizer(texts, 200)
+    rows = data.tokenize(texts, tokenizer)
+    assert data.count_unknown(texts, rows, tokenizer) == 0
+    assert data.detokenize(rows[:3], tokenizer) == texts[:3]
+
+
+def test_a_vocabulary_of_few_pieces_loads(tmp_path):
+    vae = tiny_vae(vocab_size=200)
+    vae.tokenizer = data.train_tokenizer(["yes", "no", "yes no"] * 20, 50)
+    vae.save_pretrained(tmp_path)
+    assert T5VAE.from_pretrained(tmp_path).encode_texts(["no"])[0].shape == (1, 8)
+
+
+def test_a_place_that_cannot_be_a_hub_name_is_not_asked_for_there(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in "./nope", "../nope", "/nope/x", "~/t5":
+        with pytest.raises(FileNotFoundError, match="no such run or folder"):
+            T5VAE.from_t5(name)
+        for flag in "--model", "--init":
+            with pytest.raises(SystemExit, match="no such run or folder"):
+                main("--dataset", "grammar", flag, name, "--phase", 1)
+
+
+def test_sets_and_bytes_in_names_are_refused(capsys):
+    with pytest.raises(data.InputError, match="texts is a set"):
+        tiny_vae().encode_texts({"a", "b"})
+    with pytest.raises(SystemExit):
+        train.parse(["--dataset", "caf\udce9"])
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_where_torch_hides_it(tmp_path):
+    def write_checkpoint(file):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        data.write_atomically(tmp_path / "checkpoint.pt", write_checkpoint)
+
+
 def test_marks_and_returns_of_other_systems_are_no_text(data_tokenizer, tmp_path):
     content = "\ufeffa king\r\r\na \ufeffqueen\r\r\n\r\r\nold\rking\u2028here\x0c\r\r\n".encode()
     texts = ["a king", "a \ufeffqueen", "", "old\rking\u2028here"]
@@ -962,7 +1027,7 @@ def test_marks_and_returns_of_other_systems_are_no_text(data_tokenizer, tmp_path
 
 def test_lines_that_end_in_returns_alone_are_refused(tmp_path):
     for content in b"a king\ra queen\r", b"a king\ra queen", b"\xef\xbb\xbfa king\r\ra queen\r":
-        with pytest.raises(InputError, match=r"train.txt: its lines end in \\r alone"):
+        with pytest.raises(InputError, match=r"train.txt, line 1: has \\r in its middle"):
             list(data.read_texts(write(tmp_path, content=content), "train"))
     for content in b"a king", b"a king\r", b"a king\r\n", b"a\rking\n":
         assert len(list(data.read_texts(write(tmp_path, content=content), "train"))) == 1

@@ -496,6 +496,15 @@ def test_numbers_in_prose_stand_in_a_table():
     assert found == {"9876.5", "9876.543", "9876.54"}, "the control"
 
 
+def test_measures_in_the_docs_are_those_of_stored_runs():
+    """Two decimals and an error of two: a measure. (Those of probes have one decimal.)"""
+    measures, shown = r"[+-]?\d+\.\d\d±\d+\.\d\d", "\n".join(TABLES.values())
+    for name, at_least in ("README.md", 0), ("docs/use-z.md", 9), ("docs/own-text.md", 6):
+        found = re.findall(measures, (ROOT / name).read_text(encoding="utf-8"))
+        assert len(found) >= at_least, name
+        assert [value for value in found if value not in shown] == [], name
+
+
 def stale_pairs(runs, paired):
     """The paired differences that are not those of the two rows' measures."""
     found = []
