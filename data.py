@@ -22,7 +22,7 @@ import re
 import sys
 import traceback
 import urllib.request
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,7 +76,7 @@ def ignore_output(stream):
 
 
 @contextlib.contextmanager
-def unread(stream):
+def ignore_broken_pipe(stream):
     """A closed pipe, as of `2>&1 | head`, does not end the work: what is written goes nowhere."""
     try:
         yield
@@ -86,7 +86,7 @@ def unread(stream):
 
 def say(*lines):
     """Print lines at once, whoever reads them."""
-    with unread(sys.stdout):
+    with ignore_broken_pipe(sys.stdout):
         print(*lines, sep="\n", flush=True)
 
 
@@ -94,7 +94,7 @@ class Bar(tqdm):
     """A bar on stderr, whoever reads it."""
 
     def display(self, *args, **kwargs):
-        with unread(sys.stderr):
+        with ignore_broken_pipe(sys.stderr):
             return super().display(*args, **kwargs)
 
 
@@ -102,7 +102,7 @@ def progress(items, what):
     """Yields the items, with a bar on stderr after five seconds (in a file: a line per 30 s)."""
     interval = 0.5 if sys.stderr.isatty() else 30
     hidden = processes()[0] > 0
-    with unread(sys.stderr):
+    with ignore_broken_pipe(sys.stderr):
         sys.stderr.flush()  # of a warning, which the bar would trip over
     return Bar(items, what, leave=False, delay=5, mininterval=interval, disable=hidden)
 
@@ -172,17 +172,19 @@ def read_lines(path):
     """
     with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
         for i, line in enumerate(file):
+            # \r inside a line is text, once; many are the ends of lines, or all there are.
             place, returns = f"{path}, line {i + 1}", line.strip().count(b"\r")
             if returns > 1 or (returns and i == 0 and not line.endswith(b"\n")):
                 raise InputError(f"{place}: has \\r in its middle; lines must end in \\n")
-            if b"\0" in line:  # UTF-16, whose ASCII is valid UTF-8
-                raise InputError(f"{place}, byte {line.index(0) + 1}: not UTF-8; save it as UTF-8")
             try:
                 text = line.decode()
-                yield (text.removeprefix("\ufeff") if i == 0 else text).strip()
             except UnicodeDecodeError as error:
                 place += f", byte {error.start + 1}"
                 raise InputError(f"{place}: not UTF-8; save it as UTF-8") from None
+            if "\0" in text:  # UTF-16, whose ASCII is valid UTF-8
+                place += f", byte {line.index(0) + 1}"
+                raise InputError(f"{place}: not UTF-8; save it as UTF-8")
+            yield (text.removeprefix("\ufeff") if i == 0 else text).strip()
 
 
 def read_texts(dataset, split, data_dir="data"):
@@ -300,7 +302,10 @@ def kept_tokens(tokenizer):
 
 
 def spell_out(text, tokenizer, own):
-    """The row of a text that contains tokens of `own`: character by character, as what they say."""
+    """The row of a text that contains tokens of `own`: character by character, as what they say.
+
+    "a </s> b" becomes the ids of "a", of "<", "/", "s", ">", and of "b".
+    """
     added, row = {token: i for i, token in kept_tokens(tokenizer).items()}, []
     alone = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.single_word}
     longest_first = [
@@ -348,7 +353,6 @@ class Corpus:
     truncated: int  # texts cut at max_length
     unknown: int  # texts with characters outside the vocabulary
     pad_id: int
-    unk_id: int
     skipped: int = 0  # empty lines
     sha256: str = ""  # of the lines
     entropy: float | None = None  # nats per text, if it is known
@@ -369,7 +373,7 @@ def check_texts(texts):
     """InputError if an iterable of texts is a single str, or a table with columns."""
     if isinstance(texts, str):
         raise InputError(f"texts is one str; put it into a list: [{texts!r}]")
-    if isinstance(texts, Set):
+    if isinstance(texts, set | frozenset):
         raise InputError("texts is a set, which has no order; make a list of it")
     if isinstance(texts, Mapping) or hasattr(texts, "columns"):
         raise InputError(f"texts is a table ({type(texts).__name__}); name its column: ['text']")
@@ -431,7 +435,6 @@ def make_corpus(texts, tokenizer, max_length=256):
         truncated=truncated,
         unknown=unknown,
         pad_id=tokenizer.pad_token_id,
-        unk_id=tokenizer.unk_token_id,
     )
 
 
@@ -592,7 +595,7 @@ def epoch_order(lengths, batch_size, seed, epoch):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def evaluation_order(lengths, max_tokens=16_384):
+def evaluation_order(lengths, max_tokens):
     """Batches of all texts, longest first: arrays of text numbers.
 
     A batch has at most `max_tokens` tokens, padding included, or one text. The first batch is the

@@ -44,7 +44,7 @@ def untemper(mu, logvar, weight):
     """The posterior at KL weight 1 of an encoder that was trained at `weight`, w in [0, 1].
 
     For a given decoder, rec + w KL is least for q proportional to p(z) p(x|z)^(1/w): the likelihood
-    counts 1/w times. Hence p(z) p(x|z), which the posterior is proportional to, is proportional to
+    counts 1/w times. So the posterior, proportional to p(z) p(x|z), is proportional to
     p(z)^(1-w) q(z)^w. For Gaussians that is a Gaussian; per dimension, with v = exp(logvar), its
     precision is (1 - w) + w / v, and
 
@@ -104,7 +104,7 @@ def importance_weighted(model, batch, mu, logvar, samples, seed=0):
         nll_iw         -log of their mean (Burda et al. 2016, eq. 8): in expectation above
                        -log p(x), nats; it falls towards it with K
         nll_iw_half    the same of the first half of the samples: how far from settled?
-        rec_posterior  the mean of rec_k weighted by them: in the limit that under p(z|x)
+        rec_posterior  the mean of rec_k weighted by them: in the limit its mean under p(z|x)
         iw_ess         how many samples the weights amount to: 1 / the sum of their squared shares
         rec_untempered, kl_untempered    rec and KL of r itself
     """
@@ -484,7 +484,7 @@ def check_better(run, before, config, args):
     if before.get("latent_dim") and samples < before.get("iw_samples", 0):
         has = f"{run} was measured with {before['iw_samples']}"
         raise InputError(f"--write with --iw-samples {samples}: {has}, which is better")
-    if before.get("precision", "off") == "off" != args.amp:
+    if before.get("precision", "off") == "off" and args.amp != "off":
         raise InputError(f"--write with --amp {args.amp}: {run} was measured with off, in float32")
 
 

@@ -1,6 +1,6 @@
 """Finetune a pretrained T5 into a VAE, in the paper's two phases.
 
-    phase 1  encoder warm-up: the decoder frozen, no KL in the objective (section 4)
+    phase 1  encoder warm-up without KL; in the paper's recipe the decoder is frozen (section 4)
     phase 2  full finetuning: everything trains, rec + w * KL, where w is the KL weight
 
     python train.py --dataset ptb --phase 1      then --phase 2; without --phase, both
@@ -156,8 +156,8 @@ def train_step(model, optimizer, scaler, batches, weight, step, args):
     """One step of the optimizer, from this process's micro-batches.
 
     In float16 the loss is scaled up, so that small gradients do not vanish, and the gradients are
-    scaled back before the step. A gradient that overflows is no error there until the scale has
-    fallen to 1: the step is skipped, and the scale halved. Otherwise the scale is always 1.
+    scaled back before the step. If one overflows, the step is skipped and the scale halved; at a
+    scale of 1, which all other precisions have, that is an error.
 
     Returns: {"loss", "rec", "kl": means over the sentences of all processes, nats; "grad_norm"},
     and whether the step was skipped. Raises FloatingPointError before a NaN or an infinity reaches
@@ -168,8 +168,9 @@ def train_step(model, optimizer, scaler, batches, weight, step, args):
     for i, batch in enumerate(batches):
         seed_dropout(args.seed, step, rank, i)
         batch = batch.to(args.device)
-        last = i == len(batches) - 1  # gradients add up here, and over processes at the last
-        with contextlib.nullcontext() if world == 1 or last else model.no_sync():
+        # Gradients add up here, and over processes at the last micro-batch.
+        apart = world > 1 and i < len(batches) - 1
+        with model.no_sync() if apart else contextlib.nullcontext():
             with torch.autocast(args.device, metrics.HALF[args.amp], enabled=args.amp != "off"):
                 rec, kl = model(batch)  # (B,), (B, Z)
             loss = objective(rec, kl, weight, args.kl_threshold)
@@ -244,7 +245,7 @@ def train(model, corpora, run, args):
     corpora: {split: Corpus}.
     """
     # 1 data
-    corpus, (_, world) = corpora["train"], data.processes()
+    corpus, world = corpora["train"], data.processes()[1]
     steps_per_epoch = math.ceil(len(corpus) / args.batch_size)
     anneal_steps = args.kl_anneal_epochs * steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
@@ -377,12 +378,12 @@ class Run:
     def last_kl_weight(self):
         """The KL weight of the last training step that was recorded, 0 if there is none."""
         lines = (self.folder / "log.jsonl").read_text().splitlines()
-        return ([0.0] + [r["kl_weight"] for r in map(json.loads, lines) if "kl_weight" in r])[-1]
+        weights = [r["kl_weight"] for r in map(json.loads, lines) if "kl_weight" in r]
+        return weights[-1] if weights else 0.0
 
 
-# What may differ between a run and its --resume: it names places, which are compared by what is in
-# them (data_sha256, start_sha256), or changes only how numbers round, which dropout is drawn, or
-# what is recorded and measured.
+# These settings may change on --resume. Some name places: what is in them is compared instead
+# (data_sha256, start_sha256). The others change only rounding, dropout, or what is recorded.
 INCIDENTAL = {"command", "versions", "processes", "device", "amp", "out", "data_dir", "dataset"}
 INCIDENTAL |= {"model", "init", "start", "resume", "save_every", "iw_samples", "micro_batch"}
 INCIDENTAL |= {"log_every"}
@@ -496,10 +497,11 @@ def check_start(model, saved, given, args):
         if value != getattr(model, name):
             has = getattr(model, name)
             raise InputError(f"{flag_name(name)} is {value}, but {start} has {has}")
+    # A T5 that has moved has another path. Then its weights decide.
     known = saved.get("model") or args.model
     if args.model and not saved.get("model") and not args.reset_decoder:
         raise InputError(f"--model is {args.model}, which has no effect: {start} is a VAE")
-    if args.model and Path(known).resolve() != Path(args.model).resolve():  # has it moved?
+    if args.model and Path(known).resolve() != Path(args.model).resolve():
         shape = {name: getattr(model, name) for name in FIXED}
         fresh = new_vae(args.model, shape, saved.get("seed", args.seed), args)
         if checksum(fresh) != saved.get("start_sha256"):
@@ -779,7 +781,11 @@ def parse(argv):
 
 
 def settings(args, phase):
-    """All settings of a phase: what the command says, else its recipe, else a common default."""
+    """All settings of a phase: what the command says, else its recipe, else a default.
+
+    The order matters: the start names the model; the KL's settings decide what of the recipe holds;
+    rate and precision depend on all.
+    """
     args = argparse.Namespace(**vars(args) | {"phase": phase})
     if args.init is not None:
         args.start = args.init

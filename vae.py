@@ -20,9 +20,10 @@ Posterior collapse, and its cure. The ELBO is log p(x) - KL(q(z|x) to p(z|x)). A
 word by word can model text without z. Early in training z is noise to it; ignoring z is then the
 cheapest: q becomes N(0, I), the KL 0, and no gradient leads back. The remedies keep z worth reading
 until the decoder reads it: a phase without KL in which the encoder learns to say something (phase
-1), a KL weight that rises slowly or is controlled, a KL threshold under which KL costs nothing, an
-encoder that pools all tokens, a decoder that misses words (token deletion). The price: with a KL
-weight w < 1 the encoder is more certain than the posterior (`metrics.untemper` undoes that).
+1), a KL weight that rises slowly or is controlled, a KL threshold below which less KL saves
+nothing, an encoder that pools all tokens, a decoder that misses words (token deletion). The price:
+with a KL weight w < 1 the encoder is more certain than the posterior (`metrics.untemper` undoes
+that).
 """
 
 import contextlib
@@ -98,8 +99,8 @@ class LatentCrossAttention(nn.Module):
     def __init__(self, cross_attention, layer_index, family):
         super().__init__()
         self.layer_index = layer_index
-        # T5's block expects a position bias and attention weights, too, umT5's the weights alone.
-        # Nobody reads them: they are None.
+        # T5's block also unpacks a position bias and attention weights, umT5's only the weights.
+        # They are None here.
         self.unread = (None,) if family == "umt5" else (None, None)
         self.o, self.dropout = cross_attention.EncDecAttention.o, cross_attention.dropout
 
@@ -205,8 +206,9 @@ class SlicedNats(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
         parts = (t.split(ctx.rows) for t in (states, targets, log_sums, grad, d_states))
         for h, target, log_sum, g, d_h in zip(*parts, strict=True):
-            p = F.linear(h, w).float().sub_(log_sum[:, None]).exp_()  # softmax of the logits
-            p.mul_(g[:, None]).scatter_add_(1, target[:, None], -g[:, None])  # their gradient
+            # The gradient by the logits is g (softmax - 1 at the target), made in their place.
+            p = F.linear(h, w).float().sub_(log_sum[:, None]).exp_()  # softmax
+            p.mul_(g[:, None]).scatter_add_(1, target[:, None], -g[:, None])
             p = p.to(h.dtype)
             torch.mm(p, w, out=d_h)
             if not ctx.needs_input_grad[1]:  # a frozen head
@@ -420,6 +422,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
             replacing = ("inputs", "input_ids", "inputs_embeds", "encoder_outputs", "values")
             if name.endswith(replacing) or name == "cache":
                 raise InputError(f"generate takes no {name}: it decodes z")
+        # An argument decides, else the generation_config, else 256 tokens and p(x|z) itself.
         config = kwargs.get("generation_config")
         length = config and (config.max_new_tokens or config.max_length)
         if max_new_tokens is not None:

@@ -107,6 +107,7 @@ def most_texts(model, length, amp, room):
         return step_bytes(model, texts, length, amp)
 
     whole = vae.MOST_LOGITS // (4 * model.t5.config.vocab_size * length)  # more are sliced
+    # If all that are not sliced have room, sliced ones may have it, too.
     sizes = range(1, whole + 1 if needs(whole) > room else 10_000)
     return bisect.bisect_right(sizes, room, key=needs)
 
@@ -146,7 +147,6 @@ def overhead(repeats=200):
         truncated=0,
         unknown=0,
         pad_id=0,
-        unk_id=2,
     )
     noise = {"denoise": 0.15, "latent_dim": 32, "seed": 0}
     work = {
@@ -191,7 +191,7 @@ def compare_steps(phase, model, batches, tokens, args):
         models["core"].freeze_decoder()
         models["quicken"].freeze_decoder()
     longest = max(batch.labels.shape[1] for batch in batches)
-    amp = "off" if args.amp == "off" else "bf16"
+    amp = "off" if args.amp == "off" else "bf16"  # fp16 has the same sizes
     needs = step_bytes(models["core"], args.batch_size, longest, amp) / 1e9
     print(f"phase {phase}  {args.batch_size} texts of {longest} tokens need about {needs:.2f} GB")
     steps = {name: stepper(of, args) for name, of in models.items()}

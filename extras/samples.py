@@ -54,7 +54,7 @@ def lm_nats(lm, texts):
     eos_id = lm.tokenizer.eos_token_id
     rows = [[*row, eos_id] for row in data.tokenize(texts, lm.tokenizer)]
     nats = 0.0
-    batches = data.evaluation_order(np.array(list(map(len, rows))))
+    batches = data.evaluation_order(np.array(list(map(len, rows))), metrics.MOST)
     for index in data.progress(batches, "judging"):
         ids, _ = data.pad([rows[i] for i in index], lm.tokenizer.pad_token_id)
         nats += lm.rec(torch.zeros(len(ids), 0, device=lm.device), ids.to(lm.device)).sum().item()

@@ -1666,7 +1666,7 @@ LIMITS = """--phase 0, --dropout 1, --dropout=-0.5, --epochs 1.5, --lr inf, --lr
     --pool sum, --recipe worst, --amp fp8, --optimizer sgd"""
 MISTAKES = [
     ("--phase 1", "--dataset is missing"),
-    ("--dataset no/such/folder --model no/such/t5 --phase 1", "no/such/t5 is no T5 to start from"),
+    ("--dataset no/such/folder --model no/such/t5 --phase 1", "no/such/t5: no such run or folder"),
     ("--dataset no/such/folder --model tiny", "no train.txt in"),
     ("--dataset grammar --phase 2", "runs/grammar/phase1: no such run; run phase 1 first"),
     ("--dataset {home} --phase 2 --init {home}/vae --latent-dim 5", "--latent-dim is 5, but"),

@@ -137,7 +137,7 @@ def legend_handles(points):
 
 
 def set_kl_axis(axes, highest):
-    """KL across, on the scale of KL_SCALE, from 0 to beyond the highest."""
+    """Nats of z across, on the scale of KL_SCALE, from 0 to beyond the highest."""
     axes.set_xscale("symlog", **KL_SCALE)
     axes.set(xlim=(-0.35, max(20, 1.4 * highest)), xlabel="nats that z carries")
     axes.set_xticks([tick for tick in KL_TICKS if tick <= axes.get_xlim()[1]])
@@ -154,7 +154,7 @@ def name_points(axes, points):
         for x, y in axes.transData.transform([point[:2] for point in points])
     ]
     inside = axes.bbox.padded(-reach)
-    sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+    sides = ((0, 1), (0, -1), (-1, 0), (1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
     places = [(away * dx, away * dy) for away in (6, 10, 15, 21) for dx, dy in sides]
     for x, y, name in (point for point in points if point[2]):
         for dx, dy in places:

@@ -36,7 +36,7 @@ def by_position(model, corpus):
     other = metrics.other_texts(len(corpus))
     longest = int(corpus.lengths.max())
     nats, counts = torch.zeros(2, longest, dtype=torch.float64), torch.zeros(longest)
-    for index in data.evaluation_order(corpus.lengths):
+    for index in data.evaluation_order(corpus.lengths, metrics.MOST):
         batch = data.make_batch(corpus, index).to(model.device)
         length = batch.labels.shape[1]
         counts[:length] += batch.mask.sum(0).cpu()
