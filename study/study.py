@@ -393,6 +393,7 @@ def write_pairs(args):
                 except (OSError, data.InputError) as error:
                     print(f"not compared: {error}", file=sys.stderr)
         if pairs:
+            path.parent.mkdir(parents=True, exist_ok=True)
             data.write_json(path, dict(sorted(pairs.items())))
 
 

@@ -156,6 +156,8 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
     assert files == {"config.json", "metrics.json"}
     expected = compare.compare(folder / "lm" / "0" / "lm", folder / "r4" / "0" / "phase2")
     assert read_json(kept, "paired.json")["r4/0 - lm/0"]["nll"] == list(expected["nll"])
+    study.write_pairs(study.parse_args([*flags, "--results", str(tmp_path / "new")]))
+    assert read_json(tmp_path / "new" / home.name, "paired.json").keys() == {"r4/0 - lm/0"}
     (folder / "lm" / "0" / "lm" / "sentences.npz").write_bytes(b"")
     study.main(flags)  # what cannot be compared stops nothing
     out, err = capsys.readouterr()
@@ -189,7 +191,7 @@ def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
     ids = rng.integers(3, 64, lengths.sum()).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids[offsets[1:] - 1] = EOS
-    corpus = data.Corpus(ids, offsets, lengths, 0, 0, 0, 2, "")
+    corpus = data.Corpus(ids, offsets, lengths, "word", truncated=0, unknown=0, pad_id=0)
     rows = positions.by_position(model, corpus)
     assert sum(row["tokens"] for row in rows) == corpus.ids.size
     columns = metrics.measure(model, corpus, thorough=True)
