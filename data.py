@@ -476,8 +476,9 @@ DELETION, LATENT, POSTERIOR, UNTEMPERED, SEARCH, PRIOR = range(6)
 
 
 def generator(seed, epoch, use, text):
-    """The numpy generator of one text, by its number, for one use."""
-    return np.random.default_rng([seed, epoch, use, text])
+    """The numpy generator of one text, by its number, for one use. All are below 2^32."""
+    # The stream of a list of these numbers, which would take half as long again.
+    return np.random.default_rng(np.array([seed, epoch, use, text], np.uint32))
 
 
 def latent_noise(latent_dim, seed, epoch, index, use, draws=1):

@@ -699,7 +699,7 @@ def make_parser():
     flag("--out", help="parent of phase1/, phase2/ and lm/ (runs/<dataset>)")
     flag("--resume", action="store_true", help="resume from the last checkpoint, if there is one")
     flag("--save-every", type=amount, default=10.0, help="minutes between checkpoints (10)")
-    flag("--seed", type=data.number(int, 0, 2**63), default=0, help="of everything random (0)")
+    flag("--seed", type=data.number(int, 0, 2**32), default=0, help="of everything random (0)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", choices=("cpu", "cuda"), default=device, help="where to compute")
     flag("--log-every", type=count, default=50, help="steps per training record (50)")

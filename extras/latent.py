@@ -349,7 +349,7 @@ def shared_flags():
     flag("text", nargs="*", metavar="TEXT", help="a text; - or none: the lines of standard input")
     flag("--file", metavar="FILE", help="texts, one per line")
     flag, share = decoding.add_argument, number(float, 1e-9, 1 + 1e-9)
-    flag("--seed", type=number(int, 0, 2**63), default=0, help="of everything random (0)")
+    flag("--seed", type=number(int, 0, 2**32), default=0, help="of everything random (0)")
     temperature = number(float, 1e-3)
     flag("--temperature", type=temperature, metavar="T", help="sample tokens, at temperature T")
     flag("--top-k", type=number(int, 1), metavar="K", help="sample from the K most likely tokens")

@@ -210,7 +210,7 @@ def parse_args(argv):
     flag("--resume", action="store_true", help="resume from the last checkpoint, if there is one")
     flag("--save-every", type=number(float, 0), default=10.0, help="minutes (10)")
     flag("--log-every", type=number(int, 1), default=50, help="steps per training record (50)")
-    flag("--seed", type=number(int, 0, 2**63), default=0, help="of everything random (0)")
+    flag("--seed", type=number(int, 0, 2**32), default=0, help="of everything random (0)")
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     flag("--device", choices=devices, default=devices[0], help="where to compute")
     args = parser.parse_args(argv)

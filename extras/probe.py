@@ -457,7 +457,7 @@ def parse_args(argv):
     flag("--test-texts", metavar="FILE", help="texts to judge by (part of --texts)")
     flag("--test-labels", metavar="FILE", help="their labels")
     flag("--pair", nargs=2, metavar=("A", "B"), help="the two labels to edit, of many")
-    count, step, seed = data.number(int, 1), data.number(float, 0), data.number(int, 0, 2**63)
+    count, step, seed = data.number(int, 1), data.number(float, 0), data.number(int, 0, 2**32)
     flag("--k", type=step, nargs="+", default=[1, 2], help="lengths of the move of a label (1 2)")
     flag("--count", type=count, default=200, metavar="N", help="texts per row (200)")
     flag(
