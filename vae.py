@@ -492,7 +492,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
     def _check_z(self, z):
         """z as a tensor (N, Z) like the weights. Raises InputError if it cannot be one."""
         try:
-            z = torch.as_tensor(z)
+            z = torch.as_tensor(z, device=self.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"z is no tensor of numbers: {one_line(error)}") from None
         if z.dim() != 2 or z.shape[1] != self.latent_dim or z.is_complex():

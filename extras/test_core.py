@@ -993,7 +993,7 @@ def test_a_place_that_cannot_be_a_hub_name_is_not_asked_for_there(monkeypatch, t
             T5VAE.from_t5(name)
         for flag in "--model", "--init":
             with pytest.raises(SystemExit, match="no such run or folder"):
-                main("--dataset", "grammar", flag, name, "--phase", 1)
+                train.main(["--dataset", "grammar", flag, name, "--phase", 1, "--out", tmp_path])
 
 
 def test_sets_and_bytes_in_names_are_refused(capsys):
