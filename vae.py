@@ -203,7 +203,9 @@ class SlicedNats(torch.autograd.Function):
         states, weight, targets, log_sums = ctx.saved_tensors
         grad = grad.masked_fill(targets == ctx.pad_id, 0.0)
         w, d_states = weight.to(states.dtype), torch.empty_like(states)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        trained, d_weight = ctx.needs_input_grad[1], None
+        if trained:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
         parts = (t.split(ctx.rows) for t in (states, targets, log_sums, grad, d_states))
         for h, target, log_sum, g, d_h in zip(*parts, strict=True):
             # The gradient by the logits is g (softmax - 1 at the target), made in their place.
@@ -211,13 +213,13 @@ class SlicedNats(torch.autograd.Function):
             p.mul_(g[:, None]).scatter_add_(1, target[:, None], -g[:, None])
             p = p.to(h.dtype)
             torch.mm(p, w, out=d_h)
-            if not ctx.needs_input_grad[1]:  # a frozen head
-                continue
-            if p.dtype == torch.float32:
+            if trained and p.dtype == torch.float32:
                 d_weight.addmm_(p.T, h)  # without a second (V, D)
-            else:
+            elif trained:
                 d_weight += p.T @ h
-        return d_states, d_weight.to(weight.dtype), None, None, None
+        if trained:
+            d_weight = d_weight.to(weight.dtype)
+        return d_states, d_weight, None, None, None
 
 
 class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CARD):

@@ -13,7 +13,7 @@ transformers, the memory, and the rate of evaluating and generating.
 That is making a batch of 64 texts of 14 tokens; the step sizes and the step of adamw-rms on
 t5-small's 117 weights, of one element each, beside one of AdamW; and reading the loss.
 
---fits prints how many texts a training step has room for, by the formula in docs/speed.md.
+--fits prints how many texts fit into one training step, by the formula in docs/speed.md.
 
 The other flags are those of train.py.
 """
@@ -84,7 +84,7 @@ def step_bytes(model, sentences, length, amp="off"):
 
 
 def fits():
-    """Yields the rows of docs/speed.md: how many texts a step has room for, when all is trained."""
+    """Yields the rows of docs/speed.md: how many texts fit into one step, when all is trained."""
     yield "| T5, precision | P, million | 8 GB: 64, 256 tokens | 16 GB | 24 GB |"
     yield "| --- | ---: | ---: | ---: | ---: |"
     for name, shape in SHAPES.items():
