@@ -40,112 +40,7 @@ from transformers import T5Tokenizer
 SPLITS = ("train", "valid", "test")
 
 
-class InputError(ValueError):
-    """A user error: shown in one line, without a traceback."""
-
-
-def one_line(error):
-    """The message of an exception, to be quoted within a line."""
-    return " ".join(str(error).split())[:300]
-
-
-@contextlib.contextmanager
-def command(name, after_interrupt=""):
-    """Turn a user error and Ctrl-C into a line; end quietly if the pipe is closed."""
-    if sys.stdout is None:  # closed by the shell
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if hasattr(sys.stdout, "reconfigure"):  # a redirected one may have 250 characters
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough
-        ignore_output(sys.stdout)
-        sys.exit(141)  # as the shell reports SIGPIPE
-    except (OSError, InputError, FloatingPointError) as error:
-        traceback.clear_frames(error.__traceback__)  # a DistributedDataParallel, before its group
-        sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted{after_interrupt}", file=sys.stderr)
-        sys.exit(130)
-
-
-def ignore_output(stream):
-    """From now on what is written to stdout or stderr goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-@contextlib.contextmanager
-def ignore_broken_pipe(stream):
-    """A closed pipe, as of `2>&1 | head`, does not end the work: what is written goes nowhere."""
-    try:
-        yield
-    except BrokenPipeError:
-        ignore_output(stream)
-
-
-def say(*lines):
-    """Print lines at once, whoever reads them."""
-    with ignore_broken_pipe(sys.stdout):
-        print(*lines, sep="\n", flush=True)
-
-
-class Bar(tqdm):
-    """A bar on stderr, whoever reads it."""
-
-    def display(self, *args, **kwargs):
-        with ignore_broken_pipe(sys.stderr):
-            return super().display(*args, **kwargs)
-
-
-def progress(items, what):
-    """Yields the items, with a bar on stderr after five seconds (in a file: a line per 30 s)."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    hidden = processes()[0] > 0
-    with ignore_broken_pipe(sys.stderr):
-        sys.stderr.flush()  # of a warning, which the bar would trip over
-    return Bar(items, what, leave=False, delay=5, mininterval=interval, disable=hidden)
-
-
-def number(kind, low, below=math.inf):
-    """A `type=` for argparse: reads a number of `kind`, int or float, in [low, below)."""
-    limits = f"at least {low}" + (f" and less than {below}" if below < math.inf else "")
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) < below:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} must be {limits} ({kind.__name__})")
-
-    return parse
-
-
-def write_atomically(path, write):
-    """write(file) fills a file that replaces `path` only once it is complete and on disk."""
-    beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.partial")  # per process
-    with open(beside, "wb") as file:
-        try:
-            write(file)
-        except RuntimeError as error:  # torch.save's, of a full disk
-            raise OSError(f"{path}: {one_line(error.__context__ or error)}") from error
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def write_json(path, content):
-    """Write a dict atomically. ValueError if a number is not finite."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def read_json(path):
-    """The dict in a file; {} if there is no file, or none with a dict."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+# ------------------------------------------------------------------------------------ data sets
 
 
 def split_path(dataset, split, data_dir="data"):
@@ -162,29 +57,6 @@ def split_path(dataset, split, data_dir="data"):
         f"data set {dataset!r}: no {split}.txt in {folder.resolve()}; it must be a folder with "
         f"train.txt, valid.txt and test.txt, a text file, or one of {', '.join(DATASETS)}"
     )
-
-
-def read_lines(path):
-    """Yields the stripped lines of a UTF-8 file, empty ones too. Only \\n ends a line.
-
-    path: "-" is standard input. Raises OSError if there is no file, and InputError if it is not
-    UTF-8, or has \\r for \\n.
-    """
-    with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
-        for i, line in enumerate(file):
-            # \r inside a line is text, once; many are the ends of lines, or all there are.
-            place, returns = f"{path}, line {i + 1}", line.strip().count(b"\r")
-            if returns > 1 or (returns and i == 0 and not line.endswith(b"\n")):
-                raise InputError(f"{place}: has \\r in its middle; lines must end in \\n")
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                place += f", byte {error.start + 1}"
-                raise InputError(f"{place}: not UTF-8; save it as UTF-8") from None
-            if "\0" in text:  # UTF-16, whose ASCII is valid UTF-8
-                place += f", byte {line.index(0) + 1}"
-                raise InputError(f"{place}: not UTF-8; save it as UTF-8")
-            yield (text.removeprefix("\ufeff") if i == 0 else text).strip()
 
 
 def read_texts(dataset, split, data_dir="data"):
@@ -213,6 +85,27 @@ def read_texts(dataset, split, data_dir="data"):
         raise InputError(f"{path}: no text for {split!r}: only empty lines, or too few texts")
 
 
+def read_lines(path):
+    """Yields the stripped lines of a UTF-8 file, empty ones too. Only \\n ends a line.
+
+    path: "-" is standard input. Raises OSError if there is no file, and InputError if it is not
+    UTF-8, or has \\r for \\n.
+    """
+    with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+        for i, line in enumerate(file):
+            # \r inside a line is text, once; many are the ends of lines, or all there are.
+            place, returns = f"{path}, line {i + 1}", line.strip().count(b"\r")
+            if returns > 1 or (returns and i == 0 and not line.endswith(b"\n")):
+                raise InputError(f"{place}: has \\r in its middle; lines must end in \\n")
+            try:
+                text, wrong = line.decode(), line.find(0)  # UTF-16, whose ASCII is valid UTF-8
+            except UnicodeDecodeError as error:
+                wrong = error.start
+            if wrong >= 0:
+                raise InputError(f"{place}, byte {wrong + 1}: not UTF-8; save it as UTF-8")
+            yield (text.removeprefix("\ufeff") if i == 0 else text).strip()
+
+
 def is_json(line):
     """Whether a line is a list or an object of JSON, or begins one of several lines."""
     try:
@@ -232,6 +125,81 @@ def split_of(text):
     digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
     rank = int.from_bytes(digest, "big") / 2**64
     return "train" if rank < 0.9 else "valid" if rank < 0.95 else "test"
+
+
+# --------------------------------------------------------------------------------------- tokens
+
+
+def tokenize(texts, tokenizer):
+    """A list of texts -> rows of ids, without </s>. T5's own tokens, such as `</s>`, are text."""
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    own = own_tokens(tokenizer)
+    for i, text in enumerate(texts):
+        if not own.isdisjoint(rows[i]):
+            rows[i] = spell_out(text, tokenizer, own)
+    return rows
+
+
+def detokenize(rows, tokenizer):
+    """Rows of ids -> texts, a list of str. T5's own tokens are dropped; `<unk>` is kept."""
+    own, kept, texts = own_tokens(tokenizer), kept_tokens(tokenizer), []
+    for row in rows:
+        parts = []
+        # Kept tokens swallow the spaces around them: they get them back.
+        for is_kept, run in groupby((i for i in row if i not in own), key=kept.__contains__):
+            if is_kept:
+                parts += [kept[i] for i in run]
+            else:  # "it 's" stays as it was
+                text = tokenizer.decode(list(run), clean_up_tokenization_spaces=False)
+                parts.append(text.strip())
+        texts.append(" ".join(part for part in parts if part))
+    return texts
+
+
+def own_tokens(tokenizer):
+    """The ids of </s>, <pad> and T5's sentinels, which are neither read nor written as tokens.
+
+    Not `<unk>`, which PTB writes, and not special tokens that a user has added.
+    """
+    own = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    for token_id in tokenizer.all_special_ids:
+        if re.fullmatch(r"<extra_id_\d+>", tokenizer.convert_ids_to_tokens(token_id)):
+            own.add(token_id)
+    return own
+
+
+def kept_tokens(tokenizer):
+    """{id: token} of `<unk>` and what a user added: no pieces, and none of T5's own tokens."""
+    own = own_tokens(tokenizer)
+    kept = {i: token for token, i in tokenizer.get_added_vocab().items() if i not in own}
+    if tokenizer.unk_token is not None:
+        kept[tokenizer.unk_token_id] = tokenizer.unk_token
+    return kept
+
+
+def spell_out(text, tokenizer, own):
+    """The row of a text that contains tokens of `own`: character by character, as what they say.
+
+    "a </s> b" becomes the ids of "a", of "<", "/", "s", ">", and of "b".
+    """
+    added, row = {token: i for i, token in kept_tokens(tokenizer).items()}, []
+    alone = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.single_word}
+    longest_first = [
+        rf"(?<!\w){re.escape(token)}(?!\w)" if token in alone else re.escape(token)
+        for token in sorted(added, key=len, reverse=True)
+    ]
+    for part in re.split(f"({'|'.join(longest_first)})", text) if added else [text]:
+        if part in added:
+            row.append(added[part])
+            continue
+        ids = tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for token_id in ids:
+            if token_id in own:
+                characters = list(tokenizer.convert_ids_to_tokens(token_id))
+                row += tokenizer.convert_tokens_to_ids(characters)
+            else:
+                row.append(token_id)
+    return row
 
 
 def train_tokenizer(texts, vocab_size):
@@ -270,76 +238,7 @@ def train_tokenizer(texts, vocab_size):
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *vocab])
 
 
-def own_tokens(tokenizer):
-    """The ids of </s>, <pad> and T5's sentinels, which are neither read nor written as tokens.
-
-    Not `<unk>`, which PTB writes, and not special tokens that a user has added.
-    """
-    own = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    for token_id in tokenizer.all_special_ids:
-        if re.fullmatch(r"<extra_id_\d+>", tokenizer.convert_ids_to_tokens(token_id)):
-            own.add(token_id)
-    return own
-
-
-def tokenize(texts, tokenizer):
-    """A list of texts -> rows of ids, without </s>. T5's own tokens, such as `</s>`, are text."""
-    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    own = own_tokens(tokenizer)
-    for i, text in enumerate(texts):
-        if not own.isdisjoint(rows[i]):
-            rows[i] = spell_out(text, tokenizer, own)
-    return rows
-
-
-def kept_tokens(tokenizer):
-    """{id: token} of `<unk>` and what a user added: no pieces, and none of T5's own tokens."""
-    own = own_tokens(tokenizer)
-    kept = {i: token for token, i in tokenizer.get_added_vocab().items() if i not in own}
-    if tokenizer.unk_token is not None:
-        kept[tokenizer.unk_token_id] = tokenizer.unk_token
-    return kept
-
-
-def spell_out(text, tokenizer, own):
-    """The row of a text that contains tokens of `own`: character by character, as what they say.
-
-    "a </s> b" becomes the ids of "a", of "<", "/", "s", ">", and of "b".
-    """
-    added, row = {token: i for i, token in kept_tokens(tokenizer).items()}, []
-    alone = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.single_word}
-    longest_first = [
-        rf"(?<!\w){re.escape(token)}(?!\w)" if token in alone else re.escape(token)
-        for token in sorted(added, key=len, reverse=True)
-    ]
-    for part in re.split(f"({'|'.join(longest_first)})", text) if added else [text]:
-        if part in added:
-            row.append(added[part])
-            continue
-        ids = tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        for token_id in ids:
-            if token_id in own:
-                characters = list(tokenizer.convert_ids_to_tokens(token_id))
-                row += tokenizer.convert_tokens_to_ids(characters)
-            else:
-                row.append(token_id)
-    return row
-
-
-def detokenize(rows, tokenizer):
-    """Rows of ids -> texts, a list of str. T5's own tokens are dropped; `<unk>` is kept."""
-    own, kept, texts = own_tokens(tokenizer), kept_tokens(tokenizer), []
-    for row in rows:
-        parts = []
-        # Kept tokens swallow the spaces around them: they get them back.
-        for is_kept, run in groupby((i for i in row if i not in own), key=kept.__contains__):
-            if is_kept:
-                parts += [kept[i] for i in run]
-            else:  # "it 's" stays as it was
-                text = tokenizer.decode(list(run), clean_up_tokenization_spaces=False)
-                parts.append(text.strip())
-        texts.append(" ".join(part for part in parts if part))
-    return texts
+# -------------------------------------------------------------------------------------- corpora
 
 
 @dataclass(frozen=True)
@@ -369,30 +268,27 @@ class Corpus:
         return self.ids[self.offsets[i] : self.offsets[i + 1]]
 
 
-def check_texts(texts):
-    """InputError if an iterable of texts is a single str, or a table with columns."""
-    if isinstance(texts, str):
-        raise InputError(f"texts is one str; put it into a list: [{texts!r}]")
-    if isinstance(texts, set | frozenset):
-        raise InputError("texts is a set, which has no order; make a list of it")
-    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
-        raise InputError(f"texts is a table ({type(texts).__name__}); name its column: ['text']")
+def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None):
+    """The `Corpus` of a split, or of its first `limit` texts; errors are those of `read_texts`.
 
+    Texts are cut at `max_length` tokens, </s> included; empty lines are skipped and counted.
+    """
+    digest, skipped, kept = hashlib.sha256(), 0, 0
 
-def check_text(text, i):
-    """InputError if texts[i] is no str, or half of a surrogate pair, which no tokenizer takes."""
-    if not isinstance(text, str):
-        raise InputError(f"texts[{i}] is {text!r}; it must be a str")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"texts[{i}] is {text!r}: half a character (a lone surrogate)") from None
+    def texts():
+        nonlocal skipped, kept
+        for i, line in enumerate(read_texts(dataset, split, data_dir)):
+            digest.update(f"\n{line}".encode() if i else line.encode())
+            if not line:
+                skipped += 1
+            elif limit is None or kept < limit:
+                kept += 1
+                yield line
 
-
-def check_at_least(name, value, low):
-    """InputError if an argument is no whole number of at least `low`."""
-    if not isinstance(value, numbers.Integral) or value < low:
-        raise InputError(f"{name} is {value!r}; it must be a whole number, at least {low}")
+    corpus = make_corpus(texts(), tokenizer, max_length)
+    whole = not corpus.truncated and not corpus.unknown
+    entropy = GRAMMAR_ENTROPY if dataset == "grammar" and whole else None
+    return replace(corpus, skipped=skipped, sha256=digest.hexdigest(), entropy=entropy)
 
 
 def make_corpus(texts, tokenizer, max_length=256):
@@ -447,27 +343,7 @@ def count_unknown(texts, rows, tokenizer):
     return sum(row.count(unk_id) > text.count(unk) for text, row in pairs)
 
 
-def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limit=None):
-    """The `Corpus` of a split, or of its first `limit` texts; errors are those of `read_texts`.
-
-    Texts are cut at `max_length` tokens, </s> included; empty lines are skipped and counted.
-    """
-    digest, skipped, kept = hashlib.sha256(), 0, 0
-
-    def texts():
-        nonlocal skipped, kept
-        for i, line in enumerate(read_texts(dataset, split, data_dir)):
-            digest.update(f"\n{line}".encode() if i else line.encode())
-            if not line:
-                skipped += 1
-            elif limit is None or kept < limit:
-                kept += 1
-                yield line
-
-    corpus = make_corpus(texts(), tokenizer, max_length)
-    whole = not corpus.truncated and not corpus.unknown
-    entropy = GRAMMAR_ENTROPY if dataset == "grammar" and whole else None
-    return replace(corpus, skipped=skipped, sha256=digest.hexdigest(), entropy=entropy)
+# ---------------------------------------------------------------------------------------- noise
 
 
 # What random numbers are used for. In training: token deletion, eps of Eq. 4. In evaluation:
@@ -479,6 +355,23 @@ def generator(seed, epoch, use, text):
     """The numpy generator of one text, by its number, for one use. All are below 2^32."""
     # The stream of a list of these numbers, which would take half as long again.
     return np.random.default_rng(np.array([seed, epoch, use, text], np.uint32))
+
+
+def delete_tokens(row, prob, rng):
+    """Delete each token independently with probability `prob` (Shen et al. 2020; section 2.2.3).
+
+    </s> stays, and so does at least one other token: the one with the largest draw.
+
+    row: (T,) array of ids that ends in </s>; rng: a numpy generator. Returns: (T' <= T,), in
+    order. Raises InputError if prob is not in [0, 1).
+    """
+    if not 0 <= prob < 1:
+        raise InputError(f"prob is {prob}; it must be at least 0 and less than 1")
+    drawn = rng.random(len(row) - 1)
+    keep = drawn >= prob
+    if len(keep) > 0:
+        keep[drawn.argmax()] = True
+    return row[np.append(keep, True)]
 
 
 def latent_noise(latent_dim, seed, epoch, index, use, draws=1):
@@ -506,21 +399,7 @@ def stratified_noise(latent_dim, seed, epoch, index, use, draws):
     return torch.special.ndtri(torch.from_numpy(np.stack(noise, 1)))
 
 
-def delete_tokens(row, prob, rng):
-    """Delete each token independently with probability `prob` (Shen et al. 2020; section 2.2.3).
-
-    </s> stays, and so does at least one other token: the one with the largest draw.
-
-    row: (T,) array of ids that ends in </s>; rng: a numpy generator. Returns: (T' <= T,), in
-    order. Raises InputError if prob is not in [0, 1).
-    """
-    if not 0 <= prob < 1:
-        raise InputError(f"prob is {prob}; it must be at least 0 and less than 1")
-    drawn = rng.random(len(row) - 1)
-    keep = drawn >= prob
-    if len(keep) > 0:
-        keep[drawn.argmax()] = True
-    return row[np.append(keep, True)]
+# -------------------------------------------------------------------------------------- batches
 
 
 class Batch(NamedTuple):
@@ -629,6 +508,9 @@ def prefetch(function, items):
             yield ahead.result()
 
 
+# ----------------------------------------------------------------------------- the paper's data
+
+
 GITHUB = "https://raw.githubusercontent.com"
 DELLA = f"{GITHUB}/OpenVLG/DELLA/55fdf6c018358294bbfb771ce574a1b6c23e2507/data"
 OPTAGAN = f"{GITHUB}/Egojr/optagan/e929b2fa25522bb43e949b8ed4d77d074422b4fe/data"
@@ -685,6 +567,9 @@ def download(name, split, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(content))
     return path
+
+
+# -------------------------------------------------------------------------------------- grammar
 
 
 # `grammar`, whose entropy is known: factors are drawn independently, values equally likely, those
@@ -755,3 +640,146 @@ def grammar_factors(split):
             absent = name in OPTIONAL and rng.random() < 0.5
             factors[name] = None if absent else values[rng.integers(len(values))]
         yield factors
+
+
+# --------------------------------------------------------- user errors, and checks of arguments
+
+
+class InputError(ValueError):
+    """A user error: shown in one line, without a traceback."""
+
+
+def one_line(error):
+    """The message of an exception, to be quoted within a line."""
+    return " ".join(str(error).split())[:300]
+
+
+def check_texts(texts):
+    """InputError if an iterable of texts is a single str, or a table with columns."""
+    if isinstance(texts, str):
+        raise InputError(f"texts is one str; put it into a list: [{texts!r}]")
+    if isinstance(texts, set | frozenset):
+        raise InputError("texts is a set, which has no order; make a list of it")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
+        raise InputError(f"texts is a table ({type(texts).__name__}); name its column: ['text']")
+
+
+def check_text(text, i):
+    """InputError if texts[i] is no str, or half of a surrogate pair, which no tokenizer takes."""
+    if not isinstance(text, str):
+        raise InputError(f"texts[{i}] is {text!r}; it must be a str")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"texts[{i}] is {text!r}: half a character (a lone surrogate)") from None
+
+
+def check_at_least(name, value, low):
+    """InputError if an argument is no whole number of at least `low`."""
+    if not isinstance(value, numbers.Integral) or value < low:
+        raise InputError(f"{name} is {value!r}; it must be a whole number, at least {low}")
+
+
+def number(kind, low, below=math.inf):
+    """A `type=` for argparse: reads a number of `kind`, int or float, in [low, below)."""
+    limits = f"at least {low}" + (f" and less than {below}" if below < math.inf else "")
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) < below:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} must be {limits} ({kind.__name__})")
+
+    return parse
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def read_json(path):
+    """The dict in a file; {} if there is no file, or none with a dict."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path, content):
+    """Write a dict atomically. ValueError if a number is not finite."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_atomically(path, write):
+    """write(file) fills a file that replaces `path` only once it is complete and on disk."""
+    beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.partial")  # per process
+    with open(beside, "wb") as file:
+        try:
+            write(file)
+        except RuntimeError as error:  # torch.save's, of a full disk
+            raise OSError(f"{path}: {one_line(error.__context__ or error)}") from error
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+# --------------------------------------------------------------------------------------- screen
+
+
+@contextlib.contextmanager
+def command(name, after_interrupt=""):
+    """Turn a user error and Ctrl-C into a line; end quietly if the pipe is closed."""
+    if sys.stdout is None:  # closed by the shell
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):  # a redirected one may have 250 characters
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        ignore_output(sys.stdout)
+        sys.exit(141)  # as the shell reports SIGPIPE
+    except (OSError, InputError, FloatingPointError) as error:
+        traceback.clear_frames(error.__traceback__)  # a DistributedDataParallel, before its group
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted{after_interrupt}", file=sys.stderr)
+        sys.exit(130)
+
+
+def say(*lines):
+    """Print lines at once, whoever reads them."""
+    with ignore_broken_pipe(sys.stdout):
+        print(*lines, sep="\n", flush=True)
+
+
+def progress(items, what):
+    """Yields the items, with a bar on stderr after five seconds (in a file: a line per 30 s)."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    hidden = processes()[0] > 0
+    with ignore_broken_pipe(sys.stderr):
+        sys.stderr.flush()  # of a warning, which the bar would trip over
+    return Bar(items, what, leave=False, delay=5, mininterval=interval, disable=hidden)
+
+
+class Bar(tqdm):
+    """A bar on stderr, whoever reads it."""
+
+    def display(self, *args, **kwargs):
+        with ignore_broken_pipe(sys.stderr):
+            return super().display(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def ignore_broken_pipe(stream):
+    """A closed pipe, as of `2>&1 | head`, does not end the work: what is written goes nowhere."""
+    try:
+        yield
+    except BrokenPipeError:
+        ignore_output(stream)
+
+
+def ignore_output(stream):
+    """From now on what is written to stdout or stderr goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -547,9 +547,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         if (folder / "model").is_dir():  # a run folder
             folder = folder / "model"
         elif "data_sha256" in data.read_json(folder / "config.json"):
-            finished = (folder / "metrics.json").is_file()
-            state = "finished, but its model/ is gone" if finished else "not finished"
-            raise InputError(f"{folder} is a run that is {state}")
+            raise InputError(f"{folder} is a run without model/: is it finished?")
         try:
             vae = cls(**json.loads((folder / "config.json").read_text()))
             safetensors.torch.load_model(vae, folder / WEIGHTS)  # it knows of tied weights

@@ -157,7 +157,7 @@ def pretrain(t5, corpora, make_batch, args, run):
 
 def train_step(t5, optimizer, batch, step, args):
     """One step of the optimizer. Returns its loss, the norm of its gradient, nats per target."""
-    train.seed_dropout(args.seed, step, 0, 0)
+    train.seed_dropout(args.seed, step, 0, 0, args.device)
     with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
         nats, targets = target_nats(t5, batch.to(args.device))
     nats.mean().backward()
