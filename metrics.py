@@ -489,15 +489,15 @@ def check_better(run, before, config, args):
 
 
 def language_model_nll(run, config, named=None):
-    """NLL of a language model of the same test texts, cut alike, or None.
+    """NLL of a language model of the same texts, cut alike, or None.
 
     named: its run, else it is lm/ beside `run`. Raises InputError if `named` is no such run.
     """
     folder = Path(named or Path(run).resolve().parent / "lm")
     measured = data.read_json(folder / "metrics.json")
     its = data.read_json(folder / "config.json")
-    texts = [((c.get("data_sha256") or {}).get("test"), c.get("max_length")) for c in (its, config)]
-    if texts[0] == texts[1] and measured.get("latent_dim") == 0:
+    same = all(its.get(name) == config[name] for name in ("data_sha256", "max_length"))
+    if same and measured.get("latent_dim") == 0:
         return measured["rec"]
     if named:
         raise InputError(f"--lm is {named}; it must be a finished --no-latent run on these texts")

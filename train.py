@@ -487,11 +487,10 @@ def check_start(model, saved, given, args):
         if value != getattr(model, name):
             has = getattr(model, name)
             raise InputError(f"{flag_name(name)} is {value}, but {start} has {has}")
-    # A T5 that has moved has another path. Then its weights decide.
-    known = saved.get("model") or args.model
-    if args.model and not saved.get("model") and not args.reset_decoder:
+    known = saved.get("model")  # what --model is, unless it says something else
+    if args.model and not known and not args.reset_decoder:
         raise InputError(f"--model is {args.model}, which has no effect: {start} is a VAE")
-    if args.model and Path(known).resolve() != Path(args.model).resolve():
+    if known and Path(known).resolve() != Path(args.model).resolve():  # has it moved?
         shape = {name: getattr(model, name) for name in FIXED}
         fresh = new_vae(args.model, shape, saved.get("seed", args.seed), args)
         if checksum(fresh) != saved.get("start_sha256"):

@@ -425,14 +425,12 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
             if name.endswith(replacing) or name == "cache":
                 raise InputError(f"generate takes no {name}: it decodes z")
         # An argument decides, else the generation_config, else 256 tokens and p(x|z) itself.
-        config = kwargs.get("generation_config")
-        length = config and (config.max_new_tokens or config.max_length)
+        config = kwargs.get("generation_config") or transformers.GenerationConfig()
         if max_new_tokens is not None:
             kwargs["max_new_tokens"] = max_new_tokens
-        elif "max_length" not in kwargs and not length:
+        elif "max_length" not in kwargs and not (config.max_new_tokens or config.max_length):
             kwargs["max_new_tokens"] = 256
-        sampling = kwargs.get("do_sample", config is not None and config.do_sample)
-        if sampling and (config is None or config.top_k is None):
+        if kwargs.get("do_sample", config.do_sample) and config.top_k is None:
             kwargs.setdefault("top_k", 0)
         if kwargs.get("use_cache", True):  # T5's own cache has as many layers as the encoder
             own, of_memory = transformers.DynamicCache(), transformers.DynamicCache()
