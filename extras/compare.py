@@ -30,21 +30,17 @@ MEASURES += ("rec", "kl", "swap_cost")
 
 def load(run):
     """(config.json, metrics.json, {name: (n,) nats}) of a run. Raises InputError."""
-    path = Path(run)
-    config, measured = data.read_json(path / "config.json"), data.read_json(path / "metrics.json")
-    if not isinstance(config.get("data_sha256"), dict) or "max_length" not in config:
-        raise data.InputError(f"{run} is no run: it has no config.json of one")
+    config, measured = metrics.read_config(run), data.read_json(Path(run, "metrics.json"))
     if "iw_samples" not in measured:
         raise data.InputError(f"{run} is not finished: it has no metrics.json of a finished run")
-    if not (path / "sentences.npz").is_file():
-        raise data.InputError(
-            f"{run} has no sentences.npz: python metrics.py {run} --write writes it"
-        )
+    path = Path(run, "sentences.npz")
+    if not path.is_file():
+        raise data.InputError(f"{path} is missing: python metrics.py {run} --write writes it")
     try:
-        with np.load(path / "sentences.npz") as values:
+        with np.load(path) as values:
             columns = {name: torch.from_numpy(values[name]) for name in values.files}
     except (EOFError, zipfile.BadZipFile):
-        raise data.InputError(f"{path / 'sentences.npz'} is damaged") from None
+        raise data.InputError(f"{path} is damaged") from None
     named = {"rec": columns["rec"], "kl": columns["kl"]}
     named["neg_elbo"] = columns["rec"] + columns["kl"]
     if "rec_other" in columns:  # a single text has no other
