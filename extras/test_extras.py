@@ -483,49 +483,37 @@ def test_quick_layers_compute_the_same(changes, frozen, amp):
         assert not torch.allclose(quick.rec(mu + 1, ids), found[1]["rec"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_a_quick_language_model_trains(home, tmp_path, amp):
-    flags = ["--dataset", home, *TINY, *SHORT, "--no-latent", "--epochs", 1, "--amp", amp]
-    fast_cpu.main([*flags, "--out", tmp_path / "lm"])
-    assert read_json(tmp_path / "lm" / "lm", "metrics.json")["latent_dim"] == 0
-
-
-def test_quick_dropout_drops_p_and_keeps_the_mean():
-    x = torch.randn(400, 250).abs()
-    for layer, plain in (fast_cpu.Dropout(0.1), x), (fast_cpu.DropoutOfReLU(0.1), x.relu()):
-        out = layer.train()(x)
-        assert (out == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
-        assert out.mean().item() == pytest.approx(plain.mean().item(), rel=0.01)
-        assert torch.equal(layer.eval()(x), plain)
-
-
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_quick_dropout_passes_the_gradient_of_what_it_kept(kind):
-    for layer in fast_cpu.Dropout(0.3).train(), fast_cpu.DropoutOfReLU(0.3).train():
-        x = torch.randn(40, 25).to(kind).requires_grad_()
-        out = layer(x)
-        out.sum().backward()
-        torch.testing.assert_close(x.grad * x, out)  # both are linear in what they keep
-        assert 0 < (x.grad == 0).float().mean() < 1
+@pytest.mark.parametrize("layer", [fast_cpu.Dropout(0.1), fast_cpu.DropoutOfReLU(0.1)])
+def test_quick_dropout_drops_p_keeps_the_mean_and_passes_the_gradient(layer, kind):
+    x = torch.randn(400, 250).abs().to(kind).requires_grad_()
+    out = layer.train()(x)
+    assert (out == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
+    assert out.mean().item() == pytest.approx(x.mean().item(), rel=0.01)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad * x, out)  # both are linear in what they keep
+    assert torch.equal(layer.eval()(x), x)
+    if isinstance(layer, fast_cpu.DropoutOfReLU):
+        assert layer.train()(-x).abs().max() == 0
 
 
 def test_the_quick_layer_norm_has_the_gradient_of_t5s():
     plain = T5LayerNorm(8)
     plain.weight.data.normal_()
     x, towards, found = torch.randn(3, 5, 8), torch.randn(3, 5, 8), []
-    for norm in (
-        plain,
-        lambda x: fast_cpu.Normalize.apply(x, plain.weight, plain.variance_epsilon, torch.float32),
-    ):
+
+    def quick(x):
+        return fast_cpu.Normalize.apply(x, plain.weight, plain.variance_epsilon, torch.float32)
+
+    for norm in plain, quick:
         x_, plain.weight.grad = x.clone().requires_grad_(), None
         out = norm(x_)
         (out * towards).sum().backward()
         found.append((out, x_.grad, plain.weight.grad))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
-    assert not torch.allclose(found[0][1], towards * plain.weight, atol=0.1), (
-        "the control: the norm is not linear"
-    )
+    straight = towards * plain.weight
+    assert not torch.allclose(found[0][1], straight, atol=0.1), "the control: it is not linear"
 
 
 def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
@@ -533,6 +521,10 @@ def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
     fast_cpu.main(flags)
     mu, _ = T5VAE.from_pretrained(tmp_path / "phase1").encode_texts(["a king"])
     assert mu.isfinite().all()
+    for amp in "off", "bf16":  # a language model, whose W_proj has no elements
+        quick = [*flags[:-4], "--no-latent", "--amp", amp, "--out", tmp_path / amp]
+        fast_cpu.main(quick)
+        assert read_json(tmp_path / amp / "lm", "metrics.json")["latent_dim"] == 0
     with pytest.raises(SystemExit, match="--amp is fp16; extras.fast_cpu takes bf16 or off"):
         fast_cpu.main([*flags[:-1], tmp_path / "half", "--amp=fp16"])
     assert not (tmp_path / "half").exists()
@@ -598,9 +590,7 @@ def test_the_table_of_what_fits_is_that_of_the_page():
     most = benchmark.most_texts(model, 64, "off", 1e9)
     assert benchmark.step_bytes(model, most, 64) <= 1e9 < benchmark.step_bytes(model, most + 1, 64)
     assert benchmark.most_texts(model, 64, "off", 1e3) == 0
-
-
-def test_the_memory_of_a_step_stops_growing_with_the_logits_where_they_are_sliced():
+    # The memory stops growing with the logits where they are sliced.
     model = tiny_vae(vocab_size=1_000_000, d_model=4, d_ff=4, num_layers=1, num_heads=1, d_kv=4)
     few, more, many = (benchmark.step_bytes(model, n, 1) for n in (100, 200, 20_000))
     assert more - few > 0.9 * 3 * 4 * 1_000_000 * 100
@@ -625,28 +615,19 @@ BEFORE = "yesterday the old king painted a red boat in the garden with his frien
     ("factor", "after", "changes"),
     [
         # The tense cannot change without its time, whatever the number of it
-        ("tense", "this week the old king paints a red boat in the garden with his friend", []),
-        ("tense", "today the old king paints a red boat on the roof with his friend", ["where"]),
-        ("tense", "today the old king finds a red boat in the garden with his friend", ["verb"]),
+        ("tense", "this week the old king paints a red boat in the garden with his friend", ""),
+        ("tense", "today the old king paints a red boat on the roof with his friend", "where"),
         # The number of the time is the same, 0, but not the time
-        (
-            "who",
-            "today the old queen paints a red boat in the garden",
-            ["tense", "time", "companion"],
-        ),
-        ("time", "last week the old king painted a red boat in the garden with his friend", []),
-        ("time", "today the old king paints a red boat in the garden with his friend", ["tense"]),
+        ("who", "today the old queen paints a red boat in the garden", "tense time companion"),
+        ("time", "last week the old king painted a red boat in the garden with his friend", ""),
+        ("time", "today the old king paints a red boat in the garden with his friend", "tense"),
         # His or her follows from who
-        ("who", "yesterday the old queen painted a red boat in the garden with her friend", []),
-        (
-            "number",
-            "yesterday the old kings painted a red boat on the roof with their friend",
-            ["where"],
-        ),
-        ("who", "yesterday the old queen painted a boat in the garden", ["colour", "companion"]),
+        ("who", "yesterday the old queen painted a red boat in the garden with her friend", ""),
+        ("who", "yesterday the old queen painted a boat in the garden", "colour companion"),
     ],
 )
 def test_what_an_edit_of_grammar_changed_besides(factor, after, changes):
+    changes = changes.split()
     sentences = [probe.in_words(probe.grammar_parse(text)) for text in (BEFORE, after)]
     assert probe.other_changes(factor, *sentences) == changes
     found = probe.judge_edit(factor, sentences[1][factor], sentences[:1], sentences[1:])

@@ -221,6 +221,12 @@ def write_row(results, text, row, seed=0, **measures):
     data.write_json(folder / "config.json", {"command": "", "phase1_kl": phase1_kl})
 
 
+def verdict(results, text, *claim):
+    """That on a claim (measure, a, expected, b) in a text."""
+    claim = study_tables.Claim("", *claim)
+    return study_tables.verdict(claim, *study_tables.read(results), text)
+
+
 def test_damaged_results_are_named(tmp_path):
     write_row(tmp_path, "ptb", "lm", rec=100.0, latent_dim=0)
     study_tables.tables(tmp_path)
@@ -300,11 +306,10 @@ def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
         for seed, mean in enumerate(change)
     }
     data.write_json(tmp_path / "answers" / "paired.json", pairs or {"lm/0 - lm/0": {}})
-    runs, paired = study_tables.read(tmp_path)
-    claim = study_tables.Claim("", "swap_cost", "cold", "<", "no-threshold")
+    claim = "swap_cost", "cold", "<", "no-threshold"
     mean = np.mean([mean or 9.0 for mean in change or [2.0]])
-    assert study_tables.verdict(claim, runs, paired, "answers") == f"{said}: {5 + mean:.2f}, 5.00"
-    assert study_tables.verdict(claim, runs, paired, "ptb") == "-"
+    assert verdict(tmp_path, "answers", *claim) == f"{said}: {5 + mean:.2f}, 5.00"
+    assert verdict(tmp_path, "ptb", *claim) == "-"
 
 
 @pytest.mark.parametrize(("apart", "said"), [(1.9, "yes"), (2.1, "unclear")])
@@ -318,46 +323,34 @@ def test_a_verdict_needs_more_than_the_difference_of_two_seeds(tmp_path, row, ap
     write_row(tmp_path, "ptb", row, 1, swap_cost=3.0 - apart)
     pairs = {"last/0 - mean/0": {"swap_cost": [2.0, 0.1]}}
     data.write_json(tmp_path / "ptb" / "paired.json", pairs)
-    claim = study_tables.Claim("", "swap_cost", "last", ">", "mean")
-    verdict = study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
-    assert verdict == f"{said}: 5.00, 3.00"
+    assert verdict(tmp_path, "ptb", "swap_cost", "last", ">", "mean") == f"{said}: 5.00, 3.00"
 
 
 def test_a_verdict_needs_every_seed(tmp_path):
     for seed, (a, b) in enumerate([(7.0, 5.0), (6.0, 5.9)]):
         write_row(tmp_path, "ptb", "last", seed, swap_cost=a)
         write_row(tmp_path, "ptb", "mean", seed, swap_cost=b)
-    claim = study_tables.Claim("", "swap_cost", "last", ">", "mean")
     for error, said in (0.1, "unclear"), (0.04, "yes"):
         pairs = {"last/0 - mean/0": {"swap_cost": [2.0, error]}}  # seed 1 was run elsewhere
         data.write_json(tmp_path / "ptb" / "paired.json", pairs)
-        verdict = study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
-        assert verdict == f"{said}: 6.50, 5.45"
+        assert verdict(tmp_path, "ptb", "swap_cost", "last", ">", "mean") == f"{said}: 6.50, 5.45"
 
 
-@pytest.mark.parametrize(("cost", "lost"), [(0.9, True), (1.1, False)])
-def test_a_claim_of_one_row_shows_its_swap_cost_and_kl(tmp_path, cost, lost):
+@pytest.mark.parametrize(("cost", "lost", "kept"), [(0.9, "yes", "no"), (1.1, "no", "yes")])
+def test_a_claim_of_one_row_shows_its_swap_cost_and_kl(tmp_path, cost, lost, kept):
     write_row(tmp_path, "ptb", "cold", swap_cost=cost, kl=7.0)
-    kept, said = ("no", "yes") if lost else ("yes", "no")
-    claim = study_tables.Claim("z is kept", "swap_cost", "cold", ">")
-    assert study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")[:3].startswith(kept)
-    claim = study_tables.Claim("z is lost", "swap_cost", "cold", "<")
-    assert (
-        study_tables.verdict(claim, *study_tables.read(tmp_path), "ptb")
-        == f"{said}: {cost:.2f}, 7.00"
-    )
+    assert verdict(tmp_path, "ptb", "swap_cost", "cold", ">") == f"{kept}: {cost:.2f}, 7.00"
     table = study_tables.tables(tmp_path)["earlier claims"]
-    assert f"| `swap_cost`: cold < 1 nat; `kl` | {said}: {cost:.2f}, 7.00 |" in table
+    assert f"| `swap_cost`: cold < 1 nat; `kl` | {lost}: {cost:.2f}, 7.00 |" in table
 
 
 @pytest.mark.parametrize(("au", "same", "fewer"), [(64, "yes", "no"), (62, "no", "yes")])
 def test_claims_of_active_dimensions_compare_shares(tmp_path, au, same, fewer):
     write_row(tmp_path, "ptb", "paper-default")  # 32 of 32
     write_row(tmp_path, "ptb", "z64", latent_dim=64, au=au)
-    runs = study_tables.read(tmp_path)
     for expected, said in ("=", same), ("<", fewer):
-        claim = study_tables.Claim("", "active", "z64", expected, "paper-default")
-        assert study_tables.verdict(claim, *runs, "ptb") == f"{said}: {au / 64:.2f}, 1.00"
+        found = verdict(tmp_path, "ptb", "active", "z64", expected, "paper-default")
+        assert found == f"{said}: {au / 64:.2f}, 1.00"
 
 
 def test_claims_and_pairs_name_rows_of_the_study():
@@ -517,8 +510,7 @@ def stale_pairs(runs, paired):
 
 
 def test_paired_differences_are_those_of_the_rows():
-    runs, paired = study_tables.read(RESULTS)
-    assert stale_pairs(runs, paired) == []
+    assert stale_pairs(*study_tables.read(RESULTS)) == []
     runs, paired = study_tables.read(WEIGHT1)
     assert stale_pairs(runs, paired) == []
     paired["grammar"]["r8/0 - lm/0"]["rec"][0] += 0.001
@@ -532,12 +524,10 @@ def hidden_rows(runs, paired):
     shown = "\n".join(TABLES.values())
     hidden = []
     for text, rows in runs.items():
-        claims = [
-            claim
-            for claim in study_tables.CLAIMS
-            if study_tables.verdict(claim, runs, paired, text) != "-"
-        ]
-        of_claims = {claim.a for claim in claims} | {claim.b for claim in claims}
+        of_claims = set()
+        for claim in study_tables.CLAIMS:
+            if study_tables.verdict(claim, runs, paired, text) != "-":
+                of_claims |= {claim.a, claim.b}
         for row in rows.keys() - of_claims:
             if not re.search(rf"\| {text}: {row}( \||, \d seeds)", shown):
                 hidden.append((text, row))
