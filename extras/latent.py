@@ -317,13 +317,11 @@ def parse_args(argv):
 
 
 def load_vae(folder):
-    """The T5VAE of a folder or a hub name. InputError if it has no latent, or no tokenizer."""
+    """The T5VAE of a folder or a hub name. InputError if it has no latent."""
     model = T5VAE.from_pretrained(folder)
-    if model.tokenizer is None:
-        raise InputError(f"{folder} holds a model without a tokenizer")
     if model.latent_dim == 0:
         raise InputError(f"{folder} is a language model; it must be a VAE")
-    return model.eval()
+    return model
 
 
 def main(argv=None):

@@ -126,19 +126,13 @@ class Labelled(NamedTuple):
         return list(itertools.compress(self.texts, chosen)), self.mu[chosen], self.logvar[chosen]
 
 
-def read_column(path):
-    """The lines of a file, at least one, none of them empty."""
-    lines = list(data.read_lines(path))
-    if not any(lines):
-        raise InputError(f"{path} is empty; it must have a line per text")
-    if "" in lines:
-        raise InputError(f"{path}, line {lines.index('') + 1}: empty; leave it out of both files")
-    return lines
-
-
 def read_labelled(texts_path, labels_path):
-    """The texts and the labels of two files."""
-    texts, labels = read_column(texts_path), read_column(labels_path)
+    """The texts and the labels of two files. InputError unless they pair up, none empty."""
+    texts, labels = list(data.read_lines(texts_path)), list(data.read_lines(labels_path))
+    for path, lines in (texts_path, texts), (labels_path, labels):
+        if "" in lines:
+            line = f"{path}, line {lines.index('') + 1}"
+            raise InputError(f"{line}: empty; leave it out of both files")
     if len(texts) != len(labels):
         counts = f"{texts_path} has {len(texts):,} lines, {labels_path} {len(labels):,}"
         raise InputError(f"{counts}; there must be one label per text")
@@ -153,7 +147,7 @@ def check_labels(train, test, pair=None):
             some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             raise InputError(f"--pair names {name!r}; it must be a label of --labels: {some}")
     if len(names) < 2:
-        raise InputError(f"the only label is {names[0]!r}; there must be at least two")
+        raise InputError(f"the labels of the training part are {names}; there must be at least two")
     if strange := sorted(set(test) - set(names)):
         raise InputError(f"label {strange[0]!r} is in the test part alone; nothing can learn it")
     if missing := [name for name in edited_labels(train, pair) if name not in test]:

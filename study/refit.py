@@ -13,6 +13,7 @@ the number of samples is too small for the proposal (see `iw_ess`).
 
 import argparse
 import copy
+import itertools
 from functools import partial
 
 import torch
@@ -40,31 +41,32 @@ def refit(model, corpus, valid):
     model.freeze_decoder()
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATE, fused=True)
-    noise = {"denoise": 0.0, "latent_dim": model.latent_dim, "seed": 0}
-    best, step, worse, epoch = bound(model, valid), 0, 0, 0
-    best_state = copy.deepcopy(model.state_dict())
+    best, best_state, worse = bound(model, valid), copy.deepcopy(model.state_dict()), 0
     print(f"step 0: -ELBO of validation texts {best:.2f}", flush=True)
-    while worse < PATIENCE:
-        order = data.epoch_order(corpus.lengths, 32, 0, epoch)
-        load = partial(data.training_batch, corpus, epoch, **noise)
-        for batch in data.prefetch(load, order):
-            rec, kl = model(batch.to(model.device))
-            (rec + kl.sum(1)).mean().backward()
-            torch.nn.utils.clip_grad_norm_(weights, train.MAX_GRADIENT_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if step % CHECK_EVERY == 0:
-                now = bound(model, valid)
-                print(f"step {step}: -ELBO of validation texts {now:.2f}", flush=True)
-                worse += 1
-                if now < best - 0.01:
-                    best, best_state, worse = now, copy.deepcopy(model.state_dict()), 0
-                if worse == PATIENCE:
-                    break
-        epoch += 1
+    for step, batch in enumerate(batches(corpus, model.latent_dim), 1):
+        rec, kl = model(batch.to(model.device))
+        (rec + kl.sum(1)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(weights, train.MAX_GRADIENT_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % CHECK_EVERY == 0:
+            now = bound(model, valid)
+            print(f"step {step}: -ELBO of validation texts {now:.2f}", flush=True)
+            worse += 1
+            if now < best - 0.01:
+                best, best_state, worse = now, copy.deepcopy(model.state_dict()), 0
+            if worse == PATIENCE:
+                break
     model.load_state_dict(best_state)
     return model.requires_grad_(False)
+
+
+def batches(corpus, latent_dim):
+    """Yields batches of 32 texts, epoch after epoch."""
+    noise = {"denoise": 0.0, "latent_dim": latent_dim, "seed": 0}
+    for epoch in itertools.count():
+        load = partial(data.training_batch, corpus, epoch, **noise)
+        yield from data.prefetch(load, data.epoch_order(corpus.lengths, 32, 0, epoch))
 
 
 def column(model, corpus, weight, suffix=""):

@@ -15,8 +15,8 @@ import metrics
 import train
 from extras import compare, pretrain
 from extras.test_extras import home, one_thread, read_json
-from study import plots, positions, study, study_tables
-from test_vae import EOS, ROOT, tiny_vae
+from study import plots, positions, refit, study, study_tables
+from test_vae import EOS, ROOT, TINY, tiny_vae
 
 # ---------------------------------------- commands
 
@@ -206,6 +206,19 @@ def test_positions_sum_up_to_rec_and_show_a_z_that_is_ignored():
         model.w_proj.weight.zero_()
     ignored = positions.by_position(model, corpus)
     assert max(abs(row["rec_other"] - row["rec"]) for row in ignored) < 1e-6 < max(explained)
+
+
+def test_a_refitted_encoder_has_a_lower_bound(home, tmp_path, monkeypatch, capsys):
+    flags = [*TINY, "--batch-size", 5, "--epochs", 1, "--iw-samples", 2, "--device", "cpu"]
+    train.main(["--dataset", home, *flags, "--out", tmp_path])
+    capsys.readouterr()
+    monkeypatch.setattr(refit, "CHECK_EVERY", 5)
+    monkeypatch.setattr(refit, "RATE", 1e-2)
+    refit.main([str(tmp_path / "phase2")])
+    lines = capsys.readouterr().out.splitlines()
+    bounds = [float(line.split()[-1]) for line in lines if line.startswith("step")]
+    assert min(bounds) < bounds[0]
+    assert [line.split()[0] for line in lines[-6:]] == list(refit.ROWS)
 
 
 # ---------------------------------------- tables
