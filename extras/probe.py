@@ -87,9 +87,8 @@ class Judge:
         else:  # word by word, punctuation too, without order
             self.unit, self.split = "words", str.split
             bag = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]")
-        self.predict = (
-            make_pipeline(bag, LogisticRegression(max_iter=1000)).fit(texts, labels).predict
-        )
+        classifier = make_pipeline(bag, LogisticRegression(max_iter=1000))
+        self.predict = classifier.fit(texts, labels).predict
 
     def kept(self, texts, edited):
         """The share of the words of texts that are in their edited versions too, %.
@@ -144,8 +143,7 @@ def check_labels(train, test, pair=None):
     names = sorted(set(train))
     for name in pair or ():
         if name not in names:
-            some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            raise InputError(f"--pair names {name!r}; it must be a label of --labels: {some}")
+            raise InputError(f"--pair names {name!r}, which is no label of --labels")
     if len(names) < 2:
         raise InputError(f"the labels of the training part are {names}; there must be at least two")
     if strange := sorted(set(test) - set(names)):

@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -95,7 +96,7 @@ def ask(run, capsys):
     return lines
 
 
-def test_reconstruct_reads_arguments_and_standard_input(ask, run, monkeypatch):
+def test_reconstruct_reads_arguments_and_standard_input(ask, run, monkeypatch, capsys):
     texts = ["the old king", "", "a queen sells"]
     model = T5VAE.from_pretrained(run)
     expected = model.decode_texts(model.encode_texts(texts, max_length=8)[0], max_new_tokens=8)
@@ -104,6 +105,9 @@ def test_reconstruct_reads_arguments_and_standard_input(ask, run, monkeypatch):
     assert ask("reconstruct") == expected
     drawn = [ask("reconstruct", texts[0], "--samples", 8, "--seed", seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+    latent.main(["reconstruct", run, "a king", "\u4e2d"])
+    warning = "latent.py: 1 of 2 texts have characters outside the vocabulary"
+    assert capsys.readouterr().err.startswith(warning)
 
 
 def test_interpolations_end_in_the_reconstructions():
@@ -152,11 +156,6 @@ def test_latent_refuses_in_one_line(args, words, run, language_model):
     assert str(stop.value).startswith("latent.py: ")
 
 
-def test_unknown_characters_are_counted_on_stderr(ask, run, capsys):
-    latent.main(["reconstruct", run, "a king", "\u4e2d"])
-    assert "1 of 2 texts have characters outside the vocabulary" in capsys.readouterr().err
-
-
 def test_the_gaussian_of_texts_has_the_moments_of_their_mixture():
     torch.manual_seed(0)
     mu = torch.randn(400, 3) @ torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.5]]) + 4
@@ -188,19 +187,13 @@ def test_sample_like_a_file(ask, run, tmp_path):
     assert found != ask("sample", "-n", 20, "--seed", 3)
 
 
-def png_size(path):
-    content = Path(path).read_bytes()
-    assert content.startswith(b"\x89PNG")
-    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
-
-
 def test_a_map_of_labelled_texts(ask, run, home, tmp_path, monkeypatch):
     drawn, draw = [], latent.draw_map
     monkeypatch.setattr(latent, "draw_map", lambda *args: (drawn.append(args), draw(*args)))
     texts, out = list(data.read_texts(str(home), "test"))[:6], tmp_path / "map.png"
     write_files(tmp_path, labels=[*"xyxyxy", "", ""], six=list("xyxyxy"), texts=texts)
     assert ask("map", "--labels", tmp_path / "labels", "-o", out) == [f"wrote {out}: 6 texts"]
-    assert min(png_size(out)) > 500
+    assert matplotlib.image.imread(out).std() > 0
     place, labels, axes, _ = drawn[0]
     mu = T5VAE.from_pretrained(run).encode_texts(texts, max_length=8)[0].double()
     sizes = torch.linalg.svdvals(mu - mu.mean(0))
@@ -215,11 +208,11 @@ def test_an_interpolation_as_a_strip(ask, tmp_path):
     out, ends = tmp_path / "strip.png", ("the old king", "a queen sells")
     texts = ask("interpolate", *ends, "--steps", 4)
     assert ask("strip", *ends, "--steps", 4, "-o", out) == texts
-    few = png_size(out)
+    few = matplotlib.image.imread(out)
     latent.draw_strip(["word " * 80, "", "a $ and a $", *texts], out)
-    assert png_size(out)[1] > few[1]
+    assert matplotlib.image.imread(out).shape[0] > few.shape[0]
     latent.draw_strip(["W" * 84, ""], out)
-    assert png_size(out)[0] > few[0], "wide letters are not clipped"
+    assert matplotlib.image.imread(out).shape[1] > few.shape[1], "wide letters are not clipped"
 
 
 # ---------------------------------------- compare, paper_tables
@@ -320,13 +313,14 @@ def test_texts_are_judged_beside_test_sentences(run, language_model, capsys):
     assert nats["test sentences"] != pytest.approx(nats["prior, sampled"], rel=1e-3)
     _, perfect, read = metrics.load_run(run)
     written = []
-    perfect.encode_texts = lambda texts: (written.extend(texts), (torch.zeros(7, 4), None))[1]
-    perfect.decode_texts = lambda z, **_: written[: len(z)]
-    bleu = samples.judge(perfect, None, read("test"), 7)[0]["reconstructions"]["bleu"]
-    assert bleu == pytest.approx(100)
-    perfect.decode_texts = lambda z, **_: [*written[1:7], written[0]][: len(z)]
-    bleu = samples.judge(perfect, None, read("test"), 7)[0]["reconstructions"]["bleu"]
-    assert bleu < 60, "the control"
+    perfect.encode_texts = lambda texts: (torch.zeros(len(texts), 4), written.extend(texts))
+
+    def bleu(places):  # of each text and the one so many places after it
+        perfect.decode_texts = lambda z, **_: [written[(i + places) % 7] for i in range(len(z))]
+        return samples.judge(perfect, None, read("test"), 7)[0]["reconstructions"]["bleu"]
+
+    assert bleu(0) == pytest.approx(100)
+    assert bleu(1) < 60, "the control"
     for wrong, words in (
         ([language_model], "must be the run of a VAE"),
         ([run, "--lm", run], "--lm"),
@@ -800,7 +794,7 @@ def test_of_many_labels_the_two_most_frequent_are_edited():
     assert probe.edited_labels(names, ["b", "a"]) == ["b", "a"]
     probe.check_labels(names, ["a", "b"], ["b", "a"])
     for pair, words in (
-        (["a", "e"], "^--pair names 'e'; it must be a label of --labels: a, b, c, d$"),
+        (["a", "e"], "^--pair names 'e', which is no label of --labels"),
         (["a", "c"], "^the test part has 2 texts, none with the label 'c'"),
     ):
         with pytest.raises(data.InputError, match=words):

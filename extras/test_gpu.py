@@ -170,21 +170,6 @@ def test_stray_tensors_and_reads_are_found():
     assert len(reads.found) == 5
 
 
-def test_scaling_saves_gradients_that_fp16_cannot_hold():
-    def head_gradient(amp, scale=1.0):
-        model, many = small_vae(), 10**8  # gradients of 1e-8, as in a mean over so many sentences
-        batch, _ = stepper(model, "cpu", amp)
-        with torch.autocast("cpu", metrics.HALF[amp], enabled=amp != "off"):
-            rec, _ = model(batch)
-        (scale * rec.sum() / many).backward()
-        return model.t5.lm_head.weight.grad / scale
-
-    exact = head_gradient("off")
-    lost = (head_gradient("fp16") - exact).norm()
-    assert lost > 0.3 * exact.norm(), "the control: unscaled, they underflow"
-    assert (head_gradient("fp16", 2.0**18) - exact).norm() < 0.03 * exact.norm()
-
-
 # -----------------------------------------------------------------------------------------------
 # where there is a GPU
 
