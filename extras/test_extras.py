@@ -246,7 +246,7 @@ def test_differences_of_two_runs_are_paired(run, tmp_path, capsys):
     assert f"{'nll':20}{'-':>12}\n" in capsys.readouterr().out
 
 
-def test_compare_pairs_what_metrics_json_has(run, tmp_path):
+def test_compare_pairs_what_metrics_json_has(run):
     """Of a run with itself shifted, every mean is that of metrics.json."""
     _, measured, named = compare.load(run)
     assert set(compare.MEASURES) == set(named)
@@ -422,6 +422,9 @@ def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_
     assert ended.returncode == 9
     with pytest.raises(SystemExit, match="cut is not empty: --resume its run"):
         pretrain.main([*flags, str(tmp_path / "cut")])
+    fewer = ["--dataset", str(home), *flags[3:], str(tmp_path / "cut"), "--resume"]
+    with pytest.raises(SystemExit, match="train_ids_sha256 was"):
+        pretrain.main(fewer)
     pretrain.main([*flags, str(tmp_path / "cut"), "--resume"])
     for name in "log.jsonl", "model/model.safetensors":
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

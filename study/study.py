@@ -350,7 +350,10 @@ def forget_pairs(job):
     if path.exists():
         name = f"{job.result.parent.name}/{job.result.name}"
         pairs = {pair: found for pair, found in read_dict(path).items() if name not in pair.split()}
-        data.write_json(path, pairs) if pairs else path.unlink()
+        if pairs:
+            data.write_json(path, pairs)
+        else:
+            path.unlink()
 
 
 def machine():
