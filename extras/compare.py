@@ -54,18 +54,11 @@ def load(run):
     return config, measured, named
 
 
-def paired(a, b):
-    """{name: (mean of b - a, its standard error)} of the measures that both have."""
-    found = {}
-    for name in MEASURES:
-        if name in a and name in b:
-            difference = b[name] - a[name]
-            found[name] = difference.mean().item(), metrics.standard_error(difference)
-    return found
-
-
 def compare(run_a, run_b):
-    """`paired` of two run folders. Raises InputError if they cannot be compared."""
+    """{name: (mean of b - a, its standard error)} of the measures that two run folders have.
+
+    Raises InputError if they cannot be compared.
+    """
     (config_a, measured_a, a), (config_b, measured_b, b) = load(run_a), load(run_b)
     same_texts = config_a["data_sha256"]["test"] == config_b["data_sha256"]["test"]
     same_length = config_a["max_length"] == config_b["max_length"]
@@ -78,7 +71,12 @@ def compare(run_a, run_b):
             if of_a != of_b and not (name == "iw_samples" and exact):
                 what = f"{run_a} has {of_a}, {run_b} {of_b}"
                 raise data.InputError(f"{name} of metrics.json must be the same: {what}")
-    return paired(a, b)
+    found = {}
+    for name in MEASURES:
+        if name in a and name in b:
+            difference = b[name] - a[name]
+            found[name] = difference.mean().item(), metrics.standard_error(difference)
+    return found
 
 
 def format_lines(found):
