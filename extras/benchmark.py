@@ -42,12 +42,14 @@ try:
 except ImportError:  # Windows: there no peak of a process is shown
     resource = None
 
-# Bytes that a layer keeps for the backward pass, per token: times d_model, d_ff, heads * d_kv,
-# heads * length; the mean of an encoder's and a decoder's.
-KEPT = {"off": (34, 12, 16, 12), "bf16": (29, 6, 14, 12)}
-KEPT_WITHOUT_DROPOUT = {"off": (24, 4, 16, 4), "bf16": (24, 4, 14, 4)}
-# The same times d_ff, where the feed-forward layer has a gate: with dropout, and without.
-KEPT_OF_GATE = {"off": (32, 28), "bf16": (16, 14)}
+# Bytes that a layer keeps for the backward pass, per token: times d_model, d_ff (without a gate,
+# and with one), heads * d_kv, heads * length; the mean of an encoder's and a decoder's.
+KEPT = {  # by precision, and whether there is dropout
+    ("off", True): (34, 12, 32, 16, 12),
+    ("bf16", True): (29, 6, 16, 14, 12),
+    ("off", False): (24, 4, 28, 16, 4),
+    ("bf16", False): (24, 4, 14, 14, 4),
+}
 SHAPES = {  # of what --fits shows
     "t5-small": {},
     "t5-base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
@@ -58,10 +60,8 @@ SHAPES = {  # of what --fits shows
 
 def activation_bytes(config, sentences, length, amp="off"):
     """What all layers keep for the backward pass, on a CPU, of texts of `length` tokens."""
-    kept = KEPT if config.dropout_rate else KEPT_WITHOUT_DROPOUT
-    of_width, of_feed_forward, of_heads, of_scores = kept[amp]
-    if config.is_gated_act:
-        of_feed_forward = KEPT_OF_GATE[amp][0 if config.dropout_rate else 1]
+    of_width, plain, gated, of_heads, of_scores = KEPT[amp, config.dropout_rate > 0]
+    of_feed_forward = gated if config.is_gated_act else plain
     per_token = of_width * config.d_model + of_feed_forward * config.d_ff
     per_token += config.num_heads * (of_heads * config.d_kv + of_scores * length)
     return per_token * (config.num_layers + config.num_decoder_layers) * sentences * length

@@ -30,21 +30,17 @@ MEASURES += ("rec", "kl", "swap_cost")
 
 def load(run):
     """(config.json, metrics.json, {name: (n,) nats}) of a run. Raises InputError."""
-    path = Path(run)
-    config, measured = data.read_json(path / "config.json"), data.read_json(path / "metrics.json")
-    if not isinstance(config.get("data_sha256"), dict) or "max_length" not in config:
-        raise data.InputError(f"{run} is no run: it has no config.json of one")
+    config, measured = metrics.read_config(run), data.read_json(Path(run, "metrics.json"))
     if "iw_samples" not in measured:
         raise data.InputError(f"{run} is not finished: it has no metrics.json of a finished run")
-    if not (path / "sentences.npz").is_file():
-        raise data.InputError(
-            f"{run} has no sentences.npz: python metrics.py {run} --write writes it"
-        )
+    path = Path(run, "sentences.npz")
+    if not path.is_file():
+        raise data.InputError(f"{path} is missing: python metrics.py {run} --write writes it")
     try:
-        with np.load(path / "sentences.npz") as values:
+        with np.load(path) as values:
             columns = {name: torch.from_numpy(values[name]) for name in values.files}
     except (EOFError, zipfile.BadZipFile):
-        raise data.InputError(f"{path / 'sentences.npz'} is damaged") from None
+        raise data.InputError(f"{path} is damaged") from None
     named = {"rec": columns["rec"], "kl": columns["kl"]}
     named["neg_elbo"] = columns["rec"] + columns["kl"]
     if "rec_other" in columns:  # a single text has no other
@@ -58,18 +54,11 @@ def load(run):
     return config, measured, named
 
 
-def paired(a, b):
-    """{name: (mean of b - a, its standard error)} of the measures that both have."""
-    found = {}
-    for name in MEASURES:
-        if name in a and name in b:
-            difference = b[name] - a[name]
-            found[name] = difference.mean().item(), metrics.standard_error(difference)
-    return found
-
-
 def compare(run_a, run_b):
-    """`paired` of two run folders. Raises InputError if they cannot be compared."""
+    """{name: (mean of b - a, its standard error)} of the measures that two run folders have.
+
+    Raises InputError if they cannot be compared.
+    """
     (config_a, measured_a, a), (config_b, measured_b, b) = load(run_a), load(run_b)
     same_texts = config_a["data_sha256"]["test"] == config_b["data_sha256"]["test"]
     same_length = config_a["max_length"] == config_b["max_length"]
@@ -82,7 +71,12 @@ def compare(run_a, run_b):
             if of_a != of_b and not (name == "iw_samples" and exact):
                 what = f"{run_a} has {of_a}, {run_b} {of_b}"
                 raise data.InputError(f"{name} of metrics.json must be the same: {what}")
-    return paired(a, b)
+    found = {}
+    for name in MEASURES:
+        if name in a and name in b:
+            difference = b[name] - a[name]
+            found[name] = difference.mean().item(), metrics.standard_error(difference)
+    return found
 
 
 def format_lines(found):

@@ -62,21 +62,6 @@ class Linear(nn.Linear):
         return Product.apply(rows, self.weight).view(*x.shape[:-1], -1)
 
 
-class Drop(torch.autograd.Function):
-    """x * kept * scale, for x and kept of one type."""
-
-    @staticmethod
-    def forward(ctx, x, kept, scale):
-        ctx.save_for_backward(kept)
-        ctx.scale = scale
-        return (x * kept).mul_(scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return (grad * ctx.saved_tensors[0]).mul_(ctx.scale), None, None
-
-
 class DropOfReLU(torch.autograd.Function):
     """relu(x) * kept * scale. Keeps only its result: the gradient passes where that is positive."""
 
@@ -114,7 +99,10 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         drawn = self.draw(x)
-        return Drop.apply(x, *drawn) if drawn else super().forward(x)
+        if drawn is None:
+            return super().forward(x)
+        kept, scale = drawn
+        return (x * kept).mul_(scale)
 
 
 class DropoutOfReLU(Dropout):

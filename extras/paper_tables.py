@@ -1,17 +1,12 @@
-"""The paper's tables 1 to 4 with what their digits imply, and your runs beside them.
+"""The paper's tables 1 to 4 with what their digits imply.
 
-    python -m extras.paper_tables [RUN ...]
-
-RUN is a finished run folder on one of the paper's data sets; its numbers are those of its
-metrics.json.
+python -m extras.paper_tables
 """
 
 import argparse
 import math
-from pathlib import Path
 
 import data
-import metrics
 from extras.latent import align
 
 PAPER_ROWS = {  # name: what its PPL is per
@@ -91,47 +86,26 @@ def reread(dataset):
     return rows
 
 
-def format_paper(datasets, runs):
-    """The paper's tables of `datasets`, each with the runs on it: {name: `read_run` of it}."""
+def format_paper():
+    """All of the paper's tables, and the note."""
     tables = []
-    for dataset in datasets:
-        number_of_table, words, _ = PAPER[dataset]
+    for dataset, (number_of_table, words, _) in PAPER.items():
         rows = [[dataset, *HEADS]]
         for r in reread(dataset):
             printed = [r[key] for key in ("name", "ppl", "unit", "kl", "printed")]
             derived = [number(r[key]) for key in ("n", "rec", "neg_elbo")]
             derived.append(number(r["ppl_word"], 1))
             rows.append([*printed, number(r["n_printed"]), r["mi"], r["au"], *derived])
-        for run, (config, m) in runs.items():
-            if config["dataset"] == dataset:
-                row = [run, number(m["ppl_token"]), "T5 token", metrics.cell(m, "kl"), "-", "-"]
-                row += [number(m["mi"]), str(m["au"]), number(m["tokens"] / m["sentences"])]
-                row += [metrics.cell(m, "rec"), metrics.cell(m, "neg_elbo")]
-                rows.append([*row, number(m["ppl_word"], 1)])
         title = f"Table {number_of_table}, {dataset}: {words:g} words per sentence"
         tables.append(f"{title}\n{align(rows)}")
     return "\n\n".join([*tables, PAPER_NOTE])
 
 
-def read_run(run):
-    """(config.json, metrics.json) of a finished run on one of the paper's data sets."""
-    config, measured = (data.read_json(Path(run, f"{name}.json")) for name in ("config", "metrics"))
-    if not config or not measured:
-        raise data.InputError(f"{run} is no finished run")
-    if config.get("dataset") not in PAPER:
-        theirs = ", ".join(PAPER)
-        raise data.InputError(f"{run} is on {config.get('dataset')}; the paper's are {theirs}")
-    return config, measured
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="paper_tables.py", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folder of train.py")
-    args = parser.parse_args(argv)
+    parser.parse_args(argv)
     with data.command("paper_tables.py"):
-        runs = {run: read_run(run) for run in args.runs}
-        used = {config["dataset"] for config, _ in runs.values()} or PAPER
-        print(format_paper([dataset for dataset in PAPER if dataset in used], runs))
+        print(format_paper())
 
 
 if __name__ == "__main__":

@@ -17,26 +17,25 @@ attention, and the model cannot be finetuned, at an unsuspicious loss. Below 3 i
 
 import argparse
 import hashlib
-import json
 import math
 import shlex
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import nn
 
 import data
 import train
+import vae
 from data import number, say
 from extras.fast_cpu import quicken
-from metrics import HALF, MOST
+from metrics import MOST
 
+EPOCHS = 10  # passes over the texts, without --steps
 SPANS, LM = 11, 12  # what its random numbers are for, beside the uses in data.py
 
 
@@ -91,9 +90,8 @@ def target_nats(t5, batch):
     labels, pad_id = batch.labels, t5.config.pad_token_id
     shifted = t5.prepare_decoder_input_ids_from_labels(labels)
     out = t5(input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=shifted)
-    logits = out.logits.float().transpose(1, 2)  # (B, V, T)
-    nats = F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="none")  # (B, T)
-    return nats.sum(1), (labels != pad_id).sum()
+    nats = vae.token_nats(out.logits.flatten(0, 1), labels.flatten(), pad_id)  # (B T,)
+    return nats.view(labels.shape).sum(1), (labels != pad_id).sum()
 
 
 def query_growth(t5):
@@ -129,7 +127,7 @@ def pretrain(t5, corpora, make_batch, args, run):
     """The training loop, as in train.py, from step 0 or from the run's checkpoint."""
     corpus = corpora["train"]
     steps_per_epoch = math.ceil(len(corpus) / args.batch_size)
-    total_steps = args.epochs * steps_per_epoch if args.steps is None else args.steps
+    total_steps = EPOCHS * steps_per_epoch if args.steps is None else args.steps
     rates = argparse.Namespace(optimizer="adamw-rms", lr=args.lr, lr_schedule="linear")
     optimizer = train.make_optimizer(t5, rates)
     parts = {"model": t5, "optimizer": optimizer}
@@ -158,8 +156,7 @@ def pretrain(t5, corpora, make_batch, args, run):
 def train_step(t5, optimizer, batch, step, args):
     """One step of the optimizer. Returns its loss, the norm of its gradient, nats per target."""
     train.seed_dropout(args.seed, step, 0, 0, args.device)
-    with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
-        nats, targets = target_nats(t5, batch.to(args.device))
+    nats, targets = target_nats(t5, batch.to(args.device))
     nats.mean().backward()
     norm = nn.utils.clip_grad_norm_(t5.parameters(), train.MAX_GRADIENT_NORM).item()
     loss, per_target = nats.mean().item(), (nats.sum() / targets).item()
@@ -170,42 +167,21 @@ def train_step(t5, optimizer, batch, step, args):
     return {"loss": loss, "grad_norm": norm, "nats_per_target": per_target}
 
 
-def join(corpora):
-    """One `data.Corpus` of several, end to end."""
-    lengths = np.concatenate([corpus.lengths for corpus in corpora])
-    return replace(
-        corpora[0],
-        ids=np.concatenate([corpus.ids for corpus in corpora]),
-        offsets=np.cumsum([0, *lengths]),
-        words=np.concatenate([corpus.words for corpus in corpora]),
-        truncated=sum(corpus.truncated for corpus in corpora),
-        unknown=sum(corpus.unknown for corpus in corpora),
-        skipped=sum(corpus.skipped for corpus in corpora),
-        sha256=" ".join(corpus.sha256 for corpus in corpora),
-        entropy=None,
-    )
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser("pretrain.py", description=__doc__.splitlines()[0])
     flag, share = parser.add_argument, number(float, 0, 1)
     flag("--dataset", nargs="+", required=True, help="data sets, as in train.py")
     flag("--data-dir", default="data", help="where the folders of named data sets are (data)")
-    flag("--limit", type=number(int, 1), help="train on the first N texts of each only")
-    flag("--max-length", type=number(int, 2), default=256, help="tokens per text (256)")
     flag("--tokenizer", help="folder with a vocabulary; else one is made of the training texts")
     flag("--vocab-size", type=number(int, 1), default=4000, help="largest vocabulary (4000)")
     flag("--d-model", type=number(int, 1), default=128, help="width (128)")
-    flag(
-        "--heads", type=number(int, 1), default=4, help="attention heads (4); they divide the width"
-    )
+    heads = "attention heads (4), which divide the width"
+    flag("--heads", type=number(int, 1), default=4, help=heads)
     flag("--layers", type=number(int, 1), default=2, help="encoder layers, and decoder layers (2)")
     flag("--lm-share", type=share, default=0.0, help="share of batches of language modelling (0)")
-    flag("--epochs", type=number(int, 0), default=10, help="passes over the training texts (10)")
-    flag("--steps", type=number(int, 0), help="optimizer steps, instead of --epochs")
+    flag("--steps", type=number(int, 0), help="optimizer steps (10 passes over the texts)")
     flag("--batch-size", type=number(int, 1), default=64, help="texts per step (64)")
     flag("--lr", type=number(float, 0), default=2e-2, help="relative to each weight's RMS (2e-2)")
-    flag("--amp", choices=("off", "bf16"), default="off", help="precision (off: float32)")
     flag("--out", required=True, help="folder to write")
     flag("--resume", action="store_true", help="resume from the last checkpoint, if there is one")
     flag("--save-every", type=number(float, 0), default=10.0, help="minutes (10)")
@@ -220,35 +196,29 @@ def parse_args(argv):
     return args
 
 
-def make_t5(args):
-    """(T5 with random weights, tokenizer) of the shape and vocabulary that the flags ask for."""
-    texts = []
-    for name in args.dataset:
-        texts += [text for text in data.read_texts(name, "train", args.data_dir) if text]
+def load_corpora(args):
+    """({split: the corpus of all data sets}, the tokenizer)."""
+    texts, corpora = {"train": [], "valid": []}, {}
+    for split, of_split in texts.items():
+        for name in args.dataset:
+            of_split += filter(None, data.read_texts(name, split, args.data_dir))
     if args.tokenizer:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
-        except Exception as error:  # whatever a missing or damaged folder leads to
-            raise data.InputError(
-                f"--tokenizer {args.tokenizer}: {data.one_line(error)}"
-            ) from error
+        tokenizer = vae.load(transformers.AutoTokenizer, args.tokenizer)
     else:
-        tokenizer = data.train_tokenizer(texts, args.vocab_size)
+        tokenizer = data.train_tokenizer(texts["train"], args.vocab_size)
+    for split, of_split in texts.items():
+        corpora[split] = data.make_corpus(of_split, tokenizer)
+        say(f"{split}: {len(of_split):,} texts, {corpora[split].ids.size:,} tokens")
+    return corpora, tokenizer
+
+
+def make_t5(tokenizer, args):
+    """A T5 with random weights, of the shape that the flags ask for."""
     torch.manual_seed(args.seed)
     shape = {"d_model": args.d_model, "d_kv": args.d_model // args.heads, "d_ff": 4 * args.d_model}
     shape |= {"num_layers": args.layers, "num_heads": args.heads, "vocab_size": len(tokenizer)}
     config = transformers.T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0)
-    return transformers.T5ForConditionalGeneration(config), tokenizer
-
-
-def load_corpora(tokenizer, args):
-    """{split: the corpus of all data sets}."""
-    corpora = {}
-    for split, limit in ("train", args.limit), ("valid", None):
-        rest = split, tokenizer, args.data_dir, args.max_length, limit
-        corpora[split] = join([data.load_corpus(name, *rest) for name in args.dataset])
-        say(f"{split}: {len(corpora[split]):,} texts, {corpora[split].ids.size:,} tokens")
-    return corpora
+    return transformers.T5ForConditionalGeneration(config)
 
 
 def make(args):
@@ -263,18 +233,18 @@ def make(args):
         train.check_same(run.folder, before, now)
         say(f"{run.folder} is finished")
         return
-    t5, tokenizer = make_t5(args)
-    t5.train().to(args.device)
+    corpora, tokenizer = load_corpora(args)
+    t5 = make_t5(tokenizer, args).train().to(args.device)
     if args.device == "cpu":
         quicken(t5)
-    corpora = load_corpora(tokenizer, args)
     sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
     task = {"sentinels": sentinels, "eos_id": tokenizer.eos_token_id}
     task |= {"seed": args.seed, "lm_share": args.lm_share}
     make_batch = partial(pretraining_batch, **task)
-    config = vars(args) | {"vocabulary_sha256": checksum(tokenizer)}
-    config["pretraining_sha256"] = {split: corpus.sha256 for split, corpus in corpora.items()}
-    del config["tokenizer"]
+    config = vars(args).copy()
+    del config["tokenizer"]  # its ids of the texts are compared instead
+    for split, corpus in corpora.items():
+        config[f"{split}_ids_sha256"] = hashlib.sha256(corpus.ids.tobytes()).hexdigest()
     run.claim(config)
     measured = pretrain(t5, corpora, make_batch, args, run)
     t5.save_pretrained(run.folder / "model")
@@ -282,12 +252,6 @@ def make(args):
     data.write_json(run.folder / "metrics.json", measured)
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)
     say(f"wrote {run.folder / 'model'}")
-
-
-def checksum(tokenizer):
-    """SHA-256 of a vocabulary: its tokens and their ids."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
 def main(argv=None):

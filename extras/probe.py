@@ -1,14 +1,13 @@
 """What do the latents of a run hold, and does a move along a direction of them change the text?
 
-    python -m extras.probe RUN --texts T --labels L [--test-texts T2 --test-labels L2]
+    python -m extras.probe RUN --texts T --labels L --test-texts T2 --test-labels L2
     python -m extras.probe RUN                                      a run on `grammar`
 
 Needs `pip install -r extras/requirements.txt`. RUN is a run folder; with --texts it may also be a
 model folder or a hub name.
 
-**Any labels.** T holds one text per line, L the label of each. Without T2 and L2 the test part is
-what `train.py` would take for its test from the one file T (`data.split_of`), 5 % of the texts; all
-others are the training part. For instance, the captions that begin with "a man" or "a woman":
+**Any labels.** T holds one text per line, L the label of each; T2 and L2 are the test part. For
+instance, the captions that begin with "a man" or "a woman":
 
     for part in train test; do
         awk '/^a (wo)?man /' captions/$part.txt > $part.texts
@@ -47,8 +46,6 @@ import argparse
 import functools
 import itertools
 import math
-import sys
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -58,15 +55,18 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers.utils import logging
 
 import data
 from data import InputError
-from extras.latent import align, fit_gaussian, load_vae, without_spaces
+from extras.latent import align, command, fit_gaussian, load_vae, without_spaces
 
 MOST_EDITED = 3  # labels between which all edits are tried; of more, the two most frequent ones
 GRAMMAR_TEXTS = 10_000  # of a split, at most
 TIMES = {time: tense for tense, times in data.TENSES.items() for time in times}
+NOUNS = {}  # who and number by the form of a noun
+for who in data.MEN + data.WOMEN:
+    plural = who + ("es" if who.endswith(("s", "ch")) else "s")
+    NOUNS |= {who: (who, "one"), plural: (who, "many")}
 FACTORS = tuple("time" if name == "when" else name for name in data.FACTORS)
 
 
@@ -81,23 +81,23 @@ class Judge:
     """A classifier of texts by a bag of words, or of characters if most have no spaces."""
 
     def __init__(self, texts, labels):
-        self.characters = without_spaces(texts)
-        if self.characters:  # and pairs of them
+        if without_spaces(texts):  # and pairs of them
+            self.unit, self.split = "characters", list
             bag = TfidfVectorizer(analyzer="char", ngram_range=(1, 2))
         else:  # word by word, punctuation too, without order
+            self.unit, self.split = "words", str.split
             bag = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]")
-        self.classifier = make_pipeline(bag, LogisticRegression(max_iter=1000)).fit(texts, labels)
-
-    @property
-    def unit(self):
-        return "characters" if self.characters else "words"
-
-    def predict(self, texts):
-        return self.classifier.predict(texts)
+        classifier = make_pipeline(bag, LogisticRegression(max_iter=1000))
+        self.predict = classifier.fit(texts, labels).predict
 
     def kept(self, texts, edited):
-        """The share of the words of texts that are in their edited versions too, %."""
-        return units_kept(texts, edited, list if self.characters else str.split)
+        """The share of the words of texts that are in their edited versions too, %.
+
+        Each counts as often as it occurs in both; sums are divided once.
+        """
+        bags = [Counter(self.split(text)) for text in texts]
+        both = (a & Counter(self.split(b)) for a, b in zip(bags, edited, strict=True))
+        return 100 * sum(bag.total() for bag in both) / max(1, sum(bag.total() for bag in bags))
 
 
 def most_frequent(labels):
@@ -116,46 +116,26 @@ def label_means(mu, labels):
 class Labelled(NamedTuple):
     texts: list  # n str
     labels: list  # n str
-    mu: torch.Tensor | None = None  # (n, Z), with logvar the posteriors
-    logvar: torch.Tensor | None = None
-
-    def where(self, chosen):
-        """The texts for which one of n booleans is true."""
-        lists = [list(itertools.compress(column, chosen)) for column in self[:2]]
-        return Labelled(*lists, *(x if x is None else x[chosen] for x in self[2:]))
+    mu: torch.Tensor  # (n, Z), with logvar the posteriors
+    logvar: torch.Tensor
 
     def of(self, label):
-        return self.where([other == label for other in self.labels])
-
-
-def read_column(path):
-    """The lines of a file, at least one, none of them empty."""
-    lines = list(data.read_lines(path))
-    if not any(lines):
-        raise InputError(f"{path} is empty; it must have a line per text")
-    if "" in lines:
-        raise InputError(f"{path}, line {lines.index('') + 1}: empty; leave it out of both files")
-    return lines
+        """The texts and the posteriors of a label."""
+        chosen = [other == label for other in self.labels]
+        return list(itertools.compress(self.texts, chosen)), self.mu[chosen], self.logvar[chosen]
 
 
 def read_labelled(texts_path, labels_path):
-    texts, labels = read_column(texts_path), read_column(labels_path)
+    """The texts and the labels of two files. InputError unless they pair up, none empty."""
+    texts, labels = list(data.read_lines(texts_path)), list(data.read_lines(labels_path))
+    for path, lines in (texts_path, texts), (labels_path, labels):
+        if "" in lines:
+            line = f"{path}, line {lines.index('') + 1}"
+            raise InputError(f"{line}: empty; leave it out of both files")
     if len(texts) != len(labels):
         counts = f"{texts_path} has {len(texts):,} lines, {labels_path} {len(labels):,}"
         raise InputError(f"{counts}; there must be one label per text")
-    return Labelled(texts, labels)
-
-
-def read_parts(texts, labels, test_texts=None, test_labels=None, pair=None):
-    """The training and the test part, `Labelled` each, of files."""
-    train = read_labelled(texts, labels)
-    if test_texts:
-        test = read_labelled(test_texts, test_labels)
-    else:  # by the text alone: one that occurs twice is not in both
-        held_out = [data.split_of(text) == "test" for text in train.texts]
-        test, train = train.where(held_out), train.where([not out for out in held_out])
-    check_labels(train.labels, test.labels, pair)
-    return train, test
+    return texts, labels
 
 
 def check_labels(train, test, pair=None):
@@ -163,11 +143,9 @@ def check_labels(train, test, pair=None):
     names = sorted(set(train))
     for name in pair or ():
         if name not in names:
-            some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            raise InputError(f"--pair names {name!r}; it must be a label of --labels: {some}")
+            raise InputError(f"--pair names {name!r}, which is no label of --labels")
     if len(names) < 2:
-        only = "no text" if not names else f"only the label {names[0]!r}"
-        raise InputError(f"the training part has {only}; it must have at least two labels")
+        raise InputError(f"the labels of the training part are {names}; there must be at least two")
     if strange := sorted(set(test) - set(names)):
         raise InputError(f"label {strange[0]!r} is in the test part alone; nothing can learn it")
     if missing := [name for name in edited_labels(train, pair) if name not in test]:
@@ -185,16 +163,6 @@ def share(hits):
     """(% of booleans that are true, its standard error)."""
     p = sum(hits) / len(hits)
     return 100 * p, 100 * math.sqrt(p * (1 - p) / len(hits))
-
-
-def units_kept(texts, edited, split=str.split):
-    """The share of the units of texts that are in their edited versions too, %.
-
-    split: a text -> its words. Each counts as often as it occurs in both; sums are divided once.
-    """
-    bags = [Counter(split(text)) for text in texts]
-    both = sum((a & Counter(split(b))).total() for a, b in zip(bags, edited, strict=True))
-    return 100 * both / max(1, sum(bag.total() for bag in bags))
 
 
 def read_table(judge, train, test):
@@ -255,12 +223,12 @@ def write_table(decode, judge, parts, names, count):
     Gaussian fitted to a label's training texts; N(0, I). Arguments: see `edit_table`.
     """
     train, test = parts
-    kinds = {f"test texts, {name}": test.of(name).texts for name in names}
+    kinds = {f"test texts, {name}": test.of(name)[0] for name in names}
     for name in names:
-        mu, logvar = (x[:count] for x in test.of(name)[2:])
+        mu, logvar = (x[:count] for x in test.of(name)[1:])
         kinds[f"posteriors, {name}"] = decode(mu + (logvar / 2).exp() * torch.randn(mu.shape))
     for name in names:
-        fitted = fit_gaussian(*train.of(name)[2:])
+        fitted = fit_gaussian(*train.of(name)[1:])
         kinds[f"Gaussian, {name}"] = decode(fitted.sample((count,)).float())
     kinds["N(0, I)"] = decode(torch.randn(count, train.mu.shape[1]))
     rows = []
@@ -273,18 +241,16 @@ def write_table(decode, judge, parts, names, count):
 
 
 def probe_labels(model, parts, args):
-    """Lines: the tables of two `Labelled` parts, and examples. Draws from torch's generator."""
-    train, test = parts = [
-        Labelled(part.texts, part.labels, *model.encode_texts(part.texts)) for part in parts
-    ]
+    """Lines: the tables of two parts, (texts, labels) each, and examples."""
+    torch.manual_seed(0)
+    parts = [Labelled(texts, labels, *model.encode_texts(texts)) for texts, labels in parts]
+    train, test = parts
     judge, names = Judge(train.texts, train.labels), edited_labels(train.labels, args.pair)
     lengths = map(len, data.tokenize(train.texts + test.texts, model.tokenizer))
     decode = functools.partial(model.decode_texts, max_new_tokens=min(256, max(lengths) + 1))
     labels = len(set(train.labels))
     yield f"{len(train.texts):,} training texts, {len(test.texts):,} test texts, {labels} labels\n"
-    if not args.test_texts:
-        yield "the test texts are those of --texts that train.py would test on (data.split_of)\n"
-    if judge.characters:
+    if judge.unit == "characters":
         yield "most texts have no spaces: what judges and compares texts takes characters\n"
     if both := sum(map(set(train.texts).__contains__, test.texts)):
         yield f"{both:,} of the test texts are training texts too\n"
@@ -319,30 +285,23 @@ def format_rows(rows):
 def grammar_parse(text):
     """The factors of a sentence of the grammar, or None. Undoes `grammar_sentence`."""
     padded, words = f" {text} ", set(text.split())
-
-    def first(found):
-        return next(iter(found), None)
-
-    found = {}
+    found = dict.fromkeys(data.FACTORS)
     for name in "what", "where", *data.OPTIONAL:
-        found[name] = first(value for value in data.FACTORS[name] if f" {value} " in padded)
-    found["verb"] = first(verb for verb, forms in data.VERBS.items() if words & {verb, *forms})
-    for who, number in itertools.product(data.MEN + data.WOMEN, data.FACTORS["number"]):
-        if noun(who, number) in words:
-            found["who"], found["number"] = who, number
+        for value in data.FACTORS[name]:
+            if f" {value} " in padded:
+                found[name] = value
+    for verb, forms in data.VERBS.items():
+        if words & {verb, *forms}:
+            found["verb"] = verb
+    for noun in words & NOUNS.keys():
+        found["who"], found["number"] = NOUNS[noun]
     for time, tense in TIMES.items():
         if padded.startswith(f" {time} ") or padded.endswith(f" {time} "):
             found["tense"], found["when"] = tense, data.TENSES[tense].index(time)
             found["order"] = "time first" if padded.startswith(f" {time} ") else "time last"
     needed = set(data.FACTORS) - set(data.OPTIONAL)
-    if any(found.get(name) is None for name in needed) or data.grammar_sentence(found) != text:
-        return None
-    return {name: found[name] for name in data.FACTORS}
-
-
-def noun(who, number):
-    """The form of a noun of the grammar."""
-    return who if number == "one" else who + ("es" if who.endswith(("s", "ch")) else "s")
+    whole = all(found[name] is not None for name in needed)
+    return found if whole and data.grammar_sentence(found) == text else None
 
 
 def in_words(factors):
@@ -397,15 +356,15 @@ def probe_grammar(model, moved=200, limit=GRAMMAR_TEXTS):
     """One row per factor: is it in mu, and does a move along it change that factor alone?
 
     moved: test sentences decoded for each factor; limit: sentences of a split.
-    Returns: dicts of factor; accuracy and chance of `linear_probe`, %; and what `judge_edit` says
-    of the sentences moved from `edit_of`'s first value to its second.
+    Returns: dicts of factor; accuracy of a linear classifier from mu, and chance, that of always
+    saying the most frequent value, %; and what `judge_edit` says of the sentences moved from
+    `edit_of`'s first value to its second.
     """
     mu, true = {}, {}
     for split in "train", "test":
-        mu[split], _ = model.encode_texts(
-            list(itertools.islice(data.read_texts("grammar", split), limit))
-        )
-        true[split] = list(map(in_words, itertools.islice(data.grammar_factors(split), limit)))
+        factors = list(itertools.islice(data.grammar_factors(split), limit))
+        mu[split], _ = model.encode_texts(list(map(data.grammar_sentence, factors)))
+        true[split] = list(map(in_words, factors))
 
     def written(z):
         texts = model.decode_texts(z, max_new_tokens=40)
@@ -415,7 +374,10 @@ def probe_grammar(model, moved=200, limit=GRAMMAR_TEXTS):
     for factor in FACTORS:
         classes = [factors[factor] for factors in true["train"]]
         test_classes = [factors[factor] for factors in true["test"]]
-        accuracy, chance = linear_probe(mu["train"], classes, mu["test"], test_classes)
+        names, test_names = list(map(str, classes)), list(map(str, test_classes))
+        reads = linear_classifier().fit(mu["train"].numpy(), names)
+        accuracy = 100 * reads.score(mu["test"].numpy(), test_names)
+        chance = 100 * test_names.count(most_frequent(names)[0]) / len(test_names)
         old, new = edit_of(factor, classes)
         means = label_means(mu["train"], classes)
         start = mu["test"][[value == old for value in test_classes]][:moved]
@@ -423,18 +385,6 @@ def probe_grammar(model, moved=200, limit=GRAMMAR_TEXTS):
         row = {"factor": factor, "accuracy": accuracy, "chance": chance}
         rows.append(row | judge_edit(factor, new, before, after))
     return rows
-
-
-def linear_probe(mu, classes, test_mu, test_classes):
-    """(accuracy, chance) of a linear classifier from mu to a class, % of the test rows.
-
-    mu, test_mu: (n, Z), (m, Z); classes, test_classes: n and m hashable values, of at least two
-    kinds. chance: of always saying the most frequent class of `classes`.
-    """
-    names, test_names = list(map(str, classes)), list(map(str, test_classes))
-    accuracy = linear_classifier().fit(mu.numpy(), names).score(test_mu.numpy(), test_names)
-    chance = test_names.count(most_frequent(names)[0]) / len(test_names)
-    return 100 * accuracy, 100 * chance
 
 
 def format_grammar(rows):
@@ -454,53 +404,37 @@ def parse_args(argv):
     flag("run", metavar="RUN", help="run folder; with --texts also a model folder or a hub name")
     flag("--texts", metavar="FILE", help="texts, one per line (none: RUN is a run on grammar)")
     flag("--labels", metavar="FILE", help="their labels, one per line")
-    flag("--test-texts", metavar="FILE", help="texts to judge by (part of --texts)")
+    flag("--test-texts", metavar="FILE", help="texts to judge by")
     flag("--test-labels", metavar="FILE", help="their labels")
     flag("--pair", nargs=2, metavar=("A", "B"), help="the two labels to edit, of many")
-    count, step, seed = data.number(int, 1), data.number(float, 0), data.number(int, 0, 2**32)
+    count, step = data.number(int, 1), data.number(float, 0)
     flag("--k", type=step, nargs="+", default=[1, 2], help="lengths of the move of a label (1 2)")
     flag("--count", type=count, default=200, metavar="N", help="texts per row (200)")
-    flag(
-        "--examples",
-        type=data.number(int, 0),
-        default=3,
-        metavar="N",
-        help="first N test texts (3)",
-    )
-    flag("--seed", type=seed, default=0, help="of the texts that are written (0)")
+    some = data.number(int, 0)
+    flag("--examples", type=some, default=3, metavar="N", help="first N test texts (3)")
     args = parser.parse_args(argv)
-    for texts, labels in ("texts", "labels"), ("test_texts", "test_labels"):
-        if (getattr(args, texts) is None) != (getattr(args, labels) is None):
-            names = [f"--{name.replace('_', '-')}" for name in (texts, labels)]
-            parser.error(f"{' and '.join(names)} belong together: give both or none")
-    if args.pair and not args.texts:
-        parser.error("--pair needs --texts and --labels, whose labels it names")
+    given = [args.texts, args.labels, args.test_texts, args.test_labels]
+    if None in given and (any(given) or args.pair):
+        parser.error("--texts, --labels, --test-texts and --test-labels belong together: give all")
     if args.pair and args.pair[0] == args.pair[1]:
         parser.error(f"--pair names {args.pair[0]!r} twice; they must be two labels")
-    if args.test_texts and not args.texts:
-        parser.error("--test-texts needs --texts: the texts to learn from")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    logging.set_verbosity_error()
-    with warnings.catch_warnings(), data.command("probe.py"):
-        warnings.showwarning = lambda message, *_: print(f"probe.py: {message}", file=sys.stderr)
-        parts = None
-        if args.texts:
-            files = args.texts, args.labels, args.test_texts, args.test_labels
-            parts = read_parts(*files, args.pair)
-        model = load_vae(args.run)
-        dataset = data.read_json(Path(args.run, "config.json")).get("dataset")
-        if parts is None and dataset != "grammar":
-            said = f"{args.run} is no run on grammar, but on {dataset}"
-            raise InputError(f"{said}; without --texts it must be one")
-        torch.manual_seed(args.seed)
-        if parts is None:
-            print(format_grammar(probe_grammar(model, args.count)))
+    with command("probe.py"):
+        if args.texts is None:
+            dataset = data.read_json(Path(args.run, "config.json")).get("dataset")
+            if dataset != "grammar":
+                said = f"{args.run} is no run on grammar, but on {dataset}"
+                raise InputError(f"{said}; without --texts it must be one")
+            print(format_grammar(probe_grammar(load_vae(args.run), args.count)))
             return
-        for line in probe_labels(model, parts, args):
+        train = read_labelled(args.texts, args.labels)
+        test = read_labelled(args.test_texts, args.test_labels)
+        check_labels(train[1], test[1], args.pair)
+        for line in probe_labels(load_vae(args.run), (train, test), args):
             print(line, flush=True)
 
 

@@ -23,8 +23,6 @@ texts of that file. Writes RUN-samples.json beside RUN.
 """
 
 import argparse
-import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +31,7 @@ import torch
 
 import data
 import metrics
-from extras.latent import align, fit_gaussian, interpolate, read_group, without_spaces
+from extras.latent import align, command, fit_gaussian, interpolate, read_group, without_spaces
 
 STEPS = 5  # of an interpolation, both ends included
 HEADS = ["bleu", "distinct_1", "distinct_2", "words", "lm_nats"]
@@ -70,12 +68,12 @@ def measure(texts, lm, split=str.split):
     return measured
 
 
-def judge(model, lm, corpus, count, seed=0, like=None):
+def judge(model, lm, corpus, count, like=None):
     """({kind: measures}, {kind: texts}) of `count` texts of each kind.
 
     Interpolations are of a tenth as many pairs. like: texts whose Gaussian is a kind, too.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     count, longest = min(count, len(corpus)), int(corpus.lengths.max())
     rows = [corpus.row(i).tolist() for i in torch.randperm(len(corpus))[:count]]
     texts = {"test sentences": data.detokenize(rows, model.tokenizer)}
@@ -91,7 +89,7 @@ def judge(model, lm, corpus, count, seed=0, like=None):
         latents["like, greedy"] = gaussian.sample((count,)).float()
         latents["like, sampled"] = latents["like, greedy"]
     for kind, z in latents.items():
-        torch.manual_seed(seed)  # what a kind draws does not depend on the kinds before it
+        torch.manual_seed(0)  # what a kind draws does not depend on the kinds before it
         sampled = kind.endswith("sampled")
         texts[kind] = model.decode_texts(z, do_sample=sampled, max_new_tokens=longest)
     if like:
@@ -99,9 +97,8 @@ def judge(model, lm, corpus, count, seed=0, like=None):
     characters = without_spaces(texts["test sentences"])
     split = list if characters else str.split
     measured = {kind: measure(of_kind, lm, split) for kind, of_kind in texts.items()}
-    measured["reconstructions"]["bleu"] = bleu(
-        texts["reconstructions"], texts["test sentences"], characters
-    )
+    of_reconstructions = bleu(texts["reconstructions"], texts["test sentences"], characters)
+    measured["reconstructions"]["bleu"] = of_reconstructions
     return measured, texts
 
 
@@ -125,8 +122,7 @@ def format_lines(measured, texts):
     for kind, of_kind in texts.items():
         if kind.startswith(("prior", "like,")):
             yield from (f"{kind:16}{text}" for text in of_kind[:3])
-    for kind, of_kind in texts.items():
-        if kind.startswith("interpolation"):
+        elif kind.startswith("interpolation"):
             yield f"{kind.removeprefix('interpolation '):16}{of_kind[0]}"
 
 
@@ -146,18 +142,12 @@ def main(argv=None):
     flag = parser.add_argument
     flag("run", metavar="RUN", help="run folder of train.py, of phase 2")
     flag("--lm", metavar="RUN", help="language model of the same data (lm/ beside RUN, if any)")
-    flag(
-        "--count",
-        type=data.number(int, 3),
-        default=1000,
-        metavar="N",
-        help="texts of each kind (1000)",
-    )
+    count = data.number(int, 3)
+    flag("--count", type=count, default=1000, metavar="N", help="texts of each kind (1000)")
     flag("--like", metavar="FILE", help="texts, one per line: also write texts of their kind")
     args = parser.parse_args(argv)
     run = Path(args.run).resolve()
-    with warnings.catch_warnings(), data.command("samples.py"):
-        warnings.showwarning = lambda message, *_: print(f"samples.py: {message}", file=sys.stderr)
+    with command("samples.py"):
         _, model, read = metrics.load_run(args.run)
         if model.latent_dim == 0:
             raise data.InputError(f"{args.run} is a language model; it must be the run of a VAE")

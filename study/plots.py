@@ -15,9 +15,8 @@ import itertools
 import json
 import math
 import re
-import statistics
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -36,150 +35,49 @@ METHODS = {
     "KL threshold": (r"threshold[\d.]+", "#009E73", "s"),
     "linear annealing": ("linear", "#CC79A7", "D"),
 }
-TEXT_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+RUN_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 KL_TICKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)
 # Linear up to 4 nats, logarithmic beyond: 0, 8 and 96 nats must all be seen. The two parts have the
 # same slope where they meet.
 KL_SCALE = {"base": 2, "linthresh": 4, "linscale": 0.5 / math.log(2)}
-LM_LINE = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 1}
-
-
-@dataclass
-class Point:
-    """A run of the study: results/<text>/<row>/<seed>."""
-
-    row: str
-    seed: str
-    method: str
-    measured: dict  # its metrics.json
-
-    @property
-    def language_model(self):
-        """The row that it is compared with, which has as many layers."""
-        return "lm-deep" if self.row == "paper-deep" else "lm"
-
-
-def points_of(runs):
-    """The Points of a text that were measured at weight 1, method by method."""
-    points = []
-    for method, (rows, _, _) in METHODS.items():
-        for row in sorted(runs):
-            if not re.fullmatch(rows, row):
-                continue
-            for seed, measured in sorted(runs[row].items()):
-                if measured.get("kl_posterior") is not None:
-                    points.append(Point(row, seed, method, measured))
-    return points
-
-
-def above(point, runs, pairs):
-    """(NLL of a run minus the language model's, standard error), nats per sentence.
-
-    The language model is of the seed that the run is paired with, else of its own, else the first.
-    Paired errors are far smaller than those of two means: the sentences are the same.
-    """
-    nll, error = point.measured["nll"], point.measured.get("nll_se") or 0
-    lm, paired = point.language_model, {}
-    for seed in runs[lm]:
-        found = pairs.get(f"{point.row}/{point.seed} - {lm}/{seed}", {})
-        if "nll" in found:
-            paired[seed] = found["nll"][1] or 0
-    if paired:
-        seed = min(paired, key=lambda seed: (seed != point.seed, seed))
-        error = paired[seed]
-    else:
-        seed = point.seed if point.seed in runs[lm] else min(runs[lm])
-        error = math.hypot(error, runs[lm][seed].get("rec_se") or 0)
-    return nll - runs[lm][seed]["rec"], error
-
-
-def mean_nll(runs):
-    """NLL of the language model, which is its rec: the mean over its seeds."""
-    return statistics.fmean(measured["rec"] for measured in runs["lm"].values())
-
-
-def text_name(folder):
-    """How figures call a folder: ptb-256 is PTB with a model of width 256, captions-all all
-    captions."""
-    text, _, rest = folder.partition("-")
-    rest = f"width {rest}" if rest.isdigit() else rest
-    return {"ptb": "PTB"}.get(text, text) + (f", {rest}" if rest else "")
-
-
-def names_of(points):
-    """What is written beside each of these points: the row, once for all of its seeds."""
-    names = []
-    for before, point in zip([None, *points], points, strict=False):
-        repeated = before is not None and before.row == point.row
-        short = re.sub(r"^threshold", "λ ", point.row.removeprefix("paper-"))
-        names.append(None if repeated else short)
-    return names
-
-
-# ---------------------------------------- what the figures share
-
-
-def look(point):
-    """Keywords that draw a point: the marker and the color of its method."""
-    _, color, marker = METHODS[point.method]
-    style = {"marker": marker, "color": color, "linestyle": "", "markersize": 5.5}
-    return style | {"markeredgewidth": 1.2, "label": f"{point.row}/{point.seed}"}
-
-
-def legend_handles(points):
-    """A handle for each method that is drawn."""
-    handles = []
-    for method, (_, color, marker) in METHODS.items():
-        if any(point.method == method for point in points):
-            style = {"marker": marker, "color": color, "linestyle": ""}
-            handles.append(Line2D([], [], label=method, **style))
-    return handles
-
-
-def set_kl_axis(axes, highest):
-    """Nats of z across, on the scale of KL_SCALE, from 0 to beyond the highest."""
-    axes.set_xscale("symlog", **KL_SCALE)
-    axes.set(xlim=(-0.35, max(20, 1.4 * highest)), xlabel="nats that z carries")
-    axes.set_xticks([tick for tick in KL_TICKS if tick <= axes.get_xlim()[1]])
-    axes.xaxis.set_major_formatter("{x:g}")
-
-
-def name_points(axes, points):
-    """Write names beside points [(x, y, name or None)], each where it covers neither a point nor
-    another name. One for which there is no room is left out."""
-    axes.figure.draw_without_rendering()  # only now it is known what lies where
-    reach = 4 * axes.figure.dpi / 72
-    taken = [
-        Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
-        for x, y in axes.transData.transform([point[:2] for point in points])
-    ]
-    inside = axes.bbox.padded(-reach)
-    sides = ((0, 1), (0, -1), (-1, 0), (1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
-    places = [(away * dx, away * dy) for away in (6, 10, 15, 21) for dx, dy in sides]
-    for x, y, name in (point for point in points if point[2]):
-        for dx, dy in places:
-            align = {"ha": ("center", "left", "right")[(dx > 0) - (dx < 0)]}
-            align["va"] = ("center", "bottom", "top")[(dy > 0) - (dy < 0)]
-            style = {"fontsize": 7.5, "color": "0.2", "in_layout": False, **align}
-            style["path_effects"] = [withStroke(linewidth=2, foreground="white")]
-            text = axes.annotate(name, (x, y), (dx, dy), textcoords="offset points", **style)
-            box = text.get_window_extent()
-            if inside.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
-                taken.append(box.padded(reach / 2))
-                break
-            text.remove()
-
 
 # ---------------------------------------- price
 
 
+class Point(NamedTuple):
+    """A run of the study, results/<text>/<row>/<seed>, measured at weight 1. All in nats."""
+
+    row: str
+    seed: str
+    method: str
+    carried: float  # by z, in the model
+    kl: float  # that the encoder pays
+    gap: float  # NLL above the language model's
+    error: float  # standard error of the paired differences, 0 if there are none
+
+
+def points_of(results, paired, text):
+    """The Points of a text, method by method: those whose language model has the same seed."""
+    points = []
+    for method, (rows, _, _) in METHODS.items():
+        for row in sorted(results[text]):
+            if not re.fullmatch(rows, row):
+                continue
+            lm = study_tables.language_model(row)
+            gaps = study_tables.differences(results, paired, text, row, lm, "nll")
+            for seed, (gap, error) in sorted(gaps.items()):
+                measured = results[text][row][seed]
+                carried = measured.get("kl_posterior")
+                if carried is not None:
+                    rest = measured["kl"], gap, error or 0
+                    points.append(Point(row, seed, method, carried, *rest))
+    return points
+
+
 def draw_price(results, paired):
     """A Figure of what z costs and carries: a panel for each text with a language model."""
-    panels = {}
-    for text, runs in results.items():
-        points = [point for point in points_of(runs) if point.language_model in runs]
-        if points and "lm" in runs:
-            panels[text] = points
+    panels = {text: points_of(results, paired, text) for text in results if "lm" in results[text]}
+    panels = {text: points for text, points in panels.items() if points}
     if not panels:
         raise data.InputError("no text has a language model (row lm) and a row to compare with it")
     columns = min(2, len(panels))
@@ -188,45 +86,87 @@ def draw_price(results, paired):
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    named = {}
     for axes, (text, points) in zip(grid.flat, panels.items(), strict=False):
-        named[axes] = price_panel(axes, text, points, results[text], paired.get(text, {}))
-    low = min(axes.dataLim.y0 for axes in named)  # with the ends of the error bars
-    high = max(axes.dataLim.y1 for axes in named)
-    first, points = grid[0, 0], sum(panels.values(), [])
-    first.set_yscale("symlog", linthresh=0.1, linscale=0.3)
-    first.set_ylim(min(-0.15, 1.5 * low), max(1, 2 * high))
-    first.yaxis.set_major_formatter("{x:g}")
-    set_kl_axis(first, max(point.measured["kl"] for point in points))
-    for axes in named:
+        nll, _ = study_tables.number(results, text, "lm", "rec")
+        axes.set_title(f"{text}: language model {nll:.2f} nats", fontsize=9.5)
+        axes.set_xlabel("nats that z carries")
         axes.tick_params(labelbottom=True)
-        axes.set_xlabel(first.get_xlabel())
+        draw_points(axes, points)
     for row in grid:
         row[0].set_ylabel("NLL above the language model's, nats")
-    handles = legend_handles(points)
-    style = {"marker": "|", "color": "0.3", "linewidth": 0.8}
-    handles.append(Line2D([], [], label="to the KL that the encoder pays", **style))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
+    points = sum(panels.values(), [])
+    set_scales(grid[0, 0], points)
+    figure.legend(handles=legend_handles(points), loc="outside lower center", ncols=3, fontsize=8.5)
     figure.suptitle("What z carries in the model, and what it costs", fontsize=11)
-    for axes, names in named.items():
-        name_points(axes, names)
+    for axes, points in zip(grid.flat, panels.values(), strict=False):
+        name_points(axes, points)
     return figure
 
 
-def price_panel(axes, text, points, runs, pairs):
-    """Draw the points of a text; returns [(nats that z carries, gap, name)] of them."""
-    named = []
-    for point, name in zip(points, names_of(points), strict=True):
-        carried, (gap, error) = point.measured["kl_posterior"], above(point, runs, pairs)
-        style = look(point)
-        axes.errorbar(carried, gap, error, **style, elinewidth=1, capsize=2)
-        paid = {"color": style["color"], "linewidth": 0.8, "alpha": 0.6, "marker": "|"}
-        axes.plot([carried, point.measured["kl"]], [gap, gap], markevery=[1], **paid)
-        named.append((carried, gap, name))
-    axes.axhline(0, **LM_LINE)
-    axes.set_title(f"{text_name(text)}: language model {mean_nll(runs):.2f} nats", fontsize=9.5)
+def draw_points(axes, points):
+    """The points of a text, each with its error and a line to the KL that the encoder pays."""
+    for point in points:
+        _, color, marker = METHODS[point.method]
+        style = {"marker": marker, "color": color, "markersize": 5.5, "markeredgewidth": 1.2}
+        style |= {"linestyle": "", "elinewidth": 1, "capsize": 2}
+        label = f"{point.row}/{point.seed}"
+        axes.errorbar(point.carried, point.gap, point.error, label=label, **style)
+        paid = {"color": color, "linewidth": 0.8, "alpha": 0.6, "marker": "|"}
+        axes.plot([point.carried, point.kl], [point.gap, point.gap], markevery=[1], **paid)
+    axes.axhline(0, color="black", linestyle="--", linewidth=1, zorder=1)
     axes.grid(alpha=0.25)
-    return named
+
+
+def set_scales(axes, points):
+    """Of all panels, which share their axes: from 0 to beyond the highest KL, and all errors."""
+    axes.set_xscale("symlog", **KL_SCALE)
+    axes.set_xlim(-0.35, max(20, 1.4 * max(point.kl for point in points)))
+    axes.set_xticks([tick for tick in KL_TICKS if tick <= axes.get_xlim()[1]])
+    axes.set_yscale("symlog", linthresh=0.1, linscale=0.3)
+    low = min(point.gap - point.error for point in points)
+    high = max(point.gap + point.error for point in points)
+    axes.set_ylim(min(-0.15, 1.5 * low), max(1, 2 * high))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def legend_handles(points):
+    """A handle for each method that is drawn, and one for the lines."""
+    handles = []
+    for method, (_, color, marker) in METHODS.items():
+        if any(point.method == method for point in points):
+            style = {"marker": marker, "color": color, "linestyle": ""}
+            handles.append(Line2D([], [], label=method, **style))
+    style = {"marker": "|", "color": "0.3", "linewidth": 0.8}
+    return [*handles, Line2D([], [], label="to the KL that the encoder pays", **style)]
+
+
+def name_points(axes, points):
+    """Write the row beside its first point, where the name covers neither a point nor another name.
+    One for which there is no room is left out."""
+    axes.figure.draw_without_rendering()  # only now it is known what lies where
+    reach = 4 * axes.figure.dpi / 72
+    taken = [
+        Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
+        for x, y in axes.transData.transform([(point.carried, point.gap) for point in points])
+    ]
+    inside = axes.bbox.padded(-reach)
+    sides = ((0, 1), (0, -1), (-1, 0), (1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
+    places = [(away * dx, away * dy) for away in (6, 10, 15, 21) for dx, dy in sides]
+    for row, (point, *_) in itertools.groupby(points, key=lambda point: point.row):
+        name = re.sub(r"^threshold", "λ ", row.removeprefix("paper-"))
+        for dx, dy in places:
+            align = {"ha": ("center", "left", "right")[(dx > 0) - (dx < 0)]}
+            align["va"] = ("center", "bottom", "top")[(dy > 0) - (dy < 0)]
+            style = {"fontsize": 7.5, "color": "0.2", "in_layout": False, **align}
+            style["path_effects"] = [withStroke(linewidth=2, foreground="white")]
+            place = {"xy": (point.carried, point.gap), "xytext": (dx, dy)}
+            text = axes.annotate(name, **place, textcoords="offset points", **style)
+            box = text.get_window_extent()
+            if inside.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
+                taken.append(box.padded(reach / 2))
+                break
+            text.remove()
 
 
 # ---------------------------------------- the curves of runs
@@ -252,7 +192,7 @@ def draw_curves(runs):
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2).flat
     for axes, (title, (name, split, end)) in zip(panels, CURVES.items(), strict=True):
-        for run, color in zip(runs, itertools.cycle(TEXT_COLORS), strict=False):
+        for run, color in zip(runs, itertools.cycle(RUN_COLORS), strict=False):
             records = [r for r in read_log(run) if r["split"] == split and name in r]
             steps, values = [r["step"] for r in records], [r[name] for r in records]
             marker = "o" if split == "valid" else None
@@ -270,15 +210,15 @@ def draw_curves(runs):
         axes.set_xlabel("step")
         axes.set_ylabel("" if name == "kl_weight" else "nats per sentence")
         axes.grid(alpha=0.3)
-    handles = [Line2D([], [], color=c) for _, c in zip(runs, itertools.cycle(TEXT_COLORS))]  # noqa: B905
-    figure.legend(handles, runs, loc="outside lower center", fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=9)
     return figure
 
 
 # ---------------------------------------- the command line
 
 
-def parse_args(argv):
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="plots.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("kind", choices=("curves", "price"))
@@ -291,20 +231,12 @@ def parse_args(argv):
         parser.error(f"--out is {args.out}; it must end in .png")
     if (args.kind == "curves") != bool(args.runs):
         parser.error(f"RUN is {args.runs}; curves needs run folders, price takes none")
-    return args
-
-
-def draw(args):
-    """The Figure that a command asks for."""
-    if args.kind == "curves":
-        return draw_curves(args.runs)
-    return draw_price(*study_tables.read(args.results))
-
-
-def main(argv=None):
-    args = parse_args(argv)
     with data.command("plots.py"):
-        draw(args).savefig(args.out, dpi=150)
+        if args.kind == "curves":
+            figure = draw_curves(args.runs)
+        else:
+            figure = draw_price(*study_tables.read(args.results))
+        figure.savefig(args.out, dpi=150)
         print(f"wrote {args.out}")
 
 

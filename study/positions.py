@@ -10,20 +10,12 @@ beginning alone, or to the end. Late positions are those of long texts only.
 import argparse
 
 import torch
-import torch.nn.functional as F
 
 import data
 import metrics
+import vae
 
 EDGES = (0, 5, 10, 20, 40, 80, 160, 320, 640, 10**9)  # of the rows, in tokens
-
-
-@torch.no_grad()
-def token_nats(model, z, labels):
-    """-log p of each token given z (B, Z) and the tokens before it: (B, T), nats, 0 on padding."""
-    logits = model.decode(z, labels).float().transpose(1, 2)  # (B, V, T)
-    pad_id = model.t5.config.pad_token_id
-    return F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="none")
 
 
 @torch.no_grad()
@@ -41,8 +33,9 @@ def by_position(model, corpus):
         length = batch.labels.shape[1]
         counts[:length] += batch.mask.sum(0).cpu()
         for i, rows in enumerate((index, other[index])):
-            of_tokens = token_nats(model, z[rows].to(model.device), batch.labels)
-            nats[i, :length] += of_tokens.double().sum(0).cpu()
+            logits = model.decode(z[rows].to(model.device), batch.labels).flatten(0, 1)  # (B T, V)
+            of_tokens = vae.token_nats(logits, batch.labels.flatten(), corpus.pad_id)
+            nats[i, :length] += of_tokens.view(batch.labels.shape).double().sum(0).cpu()
     found = []
     for start, stop in zip(EDGES, EDGES[1:], strict=False):
         tokens = int(counts[start:stop].sum())

@@ -13,6 +13,7 @@ the number of samples is too small for the proposal (see `iw_ess`).
 
 import argparse
 import copy
+import itertools
 from functools import partial
 
 import torch
@@ -22,7 +23,10 @@ import metrics
 import train
 
 ROWS = ("rec", "kl", "neg_elbo", "nll", "kl_posterior", "iw_ess")
+RATE = 1e-3  # of AdamW
+CHECK_EVERY = 200  # steps
 PATIENCE = 3  # checks without a better bound, after which it rests
+SAMPLES = 20  # per test text
 
 
 def bound(model, corpus):
@@ -31,78 +35,68 @@ def bound(model, corpus):
     return found
 
 
-def refit(model, corpus, valid, args):
+def refit(model, corpus, valid):
     """A copy of the model, whose encoder is trained on at weight 1; prints the bounds."""
     model = copy.deepcopy(model).eval().requires_grad_(True)  # eval: without dropout
     model.freeze_decoder()
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, fused=True)
-    noise = {"denoise": 0.0, "latent_dim": model.latent_dim, "seed": args.seed}
-    best, step, worse, epoch = bound(model, valid), 0, 0, 0
-    best_state = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(weights, lr=RATE, fused=True)
+    best, best_state, worse = bound(model, valid), copy.deepcopy(model.state_dict()), 0
     print(f"step 0: -ELBO of validation texts {best:.2f}", flush=True)
-    while worse < PATIENCE:
-        order = data.epoch_order(corpus.lengths, 32, args.seed, epoch)
-        load = partial(data.training_batch, corpus, epoch, **noise)
-        for batch in data.prefetch(load, order):
-            rec, kl = model(batch.to(model.device))
-            (rec + kl.sum(1)).mean().backward()
-            torch.nn.utils.clip_grad_norm_(weights, train.MAX_GRADIENT_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if step % args.check_every == 0:
-                now = bound(model, valid)
-                print(f"step {step}: -ELBO of validation texts {now:.2f}", flush=True)
-                worse += 1
-                if now < best - 0.01:
-                    best, best_state, worse = now, copy.deepcopy(model.state_dict()), 0
-                if worse == PATIENCE:
-                    break
-        epoch += 1
+    for step, batch in enumerate(batches(corpus, model.latent_dim), 1):
+        rec, kl = model(batch.to(model.device))
+        (rec + kl.sum(1)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(weights, train.MAX_GRADIENT_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % CHECK_EVERY == 0:
+            now = bound(model, valid)
+            print(f"step {step}: -ELBO of validation texts {now:.2f}", flush=True)
+            worse += 1
+            if now < best - 0.01:
+                best, best_state, worse = now, copy.deepcopy(model.state_dict()), 0
+            if worse == PATIENCE:
+                break
     model.load_state_dict(best_state)
     return model.requires_grad_(False)
 
 
-def column(model, corpus, weight, samples, suffix=""):
+def batches(corpus, latent_dim):
+    """Yields batches of 32 texts, epoch after epoch."""
+    noise = {"denoise": 0.0, "latent_dim": latent_dim, "seed": 0}
+    for epoch in itertools.count():
+        load = partial(data.training_batch, corpus, epoch, **noise)
+        yield from data.prefetch(load, data.epoch_order(corpus.lengths, 32, 0, epoch))
+
+
+def column(model, corpus, weight, suffix=""):
     """ROWS of the posterior that `weight` untempers; suffix: of the measures of r, not of q."""
-    measured = metrics.evaluate(model, corpus, weight, samples)
+    measured = metrics.evaluate(model, corpus, weight, SAMPLES)
     named = [name + suffix if name in ("rec", "kl", "neg_elbo") else name for name in ROWS]
     return [(measured[name], measured[name + "_se"] or 0.0) for name in named]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser("refit.py", description=__doc__.splitlines()[0])
-    flag, count = parser.add_argument, data.number(int, 1)
+    flag = parser.add_argument
     flag("run", metavar="RUN", help="finished run folder of phase 2")
-    flag("--dataset", help="where the texts are, if they have moved")
-    flag("--limit", type=count, help="measure the first N test texts only")
-    flag("--iw-samples", type=count, default=20, help="samples per text (20)")
-    flag("--lr", type=data.number(float, 0), default=1e-3, help="of AdamW (1e-3)")
-    flag("--check-every", type=count, default=200, help="steps between validations (200)")
-    flag("--seed", type=data.number(int, 0), default=0, help="of the order and of eps (0)")
+    flag("--limit", type=data.number(int, 1), help="measure the first N test texts only")
     args = parser.parse_args(argv)
     with data.command("refit.py"):
-        config, model, read = metrics.load_run(args.run, dataset=args.dataset)
+        config, model, read = metrics.load_run(args.run)
         if model.latent_dim == 0 or config["phase"] == 1:
             raise data.InputError(f"{args.run} is no phase 2 with a latent")
-        corpus, valid, test = (
-            read("train", config["limit"]),
-            read("valid"),
-            read("test", args.limit),
-        )
+        valid, test = read("valid"), read("test", args.limit)
         weight = metrics.find_weight(model, valid)
-        refitted = refit(model, corpus, valid, args)
+        refitted = refit(model, read("train", config["limit"]), valid)
         columns = [
-            column(model, test, 1.0, args.iw_samples),
-            column(model, test, weight, args.iw_samples, "_untempered"),
-            column(refitted, test, 1.0, args.iw_samples),
+            column(model, test, 1.0),
+            column(model, test, weight, "_untempered"),
+            column(refitted, test, 1.0),
         ]
-        print(
-            f"{len(test):,} test texts, K = {args.iw_samples}; untempered by w = {weight:.3g};",
-            end="",
-        )
-        print(f" the refitted encoder by {metrics.find_weight(refitted, valid):.3g}")
+        weights = f"untempered by w = {weight:.3g}"
+        weights += f", the refitted encoder by {metrics.find_weight(refitted, valid):.3g}"
+        print(f"{len(test):,} test texts, K = {SAMPLES}; {weights}")
         print(f"{'':14}{'q':>16}{'untempered':>16}{'refitted':>16}")
         for name, *cells in zip(ROWS, *columns, strict=True):
             shown = "".join(f"{f'{value:.2f}±{error:.2f}':>16}" for value, error in cells)

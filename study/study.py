@@ -82,6 +82,7 @@ TEXTS = {
 }
 
 MOST_SEEDS = max(text.seeds for text in TEXTS.values())
+OWN_STARTS = ("grammar", "captions-all", "ptb-256")  # texts that are not for --model
 
 # What rows start from: flags of extras.pretrain. On `grammar` all start from random weights.
 PRETRAINING_TEXTS = ("general", "captions", "ptb", "answers")
@@ -289,22 +290,16 @@ def runs_on(row, text, args):
     return not args.model or start == "small" or start == "deep" and bool(args.deep)
 
 
-def seeds_of(row, text, args):
-    """How many seeds a row of a text has."""
-    return args.seeds or (text.seeds if row.several or text.rows else 1)
-
-
 def study_jobs(args):
     """The jobs of all rows: seed 0 of all texts first, row by row; the long runs last."""
-    jobs = []
+    jobs, rows = [], [row for row in ROWS if not args.rows or row.name in args.rows]
     for long in False, True:
         for seed in range(args.seeds or MOST_SEEDS):
-            for row in ROWS if not args.rows else [r for r in ROWS if r.name in args.rows]:
-                for name in args.texts:
-                    text = find_text(name, args)
-                    wanted = runs_on(row, text, args) and seed < seeds_of(row, text, args)
-                    if wanted and bool(text.rows) == long:
-                        jobs.append(row_job(row, name, seed, args))
+            for row, name in itertools.product(rows, args.texts):
+                text = find_text(name, args)
+                seeds = args.seeds or (text.seeds if row.several or text.rows else 1)
+                if runs_on(row, text, args) and seed < seeds and bool(text.rows) == long:
+                    jobs.append(row_job(row, name, seed, args))
     return jobs
 
 
@@ -355,7 +350,10 @@ def forget_pairs(job):
     if path.exists():
         name = f"{job.result.parent.name}/{job.result.name}"
         pairs = {pair: found for pair, found in read_dict(path).items() if name not in pair.split()}
-        data.write_json(path, pairs) if pairs else path.unlink()
+        if pairs:
+            data.write_json(path, pairs)
+        else:
+            path.unlink()
 
 
 def machine():
@@ -364,17 +362,11 @@ def machine():
         return torch.cuda.get_device_name()
     name = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = found[1] if found else name
     threads = torch.get_num_threads()
-    threads = "1 thread" if threads == 1 else f"{threads} threads"
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
-
-
-def old_pairs(path, wanted):
-    """Those of the pairs in a paired.json, if there is one, whose rows are `wanted`."""
-    pairs = read_dict(path) if path.exists() else {}
-    return {p: pairs[p] for p in pairs if tuple(re.findall(r"(\S+)/\d+", p)) in wanted}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {capability}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def write_pairs(args):
@@ -384,7 +376,8 @@ def write_pairs(args):
     wanted, seeds = study_tables.pairs(rows), range(max(args.seeds or 0, MOST_SEEDS))
     for name in args.texts:
         path = Path(args.results, name, "paired.json")
-        pairs = old_pairs(path, wanted)
+        old = read_dict(path) if path.exists() else {}
+        pairs = {p: old[p] for p in old if tuple(re.findall(r"(\S+)/\d+", p)) in wanted}
         for (a, b), seed in itertools.product(wanted, seeds):
             runs = [run_folder(rows[row], name, seed, args) for row in (a, b)]
             if all((run / "metrics.json").exists() for run in runs):
@@ -480,9 +473,8 @@ def parse_args(argv):
     texts = f"data sets ({' '.join(TEXTS)}; with --model: captions ptb answers)"
     flag("--texts", nargs="+", help=texts)
     flag("--rows", nargs="+", choices=[r.name for r in ROWS], metavar="ROW", help="only these")
-    flag(
-        "--seeds", type=data.number(int, 1), help="so many of each row (1; of some 2, on grammar 3)"
-    )
+    seeds = "so many of each row (1; of some 2, on grammar 3)"
+    flag("--seeds", type=data.number(int, 1), help=seeds)
     flag("--model", help="start of all rows: a T5 of the hub, or a folder (pretrained here)")
     flag("--deep", help="that of the row paper-deep, with --model; without it the row is left out")
     flag("--data-dir", default="data", help="where the folders of the texts are (data)")
@@ -497,12 +489,10 @@ def parse_args(argv):
         args.texts = ["captions", "ptb", "answers"] if args.model else list(TEXTS)
     args.texts = list(dict.fromkeys(args.texts))
     for name in args.texts:
-        if name in ("", "..") or name != Path(name).name:
-            parser.error(f"--texts has {name!r}; it must be the name of a folder in --data-dir")
-        if name not in TEXTS and not args.model:
-            parser.error(f"--texts has {name}; without --model it must be of {', '.join(TEXTS)}")
-        if args.model and name in ("grammar", "captions-all", "ptb-256"):
-            parser.error(f"--texts has {name}, whose rows do not start from --model")
+        if not args.model and name not in TEXTS:
+            parser.error(f"--texts has {name!r}; without --model it must be of {', '.join(TEXTS)}")
+        if args.model and (name in ("", "..", *OWN_STARTS) or name != Path(name).name):
+            parser.error(f"--texts has {name!r}; with --model it must be a folder in --data-dir")
     if args.deep is not None and not args.model:
         parser.error(f"--deep is {args.deep}; it needs --model")
     for flag, name in ("--model", args.model), ("--deep", args.deep):
@@ -519,24 +509,19 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     with data.command("study.py", "; the same command continues"):
-        failed = run_command(args)
+        if args.tables:
+            print("\n\n".join(study_tables.tables(args.results).values()))
+            return
+        jobs = study_jobs(args)
+        print(time_left(jobs, args))
+        if args.list:
+            for job in commands_left(jobs):
+                print(f"python {shlex.join(job.command)}")
+            return
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs end with it, too
+        failed = run(jobs, args)
         if failed:
             sys.exit(f"study.py: commands that failed: {len(failed)}")
-
-
-def run_command(args):
-    """What the flags ask for. Returns the commands that failed."""
-    if args.tables:
-        print("\n\n".join(study_tables.tables(args.results).values()))
-        return []
-    jobs = study_jobs(args)
-    print(time_left(jobs, args))
-    if args.list:
-        for job in commands_left(jobs):
-            print(f"python {shlex.join(job.command)}")
-        return []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs end with it, too
-    return run(jobs, args)
 
 
 if __name__ == "__main__":

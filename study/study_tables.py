@@ -6,7 +6,6 @@ Nats are per sentence. ± is the standard error over sentences (of a difference:
 differences). If a row has several seeds, it is the standard deviation over them if that is larger.
 """
 
-import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,6 @@ SYSTEMS = {  # row: its name in the paper's tables
 # The paper's text of the kind of ours.
 OF_ITS_KIND = {"captions": "snli", "ptb": "ptb", "answers": "yahoo"}
 OF_ITS_KIND |= {"snli": "snli", "yahoo": "yahoo", "yelp": "yelp"}
-NEEDED = ("kl", "rec", "au")  # of each metrics.json
 
 
 @dataclass(frozen=True)
@@ -82,27 +80,18 @@ def pairs(rows):
     return [*dict.fromkeys(found), ("paper-deep", "lm-deep")]
 
 
+def language_model(row):
+    """The row that a row is compared with, which has as many layers."""
+    return "lm-deep" if row.endswith("-deep") else "lm"
+
+
 def read_dict(path, *keys):
     """The dict in a JSON file, with these keys. InputError if there is none."""
     content = data.read_json(path)
-    missing = [key for key in keys if key not in content]
-    if missing or not content:
+    if not content or not content.keys() >= set(keys):
         needed = f" with {', '.join(keys)}" if keys else ""
         raise data.InputError(f"{path} is damaged: it must hold a dict{needed}")
     return content
-
-
-def is_number(value):
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def check_numbers(path, measured):
-    """InputError if a measure is neither a finite number nor null, or a needed one is null."""
-    for name, value in measured.items():
-        if name in ("positions", "word", "precision") or value is None and name not in NEEDED:
-            continue
-        if not is_number(value):
-            raise data.InputError(f"{path} is damaged: {name} is {value!r}, no number")
 
 
 def read(results):
@@ -119,8 +108,7 @@ def read(results):
         if not seed.isdecimal():
             raise data.InputError(f"{path.parent} is no seed: its name must be a number")
         config = read_dict(path.with_name("config.json"), "command")
-        measured = read_dict(path, "latent_dim", *NEEDED)
-        check_numbers(path, measured)
+        measured = read_dict(path, "latent_dim", "kl", "rec", "au")
         if measured["latent_dim"]:
             measured["active"] = measured["au"] / measured["latent_dim"]
         measured["minutes"], measured["phase1_kl"] = map(config.get, ("minutes", "phase1_kl"))
@@ -153,23 +141,21 @@ def number(runs, text, row, key, beside=None):
 
 
 def differences(runs, paired, text, a, b, key):
-    """[(a - b of a measure, its standard error)] for each seed that both rows have. The error is
-    that of the paired differences, None if paired.json has none."""
-    rows, found = runs[text], []
+    """{seed: (a - b of a measure, its standard error)} of the seeds that both rows have. The error
+    is that of the paired differences, None if paired.json has none."""
+    rows, found = runs[text], {}
     for seed in rows.get(a, {}):
         values = [rows.get(row, {}).get(seed, {}).get(key) for row in (a, b)]
         if None not in values:
             pair = paired.get(text, {}).get(f"{a}/{seed} - {b}/{seed}", {})
-            found.append((values[0] - values[1], pair.get(key, [None, None])[1]))
+            found[seed] = values[0] - values[1], pair.get(key, [None, None])[1]
     return found
 
 
 def difference(runs, paired, text, a, b, key):
     """(mean over the seeds that both rows have, ±) of a - b of a measure, or None."""
-    found = differences(runs, paired, text, a, b, key)
-    if not found:
-        return None
-    return spread([pair[0] for pair in found], found[0][1])
+    found = list(differences(runs, paired, text, a, b, key).values())
+    return spread([mean for mean, _ in found], found[0][1]) if found else None
 
 
 def cell(pair, sign=""):
@@ -213,13 +199,12 @@ def rows_table(runs, paired):
                 nll = cell(number(runs, text, row, "rec"))
                 rows.append([name, "-", "-", f"NLL {nll}", "-", "-", "-"])
                 continue
-            own = "lm-deep" if row.endswith("-deep") else "lm"
             keys = "kl", "kl_posterior", "neg_elbo", "neg_elbo_untempered"
             kl, carried, at_q, at_r = (cell(number(runs, text, row, key)) for key in keys)
-            against = cell(difference(runs, paired, text, row, own, "nll"), "+")
+            own = difference(runs, paired, text, row, language_model(row), "nll")
             last = [cell(number(runs, text, row, key)) for key in ("swap_cost", "exact_match")]
             last.append(published(text, row))
-            rows.append([name, f"{kl}, {carried}", f"{at_q}, {at_r}", against, *last])
+            rows.append([name, f"{kl}, {carried}", f"{at_q}, {at_r}", cell(own, "+"), *last])
     return table(heads, rows)
 
 
@@ -268,7 +253,7 @@ def holds(claim, runs, paired, text, a, b):
     key, side = claim.measure, 1 if claim.expected == ">" else -1
     if key == "active":
         return "yes" if side * (a - b) > 0 else "no"
-    found = differences(runs, paired, text, claim.a, claim.b, key)
+    found = differences(runs, paired, text, claim.a, claim.b, key).values()
     errors = [error for _, error in found if error is not None]
     if not errors:
         return "?"
