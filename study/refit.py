@@ -1,6 +1,6 @@
 """How good is the untempered posterior? The encoder of a run is trained on at KL weight 1.
 
-    python -m study.refit RUN [--limit 800]
+    python -m study.refit RUN [--limit 800] [--out study/weight1/TEXT/ROW/SEED/refit.json]
 
 The decoder stays as it is; the encoder, W_mu and W_logvar descend along the gradient of -ELBO, with
 weight 1 and without threshold, deletion and dropout, until that of the validation texts rests. Then
@@ -15,6 +15,7 @@ import argparse
 import copy
 import itertools
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -70,10 +71,15 @@ def batches(corpus, latent_dim):
 
 
 def column(model, corpus, weight, suffix=""):
-    """ROWS of the posterior that `weight` untempers; suffix: of the measures of r, not of q."""
-    measured = metrics.evaluate(model, corpus, weight, SAMPLES)
-    named = [name + suffix if name in ("rec", "kl", "neg_elbo") else name for name in ROWS]
-    return [(measured[name], measured[name + "_se"] or 0.0) for name in named]
+    """{name of ROWS: [value, error]} of the posterior that `weight` untempers.
+
+    suffix: of the measures of r, not of q.
+    """
+    measured, found = metrics.evaluate(model, corpus, weight, SAMPLES), {}
+    for name in ROWS:
+        key = name + suffix if name in ("rec", "kl", "neg_elbo") else name
+        found[name] = [measured[key], measured[key + "_se"] or 0.0]
+    return found
 
 
 def main(argv=None):
@@ -81,6 +87,7 @@ def main(argv=None):
     flag = parser.add_argument
     flag("run", metavar="RUN", help="finished run folder of phase 2")
     flag("--limit", type=data.number(int, 1), help="measure the first N test texts only")
+    flag("--out", metavar="FILE", type=Path, help="also write the columns there, as JSON")
     args = parser.parse_args(argv)
     with data.command("refit.py"):
         config, model, read = metrics.load_run(args.run)
@@ -89,18 +96,22 @@ def main(argv=None):
         valid, test = read("valid"), read("test", args.limit)
         weight = metrics.find_weight(model, valid)
         refitted = refit(model, read("train", config["limit"]), valid)
-        columns = [
-            column(model, test, 1.0),
-            column(model, test, weight, "_untempered"),
-            column(refitted, test, 1.0),
-        ]
+        columns = {
+            "q": column(model, test, 1.0),
+            "untempered": column(model, test, weight, "_untempered"),
+            "refitted": column(refitted, test, 1.0),
+        }
         weights = f"untempered by w = {weight:.3g}"
         weights += f", the refitted encoder by {metrics.find_weight(refitted, valid):.3g}"
         print(f"{len(test):,} test texts, K = {SAMPLES}; {weights}")
-        print(f"{'':14}{'q':>16}{'untempered':>16}{'refitted':>16}")
-        for name, *cells in zip(ROWS, *columns, strict=True):
-            shown = "".join(f"{f'{value:.2f}±{error:.2f}':>16}" for value, error in cells)
-            print(f"{name:14}{shown}")
+        print(" " * 14 + "".join(f"{name:>16}" for name in columns))
+        for name in ROWS:
+            pairs = [posterior[name] for posterior in columns.values()]
+            cells = [f"{value:.2f}±{error:.2f}" for value, error in pairs]
+            print(f"{name:14}" + "".join(f"{cell:>16}" for cell in cells))
+        if args.out:
+            content = {"texts": len(test), "iw_samples": SAMPLES, "weight": weight} | columns
+            data.write_json(args.out, content)
 
 
 if __name__ == "__main__":

@@ -324,6 +324,21 @@ def positions_table(runs):
     return table(["tokens of a text", *found], lines)
 
 
+def refit_table(results):
+    """How good is the untempered posterior? Of some runs q, q untempered, and the encoder refitted
+    at weight 1 with the same decoder (study.refit): the last is the best that there is."""
+    rows = []
+    for path in sorted(Path(results).glob("*/*/*/refit.json")):
+        text, row, _ = path.parts[-4:-1]
+        found = read_dict(path, "texts", "q", "untempered", "refitted")
+        posteriors = found["q"], found["untempered"], found["refitted"]
+        cells = [f"{text}: {row}"]
+        for key in "rec", "kl", "neg_elbo", "nll", "kl_posterior":
+            cells.append(", ".join(f"{posterior[key][0]:.2f}" for posterior in posteriors))
+        rows.append(cells)
+    return table(["q, untempered, refitted", "rec", "KL", "-ELBO", "NLL", "z carries"], rows)
+
+
 def tables(results):
     """{name: table} in the order of RESULTS.md, those that have a row.
 
@@ -334,6 +349,7 @@ def tables(results):
     measured = [seed for rows in runs.values() for row in rows.values() for seed in row.values()]
     if any("kl_posterior" in seed for seed in measured):
         found = {"weight 1": rows_table(runs, paired), "claims": claims_table(runs, paired)}
+        found |= {"refit": refit_table(results)}
     else:
         found = {"earlier": earlier_table(runs)}
         found |= {"earlier claims": claims_table(runs, paired, bounds=False)}

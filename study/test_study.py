@@ -214,11 +214,17 @@ def test_a_refitted_encoder_has_a_lower_bound(home, tmp_path, monkeypatch, capsy
     capsys.readouterr()
     monkeypatch.setattr(refit, "CHECK_EVERY", 5)
     monkeypatch.setattr(refit, "RATE", 1e-2)
-    refit.main([str(tmp_path / "phase2")])
+    out = tmp_path / "results" / "text" / "row" / "0" / "refit.json"
+    out.parent.mkdir(parents=True)
+    refit.main([str(tmp_path / "phase2"), "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
     bounds = [float(line.split()[-1]) for line in lines if line.startswith("step")]
     assert min(bounds) < bounds[0]
     assert [line.split()[0] for line in lines[-6:]] == list(refit.ROWS)
+    printed = [line.split()[1:] for line in lines[-6:-1]]  # "12.34±0.56", three times
+    kept = [", ".join(cell.split("\u00b1")[0] for cell in cells) for cells in printed]
+    last = study_tables.refit_table(tmp_path / "results").splitlines()[-1]
+    assert last == "| " + " | ".join(["text: row", *kept]) + " |"
 
 
 # ---------------------------------------- tables
