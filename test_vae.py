@@ -109,13 +109,11 @@ def test_pooling_by_hand():
     assert pool(hidden, mask, "last").tolist() == [[3.0, -7.0]]
 
 
-def test_rec_is_the_sum_over_real_tokens():
+def test_rec_ignores_padding_and_other_sentences():
     vae = tiny_vae()
-    labels, mask = random_texts(4, 9)
+    labels, _ = random_texts(4, 9)
     z = torch.randn(4, 8)
-    log_p = vae.decode(z, labels).log_softmax(-1).gather(2, labels[:, :, None])[:, :, 0]
     rec = vae.rec(z, labels)
-    torch.testing.assert_close(rec, -(log_p * mask).sum(1), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(vae.rec(z, F.pad(labels, (0, 5))), rec, atol=1e-4, rtol=1e-5)
     other = labels.clone()
     other[1, 0] = 3 + (other[1, 0] - 2) % 61
@@ -130,13 +128,6 @@ def test_reparameterize():
     assert abs(z.mean() - 3) < 0.05, z.mean()
     assert abs(z.std() - 2) < 0.05, z.std()  # logvar is the logarithm of a variance
     assert torch.equal(z, tiny_vae().reparameterize(mu, logvar, torch.Generator().manual_seed(0)))
-
-
-def test_freeze_decoder():
-    vae = tiny_vae().freeze_decoder()
-    trainable = {name for name, p in vae.named_parameters() if p.requires_grad}
-    assert {"w_mu.weight", "w_logvar.weight"} < trainable
-    assert all(name.startswith(("t5.encoder.", "w_mu", "w_logvar")) for name in trainable)
 
 
 CLI_TEXTS = ["the old king sells a boat", "a monk"]
@@ -197,7 +188,9 @@ def from_t5(folder, latent_dim=5, **kwargs):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    """{relative path: content} of all files in a folder."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.fixture
@@ -208,35 +201,28 @@ def batch(checkpoint):
     return model, torch.randn(4, 5), labels
 
 
-def test_decode_is_t5s_own_forward_on_the_memory(batch):
-    model, z, labels = batch
-    start = model.t5.prepare_decoder_input_ids_from_labels(labels)
-    with torch.no_grad():
-        memory = BaseModelOutput(model.memory(z))
-        own = model.t5(encoder_outputs=memory, decoder_input_ids=start).logits
-        torch.testing.assert_close(model.decode(z, labels), own, atol=1e-6, rtol=1e-6)
-        assert not torch.allclose(model.decode(z + 1, labels), own, atol=1e-2)
-        nats = F.cross_entropy(own.mT, labels, ignore_index=PAD, reduction="none")
-        torch.testing.assert_close(model.rec(z, labels), nats.sum(1))
+def literal(t5, memory, labels):
+    """Logits with T5's own cross-attention: a cache that holds the one key, which is the value."""
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for layer in range(t5.config.num_decoder_layers):
+        one_key = memory[:, layer].view(len(labels), t5.config.num_heads, 1, t5.config.d_kv)
+        cache.cross_attention_cache.update(one_key, one_key, layer)
+        cache.is_updated[layer] = True
+    unread = BaseModelOutput(torch.randn(len(labels), 1, t5.config.d_model))
+    start = t5.prepare_decoder_input_ids_from_labels(labels)
+    return t5(encoder_outputs=unread, decoder_input_ids=start, **{vae.CACHE: cache}).logits
 
 
+@torch.no_grad()
 def test_one_key_of_t5s_own_cross_attention_gives_the_same_logits(checkpoint, batch):
     model, z, labels = batch
     t5 = AutoModelForSeq2SeqLM.from_pretrained(checkpoint).eval()
-    start = t5.prepare_decoder_input_ids_from_labels(labels)
-
-    def literal(z):
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        for layer in range(t5.config.num_decoder_layers):
-            one_key = model.memory(z)[:, layer].view(len(z), t5.config.num_heads, 1, t5.config.d_kv)
-            cache.cross_attention_cache.update(one_key, one_key, layer)
-            cache.is_updated[layer] = True
-        unread = BaseModelOutput(torch.randn(len(z), 1, t5.config.d_model))
-        return t5(encoder_outputs=unread, decoder_input_ids=start, **{vae.CACHE: cache}).logits
-
-    with torch.no_grad():
-        torch.testing.assert_close(model.decode(z, labels), literal(z), atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(model.decode(z, labels), literal(z.flip(0)), atol=1e-2)
+    own = literal(t5, model.memory(z), labels)
+    torch.testing.assert_close(model.decode(z, labels), own, atol=1e-4, rtol=1e-4)
+    other = literal(t5, model.memory(z.flip(0)), labels)
+    assert not torch.allclose(own, other, atol=1e-2), "the control"
+    nats = F.cross_entropy(own.mT, labels, ignore_index=PAD, reduction="none")
+    torch.testing.assert_close(model.rec(z, labels), nats.sum(1), atol=1e-3, rtol=1e-4)
 
 
 def argmax_loop(model, z, steps, eos_id):
@@ -303,15 +289,6 @@ def test_round_trip_keeps_every_bit(batch, tmp_path, cli_tokenizer):
     assert files(tmp_path / "c")["model.safetensors"] != a["model.safetensors"]
 
 
-def test_every_pretrained_weight_is_kept(checkpoint):
-    t5, model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint), from_t5(checkpoint)
-    kept = dict(model.t5.named_parameters())
-    for name, weight in t5.named_parameters():
-        name = name.replace("EncDecAttention.o.", "o.")  # noqa: PLW2901
-        dead = ".layer.1." in name and "decoder" in name and not name.endswith(".o.weight")
-        assert dead if name not in kept else torch.equal(weight, kept[name]), name
-
-
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory, cli_tokenizer):
     folder = tmp_path_factory.mktemp("t5")
@@ -321,12 +298,6 @@ def t5_folder(tmp_path_factory, cli_tokenizer):
         t5.lm_head.weight[cli_tokenizer.all_special_ids] = 0
     t5.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def saved(t5_folder, tmp_path):
-    from_t5(t5_folder).save_pretrained(tmp_path / "old")
-    return tmp_path / "old"
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -346,11 +317,6 @@ def write(folder, name="train.txt", content=b"a king paints\na queen sings\n"):
     folder.mkdir(exist_ok=True, parents=True)
     (folder / name).write_bytes(content)
     return str(folder)
-
-
-def texts_of(corpus, data_tokenizer):
-    rows = np.split(corpus.ids, corpus.offsets[1:-1])
-    return [data_tokenizer.decode(row[:-1]) for row in rows]
 
 
 def test_grammar_entropy_is_that_of_its_sentences():
@@ -423,17 +389,14 @@ def test_stratified_noise_is_normal_and_spread_evenly():
     assert data.stratified_noise(0, 0, 0, np.arange(2), data.UNTEMPERED, 1).shape == (1, 2, 0)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 5, 100])
-def test_micro_batches_divide_the_texts_of_a_step(grammar_corpus, micro_batch, monkeypatch):
+@pytest.mark.parametrize(("micro_batch", "world"), [(1, 9), (2, 9), (5, 2), (100, 2)])
+def test_micro_batches_divide_the_texts_of_a_step(grammar_corpus, micro_batch, world, monkeypatch):
+    """Nine processes are two more than texts."""
     noise, index = {"denoise": 0.2, "latent_dim": 2, "seed": 0}, np.arange(7)
     (whole,) = data.training_batches(grammar_corpus, 0, index, 7, **noise)
     found = []
-    for rank in range(9):  # two more processes than texts
-        monkeypatch.setattr(
-            data, "processes", lambda rank=rank: (rank, 9 if micro_batch < 5 else 2)
-        )
-        if micro_batch >= 5 and rank > 1:
-            break
+    for rank in range(world):
+        monkeypatch.setattr(data, "processes", lambda rank=rank: (rank, world))
         for batch in data.training_batches(grammar_corpus, 0, index, micro_batch, **noise):
             assert len(batch.index) <= micro_batch
             assert batch.step_count == 7
@@ -460,17 +423,12 @@ def test_a_corpus_of_a_list(data_tokenizer):
     assert corpus.row(2099).tolist() == corpus.row(2).tolist()
     assert data.detokenize([corpus.row(1).tolist()], data_tokenizer) == ["a <unk> monk"]
     assert corpus.words[1] == 4  # the end is a word
-    for wrong, said in (
-        ([1], r"texts\[0\] is 1"),
-        (["a", " "], r"texts\[1\] is empty"),
-        ([], "empty"),
-    ):
-        with pytest.raises(data.InputError, match=said):
-            data.make_corpus(wrong, data_tokenizer)
-    with pytest.raises(data.InputError, match=r"texts\[1\] .*surrogate"):
-        data.make_corpus(["a", "b\ud83d"], data_tokenizer)
     no_spaces = data.make_corpus(["\u6211\u559c\u6b22\u732b"] * 3, ByT5Tokenizer())
     assert (no_spaces.word, no_spaces.words.tolist()) == ("character", [5, 5, 5])
+    refused = [([1], r"texts\[0\] is 1"), (["a", " "], r"texts\[1\] is empty"), ([], "is empty")]
+    for wrong, said in [*refused, (["a", "b\ud83d"], r"texts\[1\] .*surrogate")]:
+        with pytest.raises(data.InputError, match=said):
+            data.make_corpus(wrong, data_tokenizer)
 
 
 # ---------------------------------------------------------------------------------------- measures
@@ -504,19 +462,19 @@ FIRST = 3  # a text of the linear-Gaussian world is one token, FIRST + i, and </
 
 
 class LinearGaussian(torch.nn.Module):
-    """z ~ N(0, I), x ~ N(W z, noise I); W has orthogonal columns, hence a diagonal posterior.
+    """z ~ N(0, I), x ~ N(W z, I); W has orthogonal columns, hence a diagonal posterior.
 
-    Unless it is `correlated`: then q is the best diagonal one. q is the optimum at the KL weight
-    `trained_at`: the posterior of a likelihood that counts 1 / trained_at times.
+    If it is `correlated`, the columns are not orthogonal, and q is the best diagonal posterior. q
+    is the optimum at the KL weight `trained_at`: its likelihood counts 1 / trained_at times.
 
-    Text i stands for x[i], drawn from the model. q is the exact posterior, moved by `shift` and
-    widened by `widen`. A decoder that reads `heard` dimensions of z knows the distribution of the
-    others, so that its p(x) is the true one: it is x's density given those alone.
+    Text i stands for x[i], drawn from the model. q is moved by `shift` and widened by `widen`. The
+    decoder reads the first `heard` dimensions of z. It knows the distribution of the others, so
+    that its p(x) is the true one: rec is x's density given those that it reads.
     """
 
     def __init__(  # noqa: PLR0913
-        self, n, latent_dim=4, scale=2.0, noise=1.0, shift=0.0, widen=0.0, heard=None,
-        trained_at=1.0, correlated=False,
+        self, n, latent_dim=4, scale=2.0, shift=0.0, widen=0.0, heard=None, trained_at=1.0,
+        correlated=False,
     ):  # fmt: skip
         super().__init__()
         rng = torch.Generator().manual_seed(3)
@@ -526,20 +484,20 @@ class LinearGaussian(torch.nn.Module):
         self.w = directions * torch.linspace(scale / 2, scale, latent_dim, dtype=torch.float64)
         if correlated:
             self.w = self.w @ (torch.eye(latent_dim) + 0.2).double()
-        self.noise, self.shift, self.widen, self.trained_at = noise, shift, widen, trained_at
+        self.shift, self.widen, self.trained_at = shift, widen, trained_at
         self.heard = latent_dim if heard is None else heard
-        self.x = draw(n, latent_dim) @ self.w.T + noise**0.5 * draw(n, size)
+        self.x = draw(n, latent_dim) @ self.w.T + draw(n, size)
         self.latent_dim, self.device = latent_dim, torch.device("cpu")
 
     @property
     def posterior(self):
         """mu (n, Z) and variance (Z,) of the exact p(z|x)."""
-        variance = 1 / (1 + (self.w**2).sum(0) / self.noise)
-        return self.x @ self.w / self.noise * variance, variance
+        variance = 1 / (1 + (self.w**2).sum(0))
+        return self.x @ self.w * variance, variance
 
     def normal(self, mean, w):
-        """N(mean, w w' + noise I), of x."""
-        covariance = w @ w.T + self.noise * torch.eye(len(w), dtype=torch.float64)
+        """N(mean, w w' + I), of x."""
+        covariance = w @ w.T + torch.eye(len(w), dtype=torch.float64)
         return MultivariateNormal(mean, covariance, validate_args=False)
 
     def log_p(self):
@@ -547,12 +505,11 @@ class LinearGaussian(torch.nn.Module):
         return self.normal(torch.zeros(len(self.w)).double(), self.w).log_prob(self.x)
 
     def mutual_information(self):
-        return 0.5 * torch.log1p((self.w**2).sum(0) / self.noise).sum().item()
+        return 0.5 * torch.log1p((self.w**2).sum(0)).sum().item()
 
     def encode(self, ids, mask):
-        noise = self.noise * self.trained_at
-        precision = torch.eye(self.latent_dim).double() + self.w.T @ self.w / noise
-        mu = torch.linalg.solve(precision, self.w.T / noise @ self.x.T).T
+        precision = torch.eye(self.latent_dim).double() + self.w.T @ self.w / self.trained_at
+        mu = torch.linalg.solve(precision, self.w.T / self.trained_at @ self.x.T).T
         mu = mu[ids[:, 0] - FIRST] + self.shift
         return mu, (self.widen - precision.diagonal().log()).expand_as(mu)
 
@@ -573,12 +530,8 @@ def toy_corpus(n):
     return data.Corpus(ids, np.arange(0, 2 * n + 1, 2), np.full(n, 2), 0, 0, 0, 2, "")
 
 
-def whole(n):
-    return data.make_batch(toy_corpus(n), np.arange(n))
-
-
 def importance_weighted(model, n, samples, weight=1.0):
-    batch = whole(n)
+    batch = data.make_batch(toy_corpus(n), np.arange(n))
     r = metrics.untemper(*model.encode(batch.ids, batch.mask), weight)
     return metrics.importance_weighted(model, batch, *r, samples)
 
@@ -718,16 +671,7 @@ def test_standard_errors_are_those_of_resampled_sentences():
 def test_what_is_not_finite_is_refused_by_name(tmp_path):
     model = LinearGaussian(20)
     model.x[6] = math.nan
-    with pytest.raises(
-        FloatingPointError, match="mu of text 6 of the split, from 0, is not finite"
-    ):
-        metrics.evaluate(model, toy_corpus(20))
-    rec = LinearGaussian.rec
-    model = LinearGaussian(20)
-    model.rec = lambda z, labels: rec(model, z, labels).masked_fill(labels[:, 0] == FIRST, math.inf)
-    with pytest.raises(
-        FloatingPointError, match="rec of text 0 of the split, from 0, is not finite"
-    ):
+    with pytest.raises(FloatingPointError, match="mu of text 6 of the split, from 0, is not fin"):
         metrics.evaluate(model, toy_corpus(20))
     with pytest.raises(ValueError, match="not JSON compliant"):
         data.write_json(tmp_path / "metrics.json", {"rec": math.nan})
@@ -736,11 +680,14 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path):
 
 def test_metrics_json_stays_where_a_number_is_not_finite(whole_run, tmp_path, monkeypatch):
     run, rec = shutil.copytree(whole_run, tmp_path / "run"), T5VAE.rec
-    corpus = metrics.load_run(run)[-1]("test")
-    first = corpus.ids[corpus.offsets[:-1]]
-    bad, before = int(first.argmax()), files(run)
-    hit = lambda labels: labels[:, 0] == int(first[bad])  # noqa: E731
-    monkeypatch.setattr(T5VAE, "rec", lambda s, z, x: rec(s, z, x).masked_fill(hit(x), math.nan))
+    corpus, before = metrics.load_run(run)[-1]("test"), files(run)
+    first = torch.from_numpy(corpus.ids[corpus.offsets[:-1]])
+    bad = first.argmax().item()
+
+    def broken_rec(self, z, labels):
+        return rec(self, z, labels).masked_fill(labels[:, 0] == first[bad], math.inf)
+
+    monkeypatch.setattr(T5VAE, "rec", broken_rec)
     with pytest.raises(SystemExit, match=f"of text {bad} of the split, from 0, is not finite"):
         metrics.main([str(run), "--iw-samples", "2", "--write"])
     assert files(run) == before
@@ -760,23 +707,19 @@ def test_mutual_information_is_the_truth_or_its_ceiling(n):
         assert mi == pytest.approx(target, abs=0.05 + 2 / math.sqrt(n)), (n, target)
 
 
-def test_mutual_information_of_one_posterior_for_all_is_zero():
-    mu = torch.zeros(300, 8)
-    assert metrics.mutual_information(mu, mu, torch.randn(300, 8)).abs() < 1e-9
-
-
 def test_mutual_information_by_chunks_is_the_same():
     generator = torch.Generator().manual_seed(0)
     mu, logvar = torch.randn(700, 5, generator=generator), torch.randn(700, 5, generator=generator)
     z = mu + (logvar / 2).exp() * torch.randn(700, 5, generator=generator)
-    once = metrics.mutual_information(mu, logvar, z=z, chunk=700)
-    for chunk in 1, 64, 10_000:
-        torch.testing.assert_close(metrics.mutual_information(mu, logvar, z=z, chunk=chunk), once)
     # All densities at once, by torch's own hand.
     q = Normal(mu.double(), (logvar.double() / 2).exp())
     log_q = q.log_prob(z[:, None].double()).sum(2)
     direct = (log_q.diagonal() - log_q.logsumexp(1) + math.log(700)).mean()
-    torch.testing.assert_close(once, direct)
+    for chunk in 1, 64, 700, 10_000:
+        found = metrics.mutual_information(mu, logvar, z=z, chunk=chunk)
+        torch.testing.assert_close(found, direct)
+    one_for_all = torch.zeros(700, 5)
+    assert metrics.mutual_information(one_for_all, one_for_all, z).abs() < 1e-9
 
 
 def test_active_units_around_the_threshold_with_n_minus_1():
@@ -793,30 +736,21 @@ RUN_TEXTS += ("the happy witch hid a red drum by the lake", "monks \u4e2d lost i
 
 
 @pytest.fixture(scope="module")
-def metrics_tokenizer():
-    return data.train_tokenizer(data.read_texts("grammar", "valid"), 400)
+def corpus(data_tokenizer):
+    return data.make_corpus(RUN_TEXTS * 5, data_tokenizer)
 
 
-@pytest.fixture(scope="module")
-def corpus(metrics_tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    (folder / "train.txt").write_text("\n".join(RUN_TEXTS * 5), encoding="utf-8")
-    return data.load_corpus(str(folder), "train", metrics_tokenizer)
-
-
-def small_vae(metrics_tokenizer, latent_dim=4, seed=0):
-    torch.manual_seed(seed)
-    shape = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    config = T5Config(vocab_size=len(metrics_tokenizer), decoder_start_token_id=0, **shape)
+def small_vae(data_tokenizer, latent_dim=4):
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=len(data_tokenizer), dropout_rate=0.1)
     model = T5VAE(config.to_dict(), latent_dim)
-    model.tokenizer = metrics_tokenizer
-    for parameter in model.w_proj.parameters():
-        torch.nn.init.normal_(parameter)  # z is heard
+    model.tokenizer = data_tokenizer
+    torch.nn.init.normal_(model.w_proj.weight)  # z is heard
     return model
 
 
-def test_no_number_depends_on_the_batch_size(metrics_tokenizer, corpus):
-    model = small_vae(metrics_tokenizer)
+def test_no_number_depends_on_the_batch_size(data_tokenizer, corpus):
+    model = small_vae(data_tokenizer)
     evaluate = partial(metrics.evaluate, model, corpus, 0.5, iw_samples=3, thorough=True)
     one, many = evaluate(max_tokens=1), evaluate()
     assert one.keys() == many.keys()
@@ -827,8 +761,8 @@ def test_no_number_depends_on_the_batch_size(metrics_tokenizer, corpus):
     assert other_noise["rec"] != pytest.approx(many["rec"], rel=1e-4)
 
 
-def test_evaluation_repeats_and_leaves_random_state_and_mode_alone(metrics_tokenizer, corpus):
-    model = small_vae(metrics_tokenizer).train()
+def test_evaluation_repeats_and_leaves_random_state_and_mode_alone(data_tokenizer, corpus):
+    model = small_vae(data_tokenizer).train()
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     first = metrics.evaluate(model, corpus, iw_samples=2, thorough=True)
     assert model.training
@@ -838,8 +772,8 @@ def test_evaluation_repeats_and_leaves_random_state_and_mode_alone(metrics_token
     assert metrics.evaluate(model, corpus, iw_samples=2, thorough=True) == first
 
 
-def test_numbers_follow_from_counts_and_sentences(metrics_tokenizer, corpus):
-    model = small_vae(metrics_tokenizer)
+def test_numbers_follow_from_counts_and_sentences(data_tokenizer, corpus):
+    model = small_vae(data_tokenizer)
     result = metrics.evaluate(model, corpus, iw_samples=2, thorough=True)
     batches = [data.make_batch(corpus, i) for i in data.evaluation_order(corpus.lengths, 30)]
     with torch.no_grad():
@@ -860,14 +794,14 @@ def test_numbers_follow_from_counts_and_sentences(metrics_tokenizer, corpus):
     assert result["unknown_share"] == pytest.approx(1 / 4), "one text of four"
 
 
-def test_a_language_model_has_no_use_of_z(metrics_tokenizer, corpus):
-    model = small_vae(metrics_tokenizer, latent_dim=0)
+def test_a_language_model_has_no_use_of_z(data_tokenizer, corpus):
+    model = small_vae(data_tokenizer, latent_dim=0)
     result = metrics.evaluate(model, corpus, iw_samples=5, thorough=True)
     assert result["kl"] == result["gain"] == result["au"] == 0
     assert result["mi"] == pytest.approx(0, abs=1e-9)
     assert result["nll_iw"] == pytest.approx(result["rec"], rel=1e-9)
     assert result["rec_other"] == pytest.approx(result["rec"], rel=1e-9)
-    assert "z is" not in metrics.verdict(result)
+    assert metrics.verdict(result).startswith(f"rec {result['rec']:.2f} nats per sentence; WARNING")
 
 
 def said(**changes):
@@ -878,46 +812,26 @@ def said(**changes):
 
 
 def test_the_verdict_does_not_contradict_itself():
-    assert "z is used" in said()
-    for words in "20.00\u00b10.10 nats higher", "18.10", "met (8.20)", "carries 7.90":
+    assert said().startswith("z is used")
+    for words in "20.00\u00b10.10 nats higher", "NLL 17.90", "18.10", "met (8.20)", "carries 7.90":
         assert words in said()
     assert "MISSED" in said(kl=9.0)
     useless = said(kl=40.0, swap_cost=0.02, swap_cost_se=0.02, kl_posterior=3.0)
-    assert "z is ignored" in useless
-    assert "buys nothing" in useless
-    assert "carries" not in useless, "what swaps do not change carries nothing"
+    collapsed = said(kl=0.0, swap_cost=0.0, swap_cost_se=0.0)
+    for line in useless, collapsed:
+        assert re.match("z is ignored: .*buys nothing", line)
+        assert "carries" not in line, "what swaps do not change carries nothing"
     small = said(kl=0.9, swap_cost=0.8, swap_cost_se=0.05, kl_posterior=0.7)
     assert "z is used" in small, "small is not unused"
     assert "hardly used" in said(kl=40.0, swap_cost=0.5, swap_cost_se=0.02)
     assert "WARNING" in said(unknown_share=1.0)
     assert "WARNING" not in said(unknown_share=0.01)
+    phase_1 = metrics.evaluate(LinearGaussian(50), toy_corpus(50), thorough=True)
+    assert "z is" not in metrics.verdict(phase_1), "phase 1 is not about what z costs"
 
 
-def test_six_verdicts(metrics_tokenizer, corpus):
-    """A run that collapsed, one at 0.9 nats, at 40 useless nats, phase 1, no latent."""
-
-    def verdict_of(iw_samples=20, **world):
-        model, evaluate = LinearGaussian(500, **world), metrics.evaluate
-        return metrics.verdict(evaluate(model, toy_corpus(500), 1, iw_samples, thorough=True))
-
-    collapsed, small = verdict_of(scale=0.0), verdict_of(scale=1.0)
-    useless, used, phase_1 = verdict_of(scale=30.0, heard=0), verdict_of(), verdict_of(0)
-    for line in collapsed, useless:
-        assert re.match("z is ignored: .*buys nothing", line)
-        assert "carries" not in line
-    assert float(re.search(r"its KL is ([\d.]+) nats", small)[1]) == pytest.approx(0.9, abs=0.1)
-    for line in small, used:
-        assert line.startswith("z is used")
-        assert "carries" in line
-        assert "NLL" in line
-    assert "z is" not in phase_1, "phase 1 is not about what z costs"
-    without = metrics.evaluate(small_vae(metrics_tokenizer, 0), corpus, 1, 5, thorough=True)
-    said = metrics.verdict(without).split(";")[0]
-    assert said == f"rec {without['rec']:.2f} nats per sentence"
-
-
-def test_the_table_prints_what_the_dict_holds(metrics_tokenizer, corpus):
-    result = metrics.evaluate(small_vae(metrics_tokenizer), corpus, iw_samples=2, thorough=True)
+def test_the_table_prints_what_the_dict_holds(data_tokenizer, corpus):
+    result = metrics.evaluate(small_vae(data_tokenizer), corpus, iw_samples=2, thorough=True)
     table = metrics.format_table({"name": result}).splitlines()[1:-1]
     lines = {line.split()[0]: line.split()[-1] for line in table}
     for key in "rec", "kl", "neg_elbo", "nll", "kl_posterior", "swap_cost":
@@ -1015,14 +929,20 @@ def same_log(one, other):
     return Path(one, "log.jsonl").read_bytes() == Path(other, "log.jsonl").read_bytes()
 
 
+def logs_agree(one, other):
+    """Whether the numbers in two logs are the same but for the rounding of sums."""
+    for a, b in zip(*map(log_records, (one, other)), strict=True):
+        numbers = [name for name, value in a.items() if isinstance(value, int | float)]
+        near = pytest.approx([a[name] for name in numbers], rel=1e-3, abs=1e-4)
+        if a.keys() != b.keys() or [b[name] for name in numbers] != near:
+            return False
+    return True
+
+
 def distance(one, other):
     """The largest relative difference of a weight tensor."""
     a, b = weights(one), weights(other)
     return max(((a[n] - b[n]).norm() / a[n].norm().clamp(min=1e-12)).item() for n in a)
-
-
-def saved_state(run):
-    return torch.load(Path(run, "checkpoint.pt"), weights_only=True)
 
 
 @pytest.fixture(scope="session")
@@ -1147,8 +1067,6 @@ def test_saved_runs_are_measured_again(whole_run, home, tmp_path, capsys, monkey
     (run / "metrics.json").unlink()
     with pytest.raises(SystemExit, match="--write: .*not finished"):
         metrics.main([str(run), "--write", "--iw-samples", "3"])
-    with pytest.raises(SystemExit, match="metrics.py: no/run has no config.json of a run"):
-        metrics.main(["no/run"])
     (moved / "test.txt").write_text("other")
     with pytest.raises(SystemExit, match="are not those that it was trained on"):
         metrics.main([str(run), "--dataset", str(moved)])
@@ -1219,17 +1137,10 @@ def test_a_reset_decoder_is_that_of_the_t5_again(tmp_path, home, t5_folder):
             assert torch.equal(weight, before[name]) == (encodes or freeze), "else it has moved"
 
 
-TEXTS = ("split", "word", "entropy")  # values of log records that are no numbers
-
-
 def test_micro_batches_train_the_same_model(tmp_path, quiet, plain):
     assert train_run(main, *quiet, "--micro-batch", 2, "--out", tmp_path) == 0
     assert distance(tmp_path / "phase2", plain) < 1e-4
-    for one, other in zip(*map(log_records, (tmp_path / "phase2", plain)), strict=True):
-        for name, value in one.items():
-            assert other[name] == (
-                value if name in TEXTS else pytest.approx(value, rel=1e-3, abs=1e-4)
-            )
+    assert logs_agree(tmp_path / "phase2", plain)
 
 
 class RowsOfLogits(TorchFunctionMode):
@@ -1252,10 +1163,8 @@ def rec_and_gradients(model, z, labels, scale):
     z.grad = None
     rec = model.rec(z, labels)
     (rec * scale * torch.linspace(0.2, 1, len(rec))).sum().backward()
-    return [
-        rec.detach(),
-        *(p.grad.clone() for p in (z, *model.parameters()) if p.grad is not None),
-    ]
+    gradients = [p.grad for p in (z, *model.parameters())]
+    return [rec.detach(), *(grad.clone() for grad in gradients if grad is not None)]
 
 
 @pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
@@ -1280,24 +1189,15 @@ def test_logits_in_slices_give_the_same_gradients(checkpoint, half, monkeypatch)
         with torch.no_grad(), RowsOfLogits(vocabulary) as noted:
             torch.testing.assert_close(model.rec(z, labels), whole[0], atol=0.02, rtol=1e-2)
         assert max(noted.rows) == 10
+        with pytest.raises(data.InputError, match="no second derivative; raise vae.MOST_LOGITS"):
+            torch.autograd.grad(model.rec(z, labels).sum(), z, create_graph=True)
         # A head that is no nn.Linear, as LoRA's, is called, not read.
-        model.t5.lm_head = torch.nn.Sequential(
-            torch.nn.LayerNorm(model.t5.config.d_model, elementwise_affine=False),
-            model.t5.lm_head,
-        )
+        norm = torch.nn.LayerNorm(model.t5.config.d_model, elementwise_affine=False)
+        model.t5.lm_head = torch.nn.Sequential(norm, model.t5.lm_head)
         other = model.rec(z, labels).detach()
         monkeypatch.undo()
         torch.testing.assert_close(other, model.rec(z, labels).detach(), atol=0.02, rtol=1e-2)
         assert (other - whole[0]).abs().max() > 0.1
-    assert vae.MOST_LOGITS == 2**30
-
-
-def test_the_sliced_loss_refuses_a_second_derivative(checkpoint, monkeypatch):
-    model, labels = from_t5(checkpoint), torch.randint(3, 50, (2, 4))
-    z = torch.randn(2, 5, requires_grad=True)
-    monkeypatch.setattr(vae, "MOST_LOGITS", 100)
-    with pytest.raises(data.InputError, match="no second derivative; raise vae.MOST_LOGITS"):
-        torch.autograd.grad(model.rec(z, labels).sum(), z, create_graph=True)
 
 
 def test_a_frozen_head_is_sliced_without_a_gradient(checkpoint, monkeypatch):
@@ -1313,7 +1213,7 @@ def test_a_frozen_head_is_sliced_without_a_gradient(checkpoint, monkeypatch):
 def test_adamw_rms_steps_are_relative_to_each_weight():
     """200 steps against AdamW of weights that are divided by their size, by hand."""
     torch.manual_seed(0)
-    args = train.settings(*flags_of("--dataset grammar --model tiny --recipe best --phase 1"))
+    args = settings("--dataset grammar --model tiny --recipe best --phase 1")[0]
     weights = torch.nn.ParameterList([torch.randn(4, 3), 0.01 * torch.randn(5), torch.zeros(2)])
     by_hand = [w.detach().clone().double() for w in weights]
     moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in by_hand]
@@ -1338,11 +1238,6 @@ def test_adamw_rms_steps_are_relative_to_each_weight():
 # ---------------------------------------------------------------------------------- command line
 
 
-def flags_of(text):
-    args, phases = train.parse(shlex.split(text))
-    return args, phases[0]
-
-
 def settings(text):
     """The settings of all phases that a command runs."""
     args, phases = train.parse(shlex.split(text))
@@ -1361,10 +1256,8 @@ def test_recipes_are_defaults_and_given_flags_win():
     assert (one.epochs, two.epochs) == (7, 7), "a flag holds for both phases"
     (two,) = settings("--dataset grammar --phase 2 --epochs 7")
     assert (two.phase, two.epochs) == (2, 7)
-    rates = [
-        settings(f"--dataset grammar --recipe best --model {m}")[0].lr for m in ("tiny", "a/b")
-    ]
-    assert rates == [2e-2, 5e-3]
+    for model, rate in ("tiny", 2e-2), ("a/b", 5e-3):
+        assert settings(f"--dataset grammar --recipe best --model {model}")[0].lr == rate
 
 
 def test_what_sets_a_target_and_what_switches_it_off():
@@ -1375,34 +1268,39 @@ def test_what_sets_a_target_and_what_switches_it_off():
     assert settings("--dataset grammar --kl-schedule cyclical")[1].kl_anneal_epochs == 3
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--no-latent --kl-target 8", "--no-latent --denoise 0.4", "--no-latent --pool mean",
-        "--no-latent --iw-samples 50", "--no-latent --latent-dim 8", "--no-latent --phase 1",
-        "--no-latent --reset-decoder",
-        "--phase 1 --kl-target 8", "--phase 1 --kl-schedule linear", "--phase 1 --reset-decoder",
-        "--phase 2 --freeze-decoder", "--kl-cycles 3", "--kl-zero 0.5 --kl-schedule linear",
-        "--kl-schedule constant --kl-anneal-epochs 3", "--kl-target 8 --kl-threshold 0.5",
-        "--epochs -1", "--lr nan", "--seed 1.5", "--denoise 1", "--batch-size 0", "--device cuda",
-    ],
-)  # fmt: skip
-def test_flags_that_contradict_or_do_nothing_are_refused_by_name(flags, capsys):
+REFUSED = """--no-latent --kl-target 8, --no-latent --denoise 0.4, --no-latent --pool mean,
+    --no-latent --iw-samples 50, --no-latent --latent-dim 8, --no-latent --phase 1,
+    --no-latent --reset-decoder, --no-latent --freeze-decoder, --no-latent --no-freeze-decoder,
+    --phase 1 --kl-target 8, --phase 1 --kl-schedule linear, --phase 1 --reset-decoder,
+    --phase 2 --freeze-decoder, --phase 2 --no-freeze-decoder, --kl-cycles 3,
+    --kl-zero 0.5 --kl-schedule linear, --kl-schedule constant --kl-anneal-epochs 3,
+    --kl-target 8 --kl-threshold 0.5, --kl-target 8 --kl-schedule linear,
+    --kl-zero 0.6 --kl-rise 0.5, --device cuda, --dataset caf\udce9,
+    --phase 0, --dropout 1, --dropout=-0.5, --epochs 1.5, --epochs=-1, --lr inf, --lr nan,
+    --lr=-1e-3, --batch-size 0, --denoise 1, --denoise=-0.1, --micro-batch 0, --max-length 1,
+    --limit 0, --limit x, --latent-dim 0, --latent-dim 100000000000, --latent-dim 1e11,
+    --iw-samples 65536, --iw-samples 0, --log-every 0, --seed -1, --seed 1.5,
+    --seed 9223372036854775808, --save-every nan, --kl-target=-1, --kl-threshold inf, --kl-zero 1,
+    --kl-schedule sine, --kl-anneal-epochs nan, --pool sum, --recipe worst, --amp fp8,
+    --optimizer sgd"""
+
+
+@pytest.mark.parametrize("flags", [flags.strip() for flags in REFUSED.split(",")])
+def test_flags_that_contradict_or_do_nothing_or_are_out_of_limits_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         train.parse(["--dataset", "grammar", *flags.split()])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert any(word in said for word in flags.split() if word.startswith("--"))
+    assert said.startswith("train.py: error: ")
+    for name in re.findall("--[a-z-]+", flags.replace("--no-freeze", "--freeze")):
+        assert name in said
 
 
 def test_the_demonstration_is_the_bare_command(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "run_phase", lambda args, corpora: seen.append(args))
     train.main(["--seed", "3", "--out", "no/where"])
-    assert [(a.phase, a.dataset, a.model, a.seed) for a in seen] == [
-        (phase, "grammar", "tiny", 3) for phase in (1, 2)
-    ]
-    work = sum(a.epochs for a in seen) * 20_000
-    assert work <= 0.7 * 3130 * 64, "of the first edition's"
+    found = [(a.phase, a.dataset, a.model, a.seed) for a in seen]
+    assert found == [(1, "grammar", "tiny", 3), (2, "grammar", "tiny", 3)]
     with pytest.raises(SystemExit):
         train.main(["--amp", "bf16"])
 
@@ -1418,8 +1316,6 @@ def test_readme_commands_parse():
         argv = shlex.split(flags, comments=True)
         if argv and "--help" not in argv:
             settings(shlex.join(argv if "--dataset" in argv else [*argv, "--dataset", "grammar"]))
-    for room, script in re.findall(r"python -m (extras|study)\.(\w+)", text):
-        assert (ROOT / room / f"{script}.py").exists() or not (ROOT / room).exists(), script
 
 
 def test_the_core_names_no_extra():
@@ -1428,16 +1324,18 @@ def test_the_core_names_no_extra():
 
 
 def test_public_names_stay():
-    names = "from_t5 from_pretrained save_pretrained push_to_hub encode reparameterize memory"
-    names = {T5VAE: names + " decode rec generate encode_texts decode_texts freeze_decoder"}
-    names |= {vae: "pool kl_divergence", train: "main", data.Corpus: "row"}
-    names |= {data: "delete_tokens load_corpus make_corpus make_batch tokenize detokenize"}
-    names |= {
-        metrics: "mutual_information active_units evaluate measure load_run kl_divergence main"
+    promised = {
+        T5VAE: "from_t5 from_pretrained save_pretrained push_to_hub encode reparameterize memory "
+        "decode rec generate encode_texts decode_texts freeze_decoder",
+        vae: "pool kl_divergence",
+        data: "delete_tokens load_corpus make_corpus make_batch tokenize detokenize",
+        data.Corpus: "row",
+        metrics: "mutual_information active_units evaluate measure load_run kl_divergence main "
+        "untemper",
+        train: "main",
     }
-    names[metrics] += " untemper"
-    for owner, theirs in names.items():
-        assert [name for name in theirs.split() if not callable(getattr(owner, name, None))] == []
+    for owner, names in promised.items():
+        assert [name for name in names.split() if not callable(getattr(owner, name, None))] == []
 
 
 def test_the_core_works_alone(tmp_path, home):

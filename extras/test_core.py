@@ -30,8 +30,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig, GenerationConfig
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig
 
 import data
 import metrics
@@ -51,8 +50,11 @@ from test_vae import (
     data_tokenizer,
     distance,
     end,
+    files,
     home,
+    literal,
     log_records,
+    logs_agree,
     main,
     one_thread,
     plain,
@@ -60,23 +62,22 @@ from test_vae import (
     random_texts,
     same_log,
     same_run,
-    saved_state,
     send,
     start,
     t5_folder,
-    texts_of,
     tiny_config,
     tiny_vae,
     train_run,
     whole_run,
     write,
 )
-from vae import CACHE, T5VAE, Float32Activation, Float32Output, kl_divergence
+from vae import T5VAE, Float32Activation, Float32Output, kl_divergence
 
 TEXTS = ["the old king sells a boat", "two monks paint <a> clock near the lake: 3 / 4 = 0.75!"]
 TEXTS += ["a quick brown fox jumps over the lazy dog_s ear", "UNKNOWN Extra PAD <extra_id_10> </s>"]
 MARKED = ["a </s> b", "a<pad>b </s>", "the <extra_id_0> king <extra_id_1>", "</s>", "<pad> <pad>"]
 SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
+SHARD = "model-00002-of-00002.safetensors"
 FFN = "encoder.block.1.layer.1.DenseReluDense.wi.weight"
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
@@ -152,10 +153,10 @@ def make_t5(config):
     return t5
 
 
-def write_t5(folder, vocabularies, config, weights, vocabulary, files, t5=None):
+def write_t5(folder, vocabularies, config, weights, vocabulary, names):
     """The folder of a checkpoint. Returns the T5 in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    t5 = t5 or make_t5(config)
+    folder.mkdir(parents=True)
+    t5 = make_t5(config)
     (folder / "config.json").write_text(json.dumps(config))
     state = {name: weight.detach().clone() for name, weight in t5.state_dict().items()}
     if weights in ("stray", "safetensors"):
@@ -176,8 +177,8 @@ def write_t5(folder, vocabularies, config, weights, vocabulary, files, t5=None):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
         safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
-    for name in files:
-        (folder / name).write_bytes((vocabularies / vocabulary / name).read_bytes())
+    for name in names:
+        shutil.copy(vocabularies / vocabulary / name, folder)
     return t5
 
 
@@ -194,6 +195,15 @@ def hub(tmp_path_factory, vocabularies):
     return make
 
 
+def saved_state(run):
+    return torch.load(Path(run, "checkpoint.pt"), weights_only=True)
+
+
+def texts_of(corpus, tokenizer):
+    rows = np.split(corpus.ids, corpus.offsets[1:-1])
+    return [tokenizer.decode(row[:-1]) for row in rows]
+
+
 def load(folder):
     torch.manual_seed(1)
     vae = T5VAE.from_t5(folder, latent_dim=5)
@@ -205,20 +215,6 @@ def labels_of(vae, texts=TEXTS):
     return data.pad([[*row, 1] for row in data.tokenize(texts, vae.tokenizer)], 0)
 
 
-def literal(t5, memory, labels):
-    """Logits with T5's own cross-attention: a cache that holds the one key, which is the value."""
-    cache = transformers.EncoderDecoderCache(
-        transformers.DynamicCache(), transformers.DynamicCache()
-    )
-    for layer in range(t5.config.num_decoder_layers):
-        one_key = memory[:, layer].view(len(labels), t5.config.num_heads, 1, t5.config.d_kv)
-        cache.cross_attention_cache.update(one_key, one_key, layer)
-        cache.is_updated[layer] = True
-    unread = BaseModelOutput(torch.randn(len(labels), 1, t5.config.d_model))
-    start = t5.prepare_decoder_input_ids_from_labels(labels)
-    return t5(encoder_outputs=unread, decoder_input_ids=start, **{CACHE: cache}).logits
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_kinds_of_the_hub(kind, hub, tmp_path):
@@ -228,7 +224,7 @@ def test_kinds_of_the_hub(kind, hub, tmp_path):
     for name, weight in vae.t5.state_dict().items():
         name = name.replace("layer.1.o.", "layer.1.EncDecAttention.o.")
         assert torch.equal(weight, theirs.pop(name)), name
-    assert all("layer.1" in name and "decoder" in name for name in theirs), "and no other is lost"
+    assert all(re.match(r"decoder.*layer\.1\.(?!.*\.o\.)", name) for name in theirs), "no other"
     logits = vae.decode(z, ids)
     torch.testing.assert_close(logits, literal(t5, vae.memory(z), ids), atol=1e-4, rtol=1e-4)
     assert (logits - literal(t5, vae.memory(z.flip(0)), ids)).abs().max() > 1e-2, "the control"
@@ -248,14 +244,30 @@ def break_weights(folder, change):
     safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def break_config(folder, change):
+def break_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
+    data.write_json(folder / "config.json", config | changes)
 
 
-def check_refused(folder, words, tmp_path):
-    """from_t5 names the folder and the words. train.py says one line, and writes nothing."""
+@pytest.mark.parametrize(
+    ("kind", "harm", "words"),
+    [
+        ("t5-small", lambda f: break_config(f, vocab_size=130), "130"),  # the tokenizer has more
+        ("t5-small", lambda f: break_config(f, vocab_size=300), "shared.weight"),
+        ("t5-small", lambda f: break_config(f, pad_token_id=3), "pad_token_id 3"),
+        ("t5-small", lambda f: break_config(f, model_type="longt5"), "longt5 t5, mt5, umt5"),
+        ("t5-small", lambda f: os.truncate(f / "model.safetensors", 20_000), ""),
+        ("t5-v1_1", lambda f: os.truncate(f / "pytorch_model.bin", 20_000), ""),
+        ("flan", lambda f: (f / SHARD).unlink(), SHARD),
+        ("t5-small", lambda f: os.truncate(f / "config.json", 9), "config.json"),
+        ("t5-small", lambda f: [(f / name).unlink() for name in ALL], "tokenizer"),
+        ("t5-small", lambda f: break_weights(f, lambda weights: weights.pop(FFN)), FFN),
+    ],
+)
+def test_broken_checkpoints_are_refused_by_name(kind, harm, words, hub, tmp_path):
+    """By from_t5, and by train.py in one line before it writes anything."""
+    folder = shutil.copytree(hub(kind)[0], tmp_path / "t5")
+    harm(folder)
     with pytest.raises(InputError) as refused:
         load(folder)
     assert all(word in str(refused.value) for word in [str(folder), *words.split()])
@@ -265,47 +277,6 @@ def check_refused(folder, words, tmp_path):
         train.main([*flags, "--model", folder])
     assert "\n" not in str(stop.value)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("made", "said", "words"),
-    [
-        ({"vocab_size": 130}, {"vocab_size": 130}, "130"),  # than the tokenizer has
-        ({}, {"vocab_size": 300}, "shared.weight"),
-        ({}, {"pad_token_id": 3}, "pad_token_id 3"),
-        ({}, {"model_type": "longt5"}, "longt5 umt5"),
-    ],
-)
-def test_a_configuration_that_does_not_fit(made, said, words, tmp_path, vocabularies):
-    config, *rest = KINDS["t5-small"]
-    write_t5(tmp_path / "t5", vocabularies, config | said, *rest, make_t5(config | made))
-    check_refused(tmp_path / "t5", words, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "names", "size", "words"),
-    [
-        ("t5-small", ["model.safetensors"], 20_000, ""),
-        ("t5-v1_1", ["pytorch_model.bin"], 20_000, ""),
-        ("flan", ["model-00002-of-00002.safetensors"], None, "model-00002-of-00002.safetensors"),
-        ("t5-small", ["config.json"], 9, "config.json"),
-        ("t5-small", ALL, None, "tokenizer"),
-    ],
-)
-def test_files_that_are_cut_off_or_missing(kind, names, size, words, hub, tmp_path):
-    folder = shutil.copytree(hub(kind)[0], tmp_path / "t5")
-    for path in [folder / name for name in names]:
-        if size is None:
-            path.unlink()
-        else:
-            path.write_bytes(path.read_bytes()[:size])
-    check_refused(folder, words, tmp_path)
-
-
-def test_a_t5_that_lacks_a_weight(hub, tmp_path):
-    folder = shutil.copytree(hub("t5-small")[0], tmp_path / "t5")
-    break_weights(folder, lambda weights: weights.pop(FFN))
-    check_refused(folder, FFN, tmp_path)
 
 
 @pytest.fixture
@@ -323,27 +294,20 @@ def saved(hub, tmp_path):
         (lambda f: (f / "model.safetensors").write_text("version https://"), "model.safetensors"),
         (lambda f: break_weights(f, lambda w: w.pop("w_mu.weight")), "w_mu.weight"),
         (lambda f: break_weights(f, lambda w: w.update(w_logsd=torch.ones(1))), "w_logsd"),
-        (lambda f: break_config(f, lambda c: c.update(latent_dim=6)), "w_logvar"),
-        (lambda f: break_config(f, lambda c: c["t5_config"].update(model_type="bart")), "config"),
+        (lambda f: break_config(f, latent_dim=6), "w_logvar"),
+        (lambda f: break_config(f, t5_config=BASE | {"model_type": "bart"}), "config"),
     ],
 )
 def test_folders_of_others_are_refused_by_name(saved, harm, lacks):
     T5VAE.from_pretrained(saved)
     harm(saved)
-    with pytest.raises(ValueError, match=r"old.*" + lacks.replace(".", r"\.")) as caught:
+    with pytest.raises(InputError, match=f"^{saved} holds no T5VAE.*{re.escape(lacks)}"):
         T5VAE.from_pretrained(saved)
-    assert str(saved) in str(caught.value)
 
 
-def test_a_t5_is_no_vae_and_others_are_no_t5(hub, tmp_path):
+def test_runs_and_vaes_are_no_t5_and_their_parent_is_no_run(saved, whole_run, hub):
     with pytest.raises(InputError, match="holds no T5VAE"):
         T5VAE.from_pretrained(hub("t5-small")[0])
-    BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="it is a bert; it must be one of t5, mt5, umt5"):
-        T5VAE.from_t5(str(tmp_path))
-
-
-def test_runs_and_vaes_are_no_t5_and_their_parent_is_no_run(saved, whole_run, tmp_path):
     for folder in saved, whole_run, whole_run / "model":
         with pytest.raises(InputError, match=f"{folder} is no T5 .* a VAE: load it with T5VAE.fr"):
             T5VAE.from_t5(folder)
@@ -357,7 +321,8 @@ def test_runs_and_vaes_are_no_t5_and_their_parent_is_no_run(saved, whole_run, tm
         T5VAE.from_pretrained(saved / "phase2")
 
 
-def test_the_hub_is_asked_for_possible_names_alone(monkeypatch):
+def test_the_hub_is_asked_for_possible_names_alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     asked = []
 
     def snapshot_download(repo_id, revision=None):
@@ -365,9 +330,13 @@ def test_the_hub_is_asked_for_possible_names_alone(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(vae, "snapshot_download", snapshot_download)
-    for name in "runs/poems/phase2", "~/poems", "/no/poems", "my poems", "C:\\poems", "../poems":
-        with pytest.raises(FileNotFoundError, match="no such run or folder$"):
-            T5VAE.from_pretrained(name)
+    for name in "runs/poems/phase2", "~/t5", "/no/t5", "my poems", "C:\\poems", "../t5", "./t5":
+        for kind in T5VAE.from_pretrained, T5VAE.from_t5:
+            with pytest.raises(FileNotFoundError, match="no such run or folder$"):
+                kind(name)
+        for flag in "--model", "--init":
+            with pytest.raises(SystemExit, match="no such run or folder"):
+                train.main(["--dataset", "grammar", flag, name, "--phase", 1, "--out", tmp_path])
     assert asked == []
     with pytest.raises(FileNotFoundError, match=r"me/poems: no such run .* hub \(no network\)"):
         T5VAE.from_pretrained("me/poems", revision="v1")
@@ -488,55 +457,44 @@ def test_fp16_reaches_as_far_as_a_pretrained_t5(config):
     assert not half(torch.float16)[0].isfinite().all(), "the control"
 
 
-def into(errors, argv):
-    """train.main in a process of its own, whose standard error goes to `errors`, a file."""
-    torch.set_num_threads(1)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = open(errors, "a", buffering=1)  # noqa: SIM115
-    train.main(argv)
-
-
 def training(tmp_path, vae, *more):
-    """A command that trains `vae` on eight texts with fp16, and a function that reads its log."""
+    """A command that trains `vae` for 40 steps with fp16, and the folder of its run."""
     vae.tokenizer = data.train_tokenizer(TEXTS, 60)
     vae.save_pretrained(tmp_path / "vae")
     for split in data.SPLITS:
         (tmp_path / f"{split}.txt").write_text("\n".join(TEXTS * (20 if split == "train" else 1)))
     flags = ["--dataset", tmp_path, "--init", tmp_path / "vae", "--phase", 1, "--batch-size", 4]
-    flags += ["--no-freeze-decoder", "--log-every", 1, "--amp", "fp16", "--out", tmp_path / "out"]
+    flags += ["--no-freeze-decoder", "--epochs", 2, "--log-every", 1, "--out", tmp_path]
+    return [*flags, "--amp", "fp16", *more], tmp_path / "phase1"
 
-    def steps():
-        lines = (tmp_path / "out" / "phase1" / "log.jsonl").read_text().splitlines()
-        return [record for record in map(json.loads, lines) if record["split"] == "train"]
 
-    return [str(flag) for flag in [*flags, *more]], steps
+def steps_of(run):
+    return [record for record in log_records(run) if record["split"] == "train"]
 
 
 def test_training_in_fp16(tmp_path):
-    flags, steps = training(tmp_path, overflowing(GATED)[0], "--epochs", 2)
-    assert train_run(into, tmp_path / "errors", flags) == 0
-    recs = [step["rec"] for step in steps()]
+    flags, run = training(tmp_path, overflowing(GATED)[0])
+    assert train_run(main, *flags) == 0
+    recs = [step["rec"] for step in steps_of(run)]
     assert len(recs) == 40
     assert np.mean(recs[20:]) < np.mean(recs[:20]), "an epoch and the one before it"
-    assert sum("skipped_at_scale" in step for step in steps()) < 20, "few steps overflow"
+    assert sum("skipped_at_scale" in step for step in steps_of(run)) < 20, "few steps overflow"
 
 
-@torch.no_grad()
 def test_overflow_in_every_step_stops_with_advice_that_works(tmp_path):
     vae = T5VAE(AutoConfig.for_model(**SMALL).to_dict() | {"tie_word_embeddings": False}, 5)
     for name, weight in vae.named_parameters():
-        weight *= 3e3 if "lm_head" in name else 1 if "norm" in name else 1e-2
-    with torch.enable_grad():
-        flags, steps = training(tmp_path, vae, "--epochs", 2, "--save-every", 0)
-        assert train_run(into, tmp_path / "errors", flags) == 1
-        said = (tmp_path / "errors").read_text().splitlines()
-        assert [line[:9] for line in said if "--amp off" in line] == ["train.py:"]
-        assert "Traceback" not in "".join(said)
-        skipped = [(step["skipped_at_scale"], step["grad_norm"]) for step in steps()]
-        assert skipped == [(2.0**i, None) for i in range(16, 0, -1)]
-        flags[flags.index("fp16")] = "off"
-        assert train_run(into, tmp_path / "errors", [*flags, "--resume"]) == 0
-        assert len(steps()) == 40
+        weight.data *= 3e3 if "lm_head" in name else 1 if "norm" in name else 1e-2
+    (flags, run), report = training(tmp_path, vae, "--save-every", 0), tmp_path / "report"
+    assert train_run(main, *flags, report=report) == 1
+    said = report.read_text().splitlines()
+    assert [line[:9] for line in said if "--amp off" in line] == ["train.py:"]
+    assert "Traceback" not in "".join(said)
+    skipped = [(step["skipped_at_scale"], step["grad_norm"]) for step in steps_of(run)]
+    assert skipped == [(2.0**i, None) for i in range(16, 0, -1)]
+    flags[flags.index("fp16")] = "off"
+    assert train_run(main, *flags, "--resume") == 0
+    assert len(steps_of(run)) == 40
 
 
 # ------------------------------------------------------------------------------- the Python API
@@ -551,6 +509,8 @@ def test_texts_in_and_out(hub):
         assert torch.equal(vae.encode_texts(texts)[0], mu), "nothing is drawn"
     with pytest.raises(InputError, match=r"put it into a list: \['a king'\]"):
         vae.encode_texts("a king")
+    with pytest.raises(InputError, match="texts is a set"):
+        vae.encode_texts({"a", "b"})
     for texts in [None], ["a", 1], [b"a"], [["a"]], [float("nan")]:
         with pytest.raises(InputError, match="must be a str"):
             vae.encode_texts(texts)
@@ -754,36 +714,33 @@ def test_the_unknown_token_is_no_regular_expression():
     assert data.detokenize(data.tokenize(["a < b"], tokenizer), tokenizer) == ["a < b"]
 
 
-def test_tokens_that_a_user_added_stay_one_token(hub):
+KING = transformers.AddedToken("king", single_word=True)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    ("added", "texts", "counts"),
+    [
+        (
+            ["<CITY>", "[sep]", "qq7"],
+            ["the <CITY> king", "a [sep] b </s> <CITY> qq7", "<CITY> <pad> [sep]"],
+            [1, 3, 2],
+        ),
+        (["qq7", "qq77"], ["the qq77 king", "</s> qq77"], [1, 1]),  # one begins as the other
+        ([KING], ["the kings paint the king", "</s> the kings paint the king"], [1, 1]),
+    ],
+)
+def test_tokens_that_a_user_added_stay_one_token(added, texts, counts, special, hub):
     """Beside `</s>`, too, which is text."""
-    for special in True, False:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
-        tokenizer.add_tokens(["<CITY>", "[sep]", "qq7"], special_tokens=special)
-        texts = ["the <CITY> king", "a [sep] b </s> <CITY> qq7", "<CITY> <pad> [sep]"]
-        rows = data.tokenize(texts, tokenizer)
-        added = tokenizer.convert_tokens_to_ids(["<CITY>", "[sep]", "qq7"])
-        assert [sum(token in added for token in row) for row in rows] == [1, 3, 2]
-        assert set(data.own_tokens(tokenizer)).isdisjoint(sum(rows, []))
-        assert data.detokenize(rows, tokenizer) == texts
-        rows = [[tokenizer.eos_token_id, 0, *row, 1, 0, 0] for row in rows]
-        assert data.detokenize(rows, tokenizer) == texts
-
-
-def test_an_added_token_may_begin_as_another_one(hub):
     tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
-    tokenizer.add_tokens(["qq7", "qq77"])
-    texts = ["the qq77 king", "</s> qq77"]
+    tokenizer.add_tokens(added, special_tokens=special)
     rows = data.tokenize(texts, tokenizer)
-    assert all(tokenizer.convert_tokens_to_ids("qq77") in row for row in rows)
+    ids = tokenizer.convert_tokens_to_ids([str(token) for token in added])
+    assert [sum(token in ids for token in row) for row in rows] == counts
+    assert "qq77" not in added or all(ids[1] in row for row in rows)
+    assert set(data.own_tokens(tokenizer)).isdisjoint(sum(rows, []))
     assert data.detokenize(rows, tokenizer) == texts
-
-
-def test_an_added_token_may_be_a_whole_word_alone(hub):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
-    tokenizer.add_tokens([transformers.AddedToken("king", single_word=True)])
-    texts = ["the kings paint the king", "</s> the kings paint the king"]
-    rows = data.tokenize(texts, tokenizer)
-    assert [row.count(tokenizer.convert_tokens_to_ids("king")) for row in rows] == [1, 1]
+    rows = [[tokenizer.eos_token_id, 0, *row, 1, 0, 0] for row in rows]
     assert data.detokenize(rows, tokenizer) == texts
 
 
@@ -986,24 +943,6 @@ def test_a_vocabulary_of_few_pieces_loads(tmp_path):
     assert T5VAE.from_pretrained(tmp_path).encode_texts(["no"])[0].shape == (1, 8)
 
 
-def test_a_place_that_cannot_be_a_hub_name_is_not_asked_for_there(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for name in "./nope", "../nope", "/nope/x", "~/t5":
-        with pytest.raises(FileNotFoundError, match="no such run or folder"):
-            T5VAE.from_t5(name)
-        for flag in "--model", "--init":
-            with pytest.raises(SystemExit, match="no such run or folder"):
-                train.main(["--dataset", "grammar", flag, name, "--phase", 1, "--out", tmp_path])
-
-
-def test_sets_and_bytes_in_names_are_refused(capsys):
-    with pytest.raises(data.InputError, match="texts is a set"):
-        tiny_vae().encode_texts({"a", "b"})
-    with pytest.raises(SystemExit):
-        train.parse(["--dataset", "caf\udce9"])
-    assert "not UTF-8" in capsys.readouterr().err
-
-
 def test_a_full_disk_is_named_where_torch_hides_it(tmp_path):
     def write_checkpoint(file):
         try:
@@ -1182,14 +1121,10 @@ def test_a_log_that_is_ahead_of_its_checkpoint_is_cut(tmp_path, command, whole_r
     assert same_log(tmp_path / "phase2", whole_run)
 
 
-def files_of(out):
-    return {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
-
-
 def test_what_a_finished_run_says(tmp_path, command, whole_run, capsys):
     report = tmp_path / "report"
     run = shutil.copytree(whole_run, tmp_path / "phase2")
-    flags, before = [*command, "--out", tmp_path, "--resume"], files_of(run)
+    flags, before = [*command, "--out", tmp_path, "--resume"], files(run)
     assert train_run(main, *flags, "--lr", 0.1, report=report) == 1
     assert "lr was 0.001, not 0.1" in report.read_text()
     other = ["--iw-samples", 5, "--micro-batch", 2, "--log-every", 7]
@@ -1201,7 +1136,7 @@ def test_what_a_finished_run_says(tmp_path, command, whole_run, capsys):
         assert said == f"{run} is finished{line if samples in (1, 5) else ''}\n"
     assert train_run(main, *command, "--out", tmp_path, report=report) == 1
     assert re.search(r"phase2 is not empty .*--resume it", report.read_text())
-    assert files_of(run) == before
+    assert files(run) == before
     (run / "model").rename(tmp_path / "elsewhere")
     assert train_run(main, *flags, report=report) == 1
     assert f"{run} is finished, but its model/ is gone" in report.read_text()
@@ -1215,7 +1150,7 @@ def test_files_of_others_are_never_touched(tmp_path, home):
     for more, words in ([], "not empty (it holds model)"), (["--resume"], "give another --out"):
         assert train_run(main, *flags, *more, report=report) == 1
         assert words in report.read_text()
-        assert files_of(tmp_path / "phase1") == {model: b"somebody's T5"}
+        assert files(tmp_path / "phase1") == {"model/model.safetensors": b"somebody's T5"}
 
 
 @pytest.fixture(scope="module")
@@ -1249,11 +1184,11 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, comma
         shutil.rmtree(out)
     assert not (tmp_path / "exploded").exists()
     shutil.copytree(stopped, out)
-    before = files_of(out)
+    before = files(out)
     for more, word in (["--lr", 0.1], "lr was 0.001"), (["--kl-target", 3], "kl_target was 0.2"):
         assert train_run(main, *flags, *more, report=report) == 1
         assert word in report.read_text()
-        assert files_of(out) == before
+        assert files(out) == before
     assert train_run(main, *flags, "--amp", "bf16") == 0, "the precision may change"
 
 
@@ -1315,11 +1250,11 @@ def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monk
     shutil.copytree(t5_folder, tmp_path / "small")
     flags = ["--dataset", home, *SHORT, "--epochs", 0, "--latent-dim", 3, "--out", "out"]
     assert train_run(main, *flags, "--model", "small") == 0
-    before = files_of(tmp_path / "out")
+    before = files(tmp_path / "out")
     assert train_run(main, *flags, "--model", "./small/", "--resume") == 0
     (tmp_path / "small").rename(tmp_path / "renamed")
     assert train_run(main, *flags, "--model", "renamed", "--resume") == 0
-    assert files_of(tmp_path / "out") == before
+    assert files(tmp_path / "out") == before
     break_weights(tmp_path / "renamed", lambda weights: weights["shared.weight"].add_(1))
     two, report = ["--model", "renamed", "--resume", "--phase", 2], tmp_path / "report"
     assert train_run(main, *flags, *two, report=report) == 1
@@ -1590,10 +1525,7 @@ def test_processes_give_the_same_result(tmp_path, home, phase):
     one, more = (tmp_path / name / f"phase{phase}" for name in ("one", "more"))
     assert distance(one, more) < 1e-5
     assert distance(one, home / "vae") > 1e-3, "the control: they were trained"
-    for a, b in zip(log_records(one), log_records(more), strict=True):
-        numbers = {name for name, value in a.items() if isinstance(value, int | float)}
-        found = [b[name] for name in numbers]
-        assert found == pytest.approx([a[name] for name in numbers], rel=1e-3, abs=1e-4)
+    assert logs_agree(one, more)
 
 
 def test_processes_resume_in_the_middle_of_an_epoch(tmp_path, quiet, plain):
@@ -1657,13 +1589,6 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
 
 # ---------------------------------------------------------------------------------------- mistakes
 
-# Flags that are refused, each by its name: a number out of its limits, an unknown choice.
-LIMITS = """--phase 0, --dropout 1, --dropout=-0.5, --epochs 1.5, --lr inf, --lr=-1e-3,
-    --denoise=-0.1, --micro-batch 0, --max-length 1, --limit 0, --limit x, --latent-dim 0,
-    --latent-dim 100000000000, --latent-dim 1e11, --iw-samples 65536, --iw-samples 0,
-    --log-every 0, --seed -1, --seed 9223372036854775808, --save-every nan,
-    --kl-target=-1, --kl-threshold inf, --kl-zero 1, --kl-schedule sine, --kl-anneal-epochs nan,
-    --pool sum, --recipe worst, --amp fp8, --optimizer sgd"""
 MISTAKES = [
     ("--phase 1", "--dataset is missing"),
     ("--dataset no/such/folder --model no/such/t5 --phase 1", "no/such/t5: no such run or folder"),
@@ -1699,20 +1624,6 @@ def test_mistakes_are_told_in_one_line(flags, words, home, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-def test_numbers_out_of_their_limits_are_refused_by_name(capsys):
-    for flags in map(str.strip, LIMITS.split(",")):
-        with pytest.raises(SystemExit) as stop:
-            train.parse(["--dataset", "grammar", *flags.split()])
-        assert f"argument {re.split('[ =]', flags)[0]}" in line_said(stop, capsys)
-
-
-def test_flags_that_switch_off_what_is_not_there_are_refused(capsys):
-    for flags in "--phase 2 --no-freeze-decoder", "--no-latent --no-freeze-decoder":
-        with pytest.raises(SystemExit) as stop:
-            train.parse(["--dataset", "grammar", *flags.split()])
-        assert "--freeze-decoder is False, which has no effect" in line_said(stop, capsys)
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -1724,13 +1635,13 @@ def test_flags_that_switch_off_what_is_not_there_are_refused(capsys):
 )
 def test_mistakes_in_measuring(flags, words, stopped, whole_run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["metrics.py"])
-    before = files_of(whole_run)
+    before = files(whole_run)
     with pytest.raises(SystemExit) as stop:
         metrics.main(flags.format(stopped=stopped / "phase2", run=whole_run).split())
     said = line_said(stop, capsys)
     assert words in said, said
     assert said.startswith("metrics.py: ")
-    assert files_of(whole_run) == before
+    assert files(whole_run) == before
 
 
 def test_what_one_run_has_told_is_printed_whatever_happens_to_the_next(whole_run, tmp_path, capsys):
@@ -1760,12 +1671,9 @@ def test_a_single_text_has_no_other_and_a_cut_one_no_known_entropy(tmp_path, hom
 
 
 def test_a_language_model_is_no_start_for_a_vae(tmp_path, home):
-    flags = ["--dataset", home, *SHORT_LM, "--epochs", 0, "--out", tmp_path]
-    report = tmp_path / "say"
-    assert train_run(main, *flags, *TINY, "--no-latent") == 0
-    start = ["--phase", 2, "--init", tmp_path / "lm", "--kl-target", 8]
-    assert train_run(main, *flags, *start, report=report) == 1
-    assert "is a language model: a VAE cannot start from it" in report.read_text()
+    T5VAE(tiny_config().to_dict(), 0).save_pretrained(tmp_path / "lm")
+    with pytest.raises(SystemExit, match="is a language model: a VAE cannot start from it"):
+        train.main(["--dataset", home, "--phase", 2, "--init", tmp_path / "lm", "--kl-target", 8])
 
 
 def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path, home, monkeypatch):
