@@ -1089,10 +1089,11 @@ def test_the_language_model_beside_a_run(whole_run, tmp_path, capsys):
 
 
 # A call of a function of train.py: in a step, within the write of a checkpoint, in an evaluation,
-# in the last one, before the model is saved, before and between the two files of measures.
+# in the last one, before the model is saved, before and between the two files of measures, before
+# there is a config.json.
 CALLS = {"seed_dropout": 7, "os.replace": 7, "os.fsync": 7, "metrics.evaluate": 2}
 CALLS |= {"T5VAE.save_pretrained": 1, "metrics.measure": 4, "write_samples": 1}
-CALLS = [*CALLS.items(), ("metrics.write_measures", 1), ("os.replace", 13)]
+CALLS = [*CALLS.items(), ("metrics.write_measures", 1), ("os.replace", 1), ("os.replace", 13)]
 
 
 @pytest.mark.parametrize(("where", "calls"), CALLS)
@@ -1249,6 +1250,7 @@ def test_recipes_are_defaults_and_given_flags_win():
     assert (one.phase, one.epochs, two.phase, two.epochs) == (1, 5, 2, 3)
     assert (two.kl_target, two.kl_threshold, two.kl_anneal_epochs) == (0, 0.5, 50)
     assert (one.denoise, one.freeze_decoder, two.optimizer) == (0.15, True, "adamw")
+    assert (one.dropout, two.dropout) == (None, None), "that of the model"
     one, two = settings("--dataset grammar --recipe best")
     assert (one.epochs, one.dropout, one.freeze_decoder, two.epochs) == (4, 0, False, 10)
     assert (one.kl_target, two.kl_target, two.kl_threshold, two.batch_size) == (0, 8, 0, 32)
