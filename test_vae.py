@@ -109,19 +109,6 @@ def test_pooling_by_hand():
     assert pool(hidden, mask, "last").tolist() == [[3.0, -7.0]]
 
 
-def test_rec_ignores_padding_and_other_sentences():
-    vae = tiny_vae()
-    labels, _ = random_texts(4, 9)
-    z = torch.randn(4, 8)
-    rec = vae.rec(z, labels)
-    torch.testing.assert_close(vae.rec(z, F.pad(labels, (0, 5))), rec, atol=1e-4, rtol=1e-5)
-    other = labels.clone()
-    other[1, 0] = 3 + (other[1, 0] - 2) % 61
-    changed = (vae.rec(z, other) - rec).abs()
-    assert changed[1] > 1e-3
-    assert changed[[0, 2, 3]].max() < 1e-4
-
-
 def test_reparameterize():
     mu, logvar = torch.full((20000, 1), 3.0), torch.full((20000, 1), math.log(4.0))
     z = tiny_vae().reparameterize(mu, logvar, torch.Generator().manual_seed(0))
@@ -293,10 +280,6 @@ def test_round_trip_keeps_every_bit(batch, tmp_path, cli_tokenizer):
 def t5_folder(tmp_path_factory, cli_tokenizer):
     folder = tmp_path_factory.mktemp("t5")
     save_t5(folder, "gated, own head (v1.1)", cli_tokenizer)
-    t5 = AutoModelForSeq2SeqLM.from_pretrained(folder)
-    with torch.no_grad():  # it writes words, not sentinels, which are not shown
-        t5.lm_head.weight[cli_tokenizer.all_special_ids] = 0
-    t5.save_pretrained(folder)
     return folder
 
 
@@ -439,7 +422,6 @@ def test_kl_is_that_of_torch_and_by_hand():
     logvar = torch.linspace(-3, 2, 7).expand(5, 7)
     theirs = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0))
     torch.testing.assert_close(metrics.kl_divergence(mu, logvar), theirs)
-    assert metrics.kl_divergence is vae.kl_divergence
     # (2^2 + 1 - 0 - 1) / 2 = 2
     assert metrics.kl_divergence(torch.tensor(2.0), torch.tensor(0.0)).item() == 2
 
@@ -534,15 +516,6 @@ def importance_weighted(model, n, samples, weight=1.0):
     batch = data.make_batch(toy_corpus(n), np.arange(n))
     r = metrics.untemper(*model.encode(batch.ids, batch.mask), weight)
     return metrics.importance_weighted(model, batch, *r, samples)
-
-
-def test_importance_weighting_is_exact_with_the_exact_posterior():
-    model = LinearGaussian(50)
-    for samples in 1, 7:
-        nll = importance_weighted(model, 50, samples)["nll_iw"]
-        torch.testing.assert_close(nll, -model.log_p(), rtol=1e-6, atol=1e-6)
-    worse = LinearGaussian(50, widen=0.5)
-    assert (importance_weighted(worse, 50, 7)["nll_iw"] + worse.log_p()).abs().max() > 0.01
 
 
 def test_importance_weighted_nll_falls_from_the_bound_to_the_truth():
@@ -754,9 +727,8 @@ def test_no_number_depends_on_the_batch_size(data_tokenizer, corpus):
     evaluate = partial(metrics.evaluate, model, corpus, 0.5, iw_samples=3, thorough=True)
     one, many = evaluate(max_tokens=1), evaluate()
     assert one.keys() == many.keys()
-    for name, value in one.items():
-        same = value == pytest.approx(many[name], rel=1e-4) if isinstance(value, float) else True
-        assert same or value is None, name
+    floats = {name: value for name, value in many.items() if isinstance(value, float)}
+    assert {name: one[name] for name in floats} == pytest.approx(floats, rel=1e-4)
     other_noise = evaluate(seed=1)
     assert other_noise["rec"] != pytest.approx(many["rec"], rel=1e-4)
 
@@ -837,7 +809,6 @@ def test_the_table_prints_what_the_dict_holds(data_tokenizer, corpus):
     for key in "rec", "kl", "neg_elbo", "nll", "kl_posterior", "swap_cost":
         assert lines[key] == f"{result[key]:.2f}\u00b1{result[key + '_se']:.2f}", key
     assert lines["au"] == f"{result['au']:,}"
-    assert len(lines) == 10, "what matters; the rest is in metrics.json"
     assert lines["mi"].endswith("\u00b1?"), "a number without an error says so"
     assert "entropy" not in lines, "what no run has is left out"
     two = metrics.format_table({"a": result, "b": result | {"entropy": 21.0, "kl": 3e7}})
@@ -1047,9 +1018,8 @@ def test_saved_runs_are_measured_again(whole_run, home, tmp_path, capsys, monkey
     moved = shutil.copytree(home, tmp_path / "moved", ignore=lambda *_: ["vae", "whole", "plain"])
     metrics.main([str(run), "--iw-samples", "2", "--write", "--dataset", str(moved)])
     after, old = json.loads((run / "metrics.json").read_text()), json.loads(before["metrics.json"])
-    for name, value in old.items():
-        same = after[name] == pytest.approx(value, rel=1e-4) if isinstance(value, float) else True
-        assert same, name
+    floats = {name: value for name, value in old.items() if isinstance(value, float)}
+    assert {name: after[name] for name in floats} == pytest.approx(floats, rel=1e-4)
     values = {k: torch.from_numpy(v) for k, v in np.load(run / "sentences.npz").items()}
     again = metrics.means_and_errors(values)
     assert {"nll", "gain", "efficiency_se", "kl_posterior", "exact_match"} < again.keys()
