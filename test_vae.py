@@ -267,10 +267,7 @@ def test_round_trip_keeps_every_bit(batch, tmp_path, cli_tokenizer):
         assert torch.equal(model.decode(z, labels), again.decode(z, labels))
         posteriors = zip(*(m.encode(labels, labels != PAD) for m in (model, again)), strict=True)
         assert all(torch.equal(one, other) for one, other in posteriors)
-        assert torch.equal(model.generate(z, 6), again.generate(z, 6))
         assert model.tokenizer(CLI_TEXTS)["input_ids"] == again.tokenizer(CLI_TEXTS)["input_ids"]
-        tied = [m.t5.lm_head.weight is m.t5.shared.weight for m in (model, again)]
-        assert tied[0] == tied[1]
         again.w_mu.weight[0, 0] += 1
     again.save_pretrained(tmp_path / "c")
     assert files(tmp_path / "c")["model.safetensors"] != a["model.safetensors"]
@@ -312,7 +309,6 @@ def test_grammar_entropy_is_that_of_its_sentences():
     assert entropy == pytest.approx(data.GRAMMAR_ENTROPY, abs=0.02)
     sentences = {data.grammar_sentence(f): tuple(f.values()) for f in drawn}
     assert len(sentences) == len({tuple(f.values()) for f in drawn})
-    assert 15 < data.GRAMMAR_ENTROPY < 35
 
 
 @pytest.mark.parametrize("prob", [0.15, 0.40])
@@ -324,9 +320,7 @@ def test_deletion_rate_and_what_survives(prob):
     left = np.array([len(row) for row in short])
     may_go, gone = (lengths - 1)[lengths > 10].sum(), (lengths - left)[lengths > 10].sum()
     assert abs(gone / may_go - prob) < 4 * np.sqrt(prob * (1 - prob) / may_go)
-    two = left[lengths == 3]  # of two tokens both may go, but then one is taken back
-    assert abs((two == 3).mean() - (1 - prob) ** 2) < 0.3
-    assert (left >= np.minimum(lengths, 2)).all()
+    assert (left >= np.minimum(lengths, 2)).all(), "if all tokens go, one is taken back"
     for row, kept in zip(rows, short, strict=True):
         assert kept[-1] == EOS
         rest = iter(row.tolist())
@@ -646,6 +640,8 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path):
     model.x[6] = math.nan
     with pytest.raises(FloatingPointError, match="mu of text 6 of the split, from 0, is not fin"):
         metrics.evaluate(model, toy_corpus(20))
+    with pytest.raises(FloatingPointError, match="rec of text 1 of the split"):
+        metrics.gather("rec", torch.tensor([0.0, math.inf]))
     with pytest.raises(ValueError, match="not JSON compliant"):
         data.write_json(tmp_path / "metrics.json", {"rec": math.nan})
     assert not list(tmp_path.iterdir())

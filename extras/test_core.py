@@ -1053,35 +1053,32 @@ def test_a_log_that_is_ahead_of_its_checkpoint_is_cut(tmp_path, command, whole_r
 
 
 def test_what_a_finished_run_says(tmp_path, command, whole_run, capsys):
-    report = tmp_path / "report"
     run = shutil.copytree(whole_run, tmp_path / "phase2")
-    flags, before = [*command, "--out", tmp_path, "--resume"], files(run)
-    assert train_run(main, *flags, "--lr", 0.1, report=report) == 1
-    assert "lr was 0.001, not 0.1" in report.read_text()
-    other = ["--iw-samples", 5, "--micro-batch", 2, "--log-every", 7, "--amp", "bf16"]
-    assert train_run(main, *flags, *other) == 0, "nothing to do"
-    for samples, again in (None, ""), (2, ""), (5, " --write"), (1, ""):
+    again, before = [*command, "--out", tmp_path, "--resume"], files(run)
+    with pytest.raises(SystemExit, match="lr was 0.001, not 0.1"):
+        train.main([*again, "--lr", 0.1])
+    train.main([*again, "--micro-batch", 2, "--log-every", 7, "--amp", "bf16"])  # nothing to do
+    capsys.readouterr()
+    for samples, more in (None, ""), (2, ""), (5, " --write"), (1, ""):
         train.say_finished(run, samples)
-        said = capsys.readouterr().out
-        line = f"; metrics.py {run} --iw-samples {samples}{again} measures it again"
-        assert said == f"{run} is finished{line if samples in (1, 5) else ''}\n"
-    assert train_run(main, *command, "--out", tmp_path, report=report) == 1
-    assert re.search(r"phase2 is not empty .*--resume it", report.read_text())
+        line = f"; metrics.py {run} --iw-samples {samples}{more} measures it again"
+        expected = f"{run} is finished{line if samples in (1, 5) else ''}\n"
+        assert capsys.readouterr().out == expected
+    with pytest.raises(SystemExit, match="phase2 is not empty .*--resume it"):
+        train.main(again[:-1])
     assert files(run) == before
     (run / "model").rename(tmp_path / "elsewhere")
-    assert train_run(main, *flags, report=report) == 1
-    assert f"{run} is finished, but its model/ is gone" in report.read_text()
+    with pytest.raises(SystemExit, match=f"{run} is finished, but its model/ is gone"):
+        train.main(again)
 
 
-def test_files_of_others_are_never_touched(tmp_path, home):
-    flags = ["--dataset", home, *TINY, *SHORT, "--phase", 1, "--epochs", 0, "--out", tmp_path]
-    report, model = tmp_path / "report", tmp_path / "phase1" / "model" / "model.safetensors"
-    model.parent.mkdir(parents=True)
-    model.write_bytes(b"somebody's T5")
-    for more, words in ([], "not empty (it holds model)"), (["--resume"], "give another --out"):
-        assert train_run(main, *flags, *more, report=report) == 1
-        assert words in report.read_text()
-        assert files(tmp_path / "phase1") == {"model/model.safetensors": b"somebody's T5"}
+def test_files_of_others_are_never_touched(tmp_path):
+    write(tmp_path / "phase1" / "model", "model.safetensors", b"somebody's T5")
+    flags = ["--dataset", "grammar", "--model", "tiny", "--phase", 1, "--out", tmp_path]
+    for more, words in ([], r"not empty \(it holds model\)"), (["--resume"], "give another --out"):
+        with pytest.raises(SystemExit, match=words):
+            train.main([*flags, *more])
+        assert files(tmp_path) == {"phase1/model/model.safetensors": b"somebody's T5"}
 
 
 @pytest.fixture(scope="module")
@@ -1152,12 +1149,11 @@ def test_places_may_be_spelled_differently_or_move(tmp_path, home, command, stop
     assert same_run(tmp_path / "run" / "phase2", whole_run)
     assert same_log(tmp_path / "run" / "phase2", whole_run)
     write(tmp_path / "texts", "valid.txt", b"another text\n")
-    report = tmp_path / "report"
-    assert train_run(main, *flags, report=report) == 1
-    assert "texts/ are not those that it was trained on" in report.read_text()
+    with pytest.raises(SystemExit, match="texts/ are not those that it was trained on"):
+        train.main(flags)
     break_weights(tmp_path / "start" / "model", lambda weights: weights["w_mu.weight"].add_(1))
-    assert train_run(main, *flags, "--dataset", home, report=report) == 1
-    assert "start/ no longer has the weights that it started from" in report.read_text()
+    with pytest.raises(SystemExit, match="start/ no longer has the weights that it started from"):
+        train.main([*flags, "--dataset", home])
 
 
 def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monkeypatch):
@@ -1167,14 +1163,13 @@ def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monk
     flags = ["--dataset", home, *SHORT, "--epochs", 0, "--latent-dim", 3, "--out", "out"]
     assert train_run(main, *flags, "--model", "small") == 0
     before = files(tmp_path / "out")
-    assert train_run(main, *flags, "--model", "./small/", "--resume") == 0
+    train.main([*flags, "--model", "./small/", "--resume"])
     (tmp_path / "small").rename(tmp_path / "renamed")
-    assert train_run(main, *flags, "--model", "renamed", "--resume") == 0
+    train.main([*flags, "--model", "renamed", "--resume"])
     assert files(tmp_path / "out") == before
     break_weights(tmp_path / "renamed", lambda weights: weights["shared.weight"].add_(1))
-    two, report = ["--model", "renamed", "--resume", "--phase", 2], tmp_path / "report"
-    assert train_run(main, *flags, *two, report=report) == 1
-    assert "--model is renamed, but out/phase1 was made of" in report.read_text()
+    with pytest.raises(SystemExit, match="--model is renamed, but out/phase1 was made of"):
+        train.main([*flags, "--model", "renamed", "--resume", "--phase", 2])
 
 
 def test_measuring_a_named_data_set_from_elsewhere(whole_run, home, tmp_path, monkeypatch):
@@ -1207,7 +1202,9 @@ def through_pipe(*command, lines):
     return read, child.returncode, errors
 
 
-def test_a_closed_pipe_never_ends_a_training(tmp_path, home):
+def test_a_closed_pipe_ends_a_measurement_quietly_and_never_a_training(tmp_path, home, whole_run):
+    _, code, errors = through_pipe(ROOT / "metrics.py", whole_run, "--iw-samples", 1, lines=0)
+    assert (code, errors) == (141, "")
     flags = ["--dataset", home, "--phase", 2, "--init", home / "vae", *SHORT, "--out", tmp_path]
     read, code, errors = through_pipe(ROOT / "train.py", *flags, lines=1)
     assert read[0].startswith("train: 23 texts")
@@ -1224,11 +1221,6 @@ def test_a_bar_on_a_closed_pipe_does_not_end_the_work(monkeypatch):
         with pytest.raises(BrokenPipeError):  # the control
             list(data.tqdm(range(3), file=stderr))
         assert list(data.progress(range(3), "counting")) == [0, 1, 2]
-
-
-def test_a_closed_pipe_ends_a_measurement_quietly(whole_run):
-    _, code, errors = through_pipe(ROOT / "metrics.py", whole_run, "--iw-samples", 1, lines=0)
-    assert (code, errors) == (141, "")
 
 
 def test_training_on_letters_that_no_vocabulary_has_warns(hub, tmp_path, capsys):
@@ -1550,10 +1542,10 @@ def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path,
         for split in data.SPLITS:
             write(Path(parent, "x"), f"{split}.txt", (home / f"{split}.txt").read_bytes())
     write(Path("b", "x"), "test.txt", b"the old king\n")
-    flags, report = [*SHORT, "--epochs", 0], tmp_path / "report"
+    flags = [*SHORT, "--epochs", 0]
     assert train_run(main, "--dataset", "a/x", "--phase", 1, *TINY, *flags) == 0
-    assert train_run(main, "--dataset", "b/x", "--phase", 2, *flags, report=report) == 1
-    assert "runs/x/phase1 was trained on other texts; to start" in report.read_text()
+    with pytest.raises(SystemExit, match="runs/x/phase1 was trained on other texts; to start"):
+        train.main(["--dataset", "b/x", "--phase", 2, *flags])
     init = ["--init", "runs/x/phase1", "--out", "other"]
     assert train_run(main, "--dataset", "b/x", "--phase", 2, *init, *flags) == 0
     assert train_run(main, "--dataset", "c/x", "--phase", 2, *flags) == 0, "the same elsewhere"
