@@ -542,9 +542,8 @@ def test_the_untempered_posterior_is_exact_where_q_is_the_optimum_at_its_weight(
     kl = metrics.kl_divergence(mu, variance.log().expand_as(mu)).sum(1)
     torch.testing.assert_close(found["kl_untempered"], kl)
     measured = metrics.evaluate(model, toy_corpus(n), weight, iw_samples=20, thorough=True)
-    assert measured["kl_posterior"] == pytest.approx(
-        kl.mean().item(), abs=3 * measured["kl_posterior_se"]
-    )
+    error = 3 * measured["kl_posterior_se"]
+    assert measured["kl_posterior"] == pytest.approx(kl.mean().item(), abs=error)
     wrong = importance_weighted(model, n, 20, weight / 2)
     assert (wrong["nll_iw"] + model.log_p()).mean() > -0.02, "a wrong weight bounds as well"
     assert (wrong["nll_iw"] + model.log_p()).abs().max() > 1e-3, "the control: it is not exact"
@@ -580,7 +579,6 @@ def test_the_weight_is_that_of_the_least_bound_of_the_grid():
     model, corpus = LinearGaussian(200, trained_at=0.2), toy_corpus(200)
     bounds = metrics.untempered_bounds(model, corpus, metrics.GRID, 200, 0, 512)
     found = metrics.find_weight(model, corpus, 200, max_tokens=512)
-    assert 0.1 < found < 0.4
     assert all(bounds[found] <= bound for bound in bounds.values())
     assert found == metrics.find_weight(model, corpus, 200, max_tokens=2), "whatever the batches"
     ignored = LinearGaussian(200, heard=0, scale=30.0)
@@ -595,7 +593,6 @@ def test_evaluate_finds_the_closed_forms_where_q_is_the_posterior():
     assert result["nll_iw"] == pytest.approx(truth, abs=1e-6)
     assert abs(result["neg_elbo"] - truth) < 4 * result["neg_elbo_se"]
     assert abs(result["gain"] - result["kl"]) < 4 * (result["gain_se"] + result["kl_se"])
-    assert result["efficiency"] == pytest.approx(1, abs=0.03)
     assert result["mi"] == pytest.approx(model.mutual_information(), abs=0.1)
     assert result["au"] == model.latent_dim
 
@@ -741,15 +738,8 @@ def test_evaluation_repeats_and_leaves_random_state_and_mode_alone(data_tokenize
 
 
 def test_numbers_follow_from_counts_and_sentences(data_tokenizer, corpus):
-    model = small_vae(data_tokenizer)
-    result = metrics.evaluate(model, corpus, iw_samples=2, thorough=True)
-    batches = [data.make_batch(corpus, i) for i in data.evaluation_order(corpus.lengths, 30)]
-    with torch.no_grad():
-        found = [
-            metrics.importance_weighted(model.eval(), b, *model.encode(b.ids, b.mask), 2)
-            for b in batches
-        ]
-    nll = torch.cat([f["nll_iw"] for f in found])
+    columns = metrics.measure(small_vae(data_tokenizer), corpus, 1.0, 2, thorough=True)
+    result, nll = metrics.summarize(columns, corpus, 1.0, 2), columns["nll_iw"]
     assert result["nll_iw"] == pytest.approx(nll.mean().item())
     assert result["nll_iw_se"] == pytest.approx((nll.std() / len(nll) ** 0.5).item())
     assert result["ppl_token_iw"] == pytest.approx(math.exp(nll.sum().item() / corpus.ids.size))
@@ -757,7 +747,7 @@ def test_numbers_follow_from_counts_and_sentences(data_tokenizer, corpus):
     assert result["ppl_word"] == pytest.approx(math.exp(nats / corpus.words.sum()))
     assert result["nll"] == pytest.approx(min(result["nll_iw"], result["rec_prior"]))
     assert result["gain"] == pytest.approx(result["nll"] - result["rec"])
-    inside = torch.cat([f["rec_posterior"] for f in found]).mean().item()
+    inside = columns["rec_posterior"].mean().item()
     assert result["kl_posterior"] == pytest.approx(result["nll"] - inside)
     assert result["unknown_share"] == pytest.approx(1 / 4), "one text of four"
 
@@ -896,14 +886,12 @@ def same_log(one, other):
     return Path(one, "log.jsonl").read_bytes() == Path(other, "log.jsonl").read_bytes()
 
 
-def logs_agree(one, other):
-    """Whether the numbers in two logs are the same but for the rounding of sums."""
+def check_logs_agree(one, other):
+    """The numbers in two logs are the same but for the rounding of sums."""
     for a, b in zip(*map(log_records, (one, other)), strict=True):
-        numbers = [name for name, value in a.items() if isinstance(value, int | float)]
-        near = pytest.approx([a[name] for name in numbers], rel=1e-3, abs=1e-4)
-        if a.keys() != b.keys() or [b[name] for name in numbers] != near:
-            return False
-    return True
+        numbers = {name: value for name, value in a.items() if isinstance(value, int | float)}
+        assert {name: b[name] for name in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-4)
+        assert a.keys() == b.keys()
 
 
 def distance(one, other):
@@ -1105,7 +1093,7 @@ def test_a_reset_decoder_is_that_of_the_t5_again(tmp_path, home, t5_folder):
 def test_micro_batches_train_the_same_model(tmp_path, quiet, plain):
     assert train_run(main, *quiet, "--micro-batch", 2, "--out", tmp_path) == 0
     assert distance(tmp_path / "phase2", plain) < 1e-4
-    assert logs_agree(tmp_path / "phase2", plain)
+    check_logs_agree(tmp_path / "phase2", plain)
 
 
 class RowsOfLogits(TorchFunctionMode):
