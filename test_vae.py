@@ -109,34 +109,12 @@ def test_pooling_by_hand():
     assert pool(hidden, mask, "last").tolist() == [[3.0, -7.0]]
 
 
-def test_rec_is_the_sum_over_real_tokens():
-    vae = tiny_vae()
-    labels, mask = random_texts(4, 9)
-    z = torch.randn(4, 8)
-    log_p = vae.decode(z, labels).log_softmax(-1).gather(2, labels[:, :, None])[:, :, 0]
-    rec = vae.rec(z, labels)
-    torch.testing.assert_close(rec, -(log_p * mask).sum(1), atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(vae.rec(z, F.pad(labels, (0, 5))), rec, atol=1e-4, rtol=1e-5)
-    other = labels.clone()
-    other[1, 0] = 3 + (other[1, 0] - 2) % 61
-    changed = (vae.rec(z, other) - rec).abs()
-    assert changed[1] > 1e-3
-    assert changed[[0, 2, 3]].max() < 1e-4
-
-
 def test_reparameterize():
     mu, logvar = torch.full((20000, 1), 3.0), torch.full((20000, 1), math.log(4.0))
     z = tiny_vae().reparameterize(mu, logvar, torch.Generator().manual_seed(0))
     assert abs(z.mean() - 3) < 0.05, z.mean()
     assert abs(z.std() - 2) < 0.05, z.std()  # logvar is the logarithm of a variance
     assert torch.equal(z, tiny_vae().reparameterize(mu, logvar, torch.Generator().manual_seed(0)))
-
-
-def test_freeze_decoder():
-    vae = tiny_vae().freeze_decoder()
-    trainable = {name for name, p in vae.named_parameters() if p.requires_grad}
-    assert {"w_mu.weight", "w_logvar.weight"} < trainable
-    assert all(name.startswith(("t5.encoder.", "w_mu", "w_logvar")) for name in trainable)
 
 
 CLI_TEXTS = ["the old king sells a boat", "a monk"]
@@ -197,7 +175,9 @@ def from_t5(folder, latent_dim=5, **kwargs):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    """{relative path: content} of all files in a folder."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.fixture
@@ -208,35 +188,28 @@ def batch(checkpoint):
     return model, torch.randn(4, 5), labels
 
 
-def test_decode_is_t5s_own_forward_on_the_memory(batch):
-    model, z, labels = batch
-    start = model.t5.prepare_decoder_input_ids_from_labels(labels)
-    with torch.no_grad():
-        memory = BaseModelOutput(model.memory(z))
-        own = model.t5(encoder_outputs=memory, decoder_input_ids=start).logits
-        torch.testing.assert_close(model.decode(z, labels), own, atol=1e-6, rtol=1e-6)
-        assert not torch.allclose(model.decode(z + 1, labels), own, atol=1e-2)
-        nats = F.cross_entropy(own.mT, labels, ignore_index=PAD, reduction="none")
-        torch.testing.assert_close(model.rec(z, labels), nats.sum(1))
+def literal(t5, memory, labels):
+    """Logits with T5's own cross-attention: a cache that holds the one key, which is the value."""
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for layer in range(t5.config.num_decoder_layers):
+        one_key = memory[:, layer].view(len(labels), t5.config.num_heads, 1, t5.config.d_kv)
+        cache.cross_attention_cache.update(one_key, one_key, layer)
+        cache.is_updated[layer] = True
+    unread = BaseModelOutput(torch.randn(len(labels), 1, t5.config.d_model))
+    start = t5.prepare_decoder_input_ids_from_labels(labels)
+    return t5(encoder_outputs=unread, decoder_input_ids=start, **{vae.CACHE: cache}).logits
 
 
+@torch.no_grad()
 def test_one_key_of_t5s_own_cross_attention_gives_the_same_logits(checkpoint, batch):
     model, z, labels = batch
     t5 = AutoModelForSeq2SeqLM.from_pretrained(checkpoint).eval()
-    start = t5.prepare_decoder_input_ids_from_labels(labels)
-
-    def literal(z):
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        for layer in range(t5.config.num_decoder_layers):
-            one_key = model.memory(z)[:, layer].view(len(z), t5.config.num_heads, 1, t5.config.d_kv)
-            cache.cross_attention_cache.update(one_key, one_key, layer)
-            cache.is_updated[layer] = True
-        unread = BaseModelOutput(torch.randn(len(z), 1, t5.config.d_model))
-        return t5(encoder_outputs=unread, decoder_input_ids=start, **{vae.CACHE: cache}).logits
-
-    with torch.no_grad():
-        torch.testing.assert_close(model.decode(z, labels), literal(z), atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(model.decode(z, labels), literal(z.flip(0)), atol=1e-2)
+    own = literal(t5, model.memory(z), labels)
+    torch.testing.assert_close(model.decode(z, labels), own, atol=1e-4, rtol=1e-4)
+    other = literal(t5, model.memory(z.flip(0)), labels)
+    assert not torch.allclose(own, other, atol=1e-2), "the control"
+    nats = F.cross_entropy(own.mT, labels, ignore_index=PAD, reduction="none")
+    torch.testing.assert_close(model.rec(z, labels), nats.sum(1), atol=1e-3, rtol=1e-4)
 
 
 def argmax_loop(model, z, steps, eos_id):
@@ -294,39 +267,17 @@ def test_round_trip_keeps_every_bit(batch, tmp_path, cli_tokenizer):
         assert torch.equal(model.decode(z, labels), again.decode(z, labels))
         posteriors = zip(*(m.encode(labels, labels != PAD) for m in (model, again)), strict=True)
         assert all(torch.equal(one, other) for one, other in posteriors)
-        assert torch.equal(model.generate(z, 6), again.generate(z, 6))
         assert model.tokenizer(CLI_TEXTS)["input_ids"] == again.tokenizer(CLI_TEXTS)["input_ids"]
-        tied = [m.t5.lm_head.weight is m.t5.shared.weight for m in (model, again)]
-        assert tied[0] == tied[1]
         again.w_mu.weight[0, 0] += 1
     again.save_pretrained(tmp_path / "c")
     assert files(tmp_path / "c")["model.safetensors"] != a["model.safetensors"]
-
-
-def test_every_pretrained_weight_is_kept(checkpoint):
-    t5, model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint), from_t5(checkpoint)
-    kept = dict(model.t5.named_parameters())
-    for name, weight in t5.named_parameters():
-        name = name.replace("EncDecAttention.o.", "o.")  # noqa: PLW2901
-        dead = ".layer.1." in name and "decoder" in name and not name.endswith(".o.weight")
-        assert dead if name not in kept else torch.equal(weight, kept[name]), name
 
 
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory, cli_tokenizer):
     folder = tmp_path_factory.mktemp("t5")
     save_t5(folder, "gated, own head (v1.1)", cli_tokenizer)
-    t5 = AutoModelForSeq2SeqLM.from_pretrained(folder)
-    with torch.no_grad():  # it writes words, not sentinels, which are not shown
-        t5.lm_head.weight[cli_tokenizer.all_special_ids] = 0
-    t5.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def saved(t5_folder, tmp_path):
-    from_t5(t5_folder).save_pretrained(tmp_path / "old")
-    return tmp_path / "old"
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -348,11 +299,6 @@ def write(folder, name="train.txt", content=b"a king paints\na queen sings\n"):
     return str(folder)
 
 
-def texts_of(corpus, data_tokenizer):
-    rows = np.split(corpus.ids, corpus.offsets[1:-1])
-    return [data_tokenizer.decode(row[:-1]) for row in rows]
-
-
 def test_grammar_entropy_is_that_of_its_sentences():
     """Factor by factor, what 20,000 draws show; and no two derivations make the same sentence."""
     drawn = list(data.grammar_factors("train"))
@@ -363,7 +309,6 @@ def test_grammar_entropy_is_that_of_its_sentences():
     assert entropy == pytest.approx(data.GRAMMAR_ENTROPY, abs=0.02)
     sentences = {data.grammar_sentence(f): tuple(f.values()) for f in drawn}
     assert len(sentences) == len({tuple(f.values()) for f in drawn})
-    assert 15 < data.GRAMMAR_ENTROPY < 35
 
 
 @pytest.mark.parametrize("prob", [0.15, 0.40])
@@ -375,9 +320,7 @@ def test_deletion_rate_and_what_survives(prob):
     left = np.array([len(row) for row in short])
     may_go, gone = (lengths - 1)[lengths > 10].sum(), (lengths - left)[lengths > 10].sum()
     assert abs(gone / may_go - prob) < 4 * np.sqrt(prob * (1 - prob) / may_go)
-    two = left[lengths == 3]  # of two tokens both may go, but then one is taken back
-    assert abs((two == 3).mean() - (1 - prob) ** 2) < 0.3
-    assert (left >= np.minimum(lengths, 2)).all()
+    assert (left >= np.minimum(lengths, 2)).all(), "if all tokens go, one is taken back"
     for row, kept in zip(rows, short, strict=True):
         assert kept[-1] == EOS
         rest = iter(row.tolist())
@@ -423,17 +366,14 @@ def test_stratified_noise_is_normal_and_spread_evenly():
     assert data.stratified_noise(0, 0, 0, np.arange(2), data.UNTEMPERED, 1).shape == (1, 2, 0)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 5, 100])
-def test_micro_batches_divide_the_texts_of_a_step(grammar_corpus, micro_batch, monkeypatch):
+@pytest.mark.parametrize(("micro_batch", "world"), [(1, 9), (2, 9), (5, 2), (100, 2)])
+def test_micro_batches_divide_the_texts_of_a_step(grammar_corpus, micro_batch, world, monkeypatch):
+    """Nine processes are two more than texts."""
     noise, index = {"denoise": 0.2, "latent_dim": 2, "seed": 0}, np.arange(7)
     (whole,) = data.training_batches(grammar_corpus, 0, index, 7, **noise)
     found = []
-    for rank in range(9):  # two more processes than texts
-        monkeypatch.setattr(
-            data, "processes", lambda rank=rank: (rank, 9 if micro_batch < 5 else 2)
-        )
-        if micro_batch >= 5 and rank > 1:
-            break
+    for rank in range(world):
+        monkeypatch.setattr(data, "processes", lambda rank=rank: (rank, world))
         for batch in data.training_batches(grammar_corpus, 0, index, micro_batch, **noise):
             assert len(batch.index) <= micro_batch
             assert batch.step_count == 7
@@ -460,17 +400,12 @@ def test_a_corpus_of_a_list(data_tokenizer):
     assert corpus.row(2099).tolist() == corpus.row(2).tolist()
     assert data.detokenize([corpus.row(1).tolist()], data_tokenizer) == ["a <unk> monk"]
     assert corpus.words[1] == 4  # the end is a word
-    for wrong, said in (
-        ([1], r"texts\[0\] is 1"),
-        (["a", " "], r"texts\[1\] is empty"),
-        ([], "empty"),
-    ):
-        with pytest.raises(data.InputError, match=said):
-            data.make_corpus(wrong, data_tokenizer)
-    with pytest.raises(data.InputError, match=r"texts\[1\] .*surrogate"):
-        data.make_corpus(["a", "b\ud83d"], data_tokenizer)
     no_spaces = data.make_corpus(["\u6211\u559c\u6b22\u732b"] * 3, ByT5Tokenizer())
     assert (no_spaces.word, no_spaces.words.tolist()) == ("character", [5, 5, 5])
+    refused = [([1], r"texts\[0\] is 1"), (["a", " "], r"texts\[1\] is empty"), ([], "is empty")]
+    for wrong, said in [*refused, (["a", "b\ud83d"], r"texts\[1\] .*surrogate")]:
+        with pytest.raises(data.InputError, match=said):
+            data.make_corpus(wrong, data_tokenizer)
 
 
 # ---------------------------------------------------------------------------------------- measures
@@ -481,7 +416,6 @@ def test_kl_is_that_of_torch_and_by_hand():
     logvar = torch.linspace(-3, 2, 7).expand(5, 7)
     theirs = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0))
     torch.testing.assert_close(metrics.kl_divergence(mu, logvar), theirs)
-    assert metrics.kl_divergence is vae.kl_divergence
     # (2^2 + 1 - 0 - 1) / 2 = 2
     assert metrics.kl_divergence(torch.tensor(2.0), torch.tensor(0.0)).item() == 2
 
@@ -504,19 +438,19 @@ FIRST = 3  # a text of the linear-Gaussian world is one token, FIRST + i, and </
 
 
 class LinearGaussian(torch.nn.Module):
-    """z ~ N(0, I), x ~ N(W z, noise I); W has orthogonal columns, hence a diagonal posterior.
+    """z ~ N(0, I), x ~ N(W z, I); W has orthogonal columns, hence a diagonal posterior.
 
-    Unless it is `correlated`: then q is the best diagonal one. q is the optimum at the KL weight
-    `trained_at`: the posterior of a likelihood that counts 1 / trained_at times.
+    If it is `correlated`, the columns are not orthogonal, and q is the best diagonal posterior. q
+    is the optimum at the KL weight `trained_at`: its likelihood counts 1 / trained_at times.
 
-    Text i stands for x[i], drawn from the model. q is the exact posterior, moved by `shift` and
-    widened by `widen`. A decoder that reads `heard` dimensions of z knows the distribution of the
-    others, so that its p(x) is the true one: it is x's density given those alone.
+    Text i stands for x[i], drawn from the model. q is moved by `shift` and widened by `widen`. The
+    decoder reads the first `heard` dimensions of z. It knows the distribution of the others, so
+    that its p(x) is the true one: rec is x's density given those that it reads.
     """
 
     def __init__(  # noqa: PLR0913
-        self, n, latent_dim=4, scale=2.0, noise=1.0, shift=0.0, widen=0.0, heard=None,
-        trained_at=1.0, correlated=False,
+        self, n, latent_dim=4, scale=2.0, shift=0.0, widen=0.0, heard=None, trained_at=1.0,
+        correlated=False,
     ):  # fmt: skip
         super().__init__()
         rng = torch.Generator().manual_seed(3)
@@ -526,20 +460,20 @@ class LinearGaussian(torch.nn.Module):
         self.w = directions * torch.linspace(scale / 2, scale, latent_dim, dtype=torch.float64)
         if correlated:
             self.w = self.w @ (torch.eye(latent_dim) + 0.2).double()
-        self.noise, self.shift, self.widen, self.trained_at = noise, shift, widen, trained_at
+        self.shift, self.widen, self.trained_at = shift, widen, trained_at
         self.heard = latent_dim if heard is None else heard
-        self.x = draw(n, latent_dim) @ self.w.T + noise**0.5 * draw(n, size)
+        self.x = draw(n, latent_dim) @ self.w.T + draw(n, size)
         self.latent_dim, self.device = latent_dim, torch.device("cpu")
 
     @property
     def posterior(self):
         """mu (n, Z) and variance (Z,) of the exact p(z|x)."""
-        variance = 1 / (1 + (self.w**2).sum(0) / self.noise)
-        return self.x @ self.w / self.noise * variance, variance
+        variance = 1 / (1 + (self.w**2).sum(0))
+        return self.x @ self.w * variance, variance
 
     def normal(self, mean, w):
-        """N(mean, w w' + noise I), of x."""
-        covariance = w @ w.T + self.noise * torch.eye(len(w), dtype=torch.float64)
+        """N(mean, w w' + I), of x."""
+        covariance = w @ w.T + torch.eye(len(w), dtype=torch.float64)
         return MultivariateNormal(mean, covariance, validate_args=False)
 
     def log_p(self):
@@ -547,12 +481,11 @@ class LinearGaussian(torch.nn.Module):
         return self.normal(torch.zeros(len(self.w)).double(), self.w).log_prob(self.x)
 
     def mutual_information(self):
-        return 0.5 * torch.log1p((self.w**2).sum(0) / self.noise).sum().item()
+        return 0.5 * torch.log1p((self.w**2).sum(0)).sum().item()
 
     def encode(self, ids, mask):
-        noise = self.noise * self.trained_at
-        precision = torch.eye(self.latent_dim).double() + self.w.T @ self.w / noise
-        mu = torch.linalg.solve(precision, self.w.T / noise @ self.x.T).T
+        precision = torch.eye(self.latent_dim).double() + self.w.T @ self.w / self.trained_at
+        mu = torch.linalg.solve(precision, self.w.T / self.trained_at @ self.x.T).T
         mu = mu[ids[:, 0] - FIRST] + self.shift
         return mu, (self.widen - precision.diagonal().log()).expand_as(mu)
 
@@ -573,23 +506,10 @@ def toy_corpus(n):
     return data.Corpus(ids, np.arange(0, 2 * n + 1, 2), np.full(n, 2), 0, 0, 0, 2, "")
 
 
-def whole(n):
-    return data.make_batch(toy_corpus(n), np.arange(n))
-
-
 def importance_weighted(model, n, samples, weight=1.0):
-    batch = whole(n)
+    batch = data.make_batch(toy_corpus(n), np.arange(n))
     r = metrics.untemper(*model.encode(batch.ids, batch.mask), weight)
     return metrics.importance_weighted(model, batch, *r, samples)
-
-
-def test_importance_weighting_is_exact_with_the_exact_posterior():
-    model = LinearGaussian(50)
-    for samples in 1, 7:
-        nll = importance_weighted(model, 50, samples)["nll_iw"]
-        torch.testing.assert_close(nll, -model.log_p(), rtol=1e-6, atol=1e-6)
-    worse = LinearGaussian(50, widen=0.5)
-    assert (importance_weighted(worse, 50, 7)["nll_iw"] + worse.log_p()).abs().max() > 0.01
 
 
 def test_importance_weighted_nll_falls_from_the_bound_to_the_truth():
@@ -622,9 +542,8 @@ def test_the_untempered_posterior_is_exact_where_q_is_the_optimum_at_its_weight(
     kl = metrics.kl_divergence(mu, variance.log().expand_as(mu)).sum(1)
     torch.testing.assert_close(found["kl_untempered"], kl)
     measured = metrics.evaluate(model, toy_corpus(n), weight, iw_samples=20, thorough=True)
-    assert measured["kl_posterior"] == pytest.approx(
-        kl.mean().item(), abs=3 * measured["kl_posterior_se"]
-    )
+    error = 3 * measured["kl_posterior_se"]
+    assert measured["kl_posterior"] == pytest.approx(kl.mean().item(), abs=error)
     wrong = importance_weighted(model, n, 20, weight / 2)
     assert (wrong["nll_iw"] + model.log_p()).mean() > -0.02, "a wrong weight bounds as well"
     assert (wrong["nll_iw"] + model.log_p()).abs().max() > 1e-3, "the control: it is not exact"
@@ -660,7 +579,6 @@ def test_the_weight_is_that_of_the_least_bound_of_the_grid():
     model, corpus = LinearGaussian(200, trained_at=0.2), toy_corpus(200)
     bounds = metrics.untempered_bounds(model, corpus, metrics.GRID, 200, 0, 512)
     found = metrics.find_weight(model, corpus, 200, max_tokens=512)
-    assert 0.1 < found < 0.4
     assert all(bounds[found] <= bound for bound in bounds.values())
     assert found == metrics.find_weight(model, corpus, 200, max_tokens=2), "whatever the batches"
     ignored = LinearGaussian(200, heard=0, scale=30.0)
@@ -675,7 +593,6 @@ def test_evaluate_finds_the_closed_forms_where_q_is_the_posterior():
     assert result["nll_iw"] == pytest.approx(truth, abs=1e-6)
     assert abs(result["neg_elbo"] - truth) < 4 * result["neg_elbo_se"]
     assert abs(result["gain"] - result["kl"]) < 4 * (result["gain_se"] + result["kl_se"])
-    assert result["efficiency"] == pytest.approx(1, abs=0.03)
     assert result["mi"] == pytest.approx(model.mutual_information(), abs=0.1)
     assert result["au"] == model.latent_dim
 
@@ -718,17 +635,10 @@ def test_standard_errors_are_those_of_resampled_sentences():
 def test_what_is_not_finite_is_refused_by_name(tmp_path):
     model = LinearGaussian(20)
     model.x[6] = math.nan
-    with pytest.raises(
-        FloatingPointError, match="mu of text 6 of the split, from 0, is not finite"
-    ):
+    with pytest.raises(FloatingPointError, match="mu of text 6 of the split, from 0, is not fin"):
         metrics.evaluate(model, toy_corpus(20))
-    rec = LinearGaussian.rec
-    model = LinearGaussian(20)
-    model.rec = lambda z, labels: rec(model, z, labels).masked_fill(labels[:, 0] == FIRST, math.inf)
-    with pytest.raises(
-        FloatingPointError, match="rec of text 0 of the split, from 0, is not finite"
-    ):
-        metrics.evaluate(model, toy_corpus(20))
+    with pytest.raises(FloatingPointError, match="rec of text 1 of the split"):
+        metrics.gather("rec", torch.tensor([0.0, math.inf]))
     with pytest.raises(ValueError, match="not JSON compliant"):
         data.write_json(tmp_path / "metrics.json", {"rec": math.nan})
     assert not list(tmp_path.iterdir())
@@ -736,11 +646,14 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path):
 
 def test_metrics_json_stays_where_a_number_is_not_finite(whole_run, tmp_path, monkeypatch):
     run, rec = shutil.copytree(whole_run, tmp_path / "run"), T5VAE.rec
-    corpus = metrics.load_run(run)[-1]("test")
-    first = corpus.ids[corpus.offsets[:-1]]
-    bad, before = int(first.argmax()), files(run)
-    hit = lambda labels: labels[:, 0] == int(first[bad])  # noqa: E731
-    monkeypatch.setattr(T5VAE, "rec", lambda s, z, x: rec(s, z, x).masked_fill(hit(x), math.nan))
+    corpus, before = metrics.load_run(run)[-1]("test"), files(run)
+    first = torch.from_numpy(corpus.ids[corpus.offsets[:-1]])
+    bad = first.argmax().item()
+
+    def broken_rec(self, z, labels):
+        return rec(self, z, labels).masked_fill(labels[:, 0] == first[bad], math.inf)
+
+    monkeypatch.setattr(T5VAE, "rec", broken_rec)
     with pytest.raises(SystemExit, match=f"of text {bad} of the split, from 0, is not finite"):
         metrics.main([str(run), "--iw-samples", "2", "--write"])
     assert files(run) == before
@@ -760,23 +673,19 @@ def test_mutual_information_is_the_truth_or_its_ceiling(n):
         assert mi == pytest.approx(target, abs=0.05 + 2 / math.sqrt(n)), (n, target)
 
 
-def test_mutual_information_of_one_posterior_for_all_is_zero():
-    mu = torch.zeros(300, 8)
-    assert metrics.mutual_information(mu, mu, torch.randn(300, 8)).abs() < 1e-9
-
-
 def test_mutual_information_by_chunks_is_the_same():
     generator = torch.Generator().manual_seed(0)
     mu, logvar = torch.randn(700, 5, generator=generator), torch.randn(700, 5, generator=generator)
     z = mu + (logvar / 2).exp() * torch.randn(700, 5, generator=generator)
-    once = metrics.mutual_information(mu, logvar, z=z, chunk=700)
-    for chunk in 1, 64, 10_000:
-        torch.testing.assert_close(metrics.mutual_information(mu, logvar, z=z, chunk=chunk), once)
     # All densities at once, by torch's own hand.
     q = Normal(mu.double(), (logvar.double() / 2).exp())
     log_q = q.log_prob(z[:, None].double()).sum(2)
     direct = (log_q.diagonal() - log_q.logsumexp(1) + math.log(700)).mean()
-    torch.testing.assert_close(once, direct)
+    for chunk in 1, 64, 700, 10_000:
+        found = metrics.mutual_information(mu, logvar, z=z, chunk=chunk)
+        torch.testing.assert_close(found, direct)
+    one_for_all = torch.zeros(700, 5)
+    assert metrics.mutual_information(one_for_all, one_for_all, z).abs() < 1e-9
 
 
 def test_active_units_around_the_threshold_with_n_minus_1():
@@ -793,42 +702,32 @@ RUN_TEXTS += ("the happy witch hid a red drum by the lake", "monks \u4e2d lost i
 
 
 @pytest.fixture(scope="module")
-def metrics_tokenizer():
-    return data.train_tokenizer(data.read_texts("grammar", "valid"), 400)
+def corpus(data_tokenizer):
+    return data.make_corpus(RUN_TEXTS * 5, data_tokenizer)
 
 
-@pytest.fixture(scope="module")
-def corpus(metrics_tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    (folder / "train.txt").write_text("\n".join(RUN_TEXTS * 5), encoding="utf-8")
-    return data.load_corpus(str(folder), "train", metrics_tokenizer)
-
-
-def small_vae(metrics_tokenizer, latent_dim=4, seed=0):
-    torch.manual_seed(seed)
-    shape = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    config = T5Config(vocab_size=len(metrics_tokenizer), decoder_start_token_id=0, **shape)
+def small_vae(data_tokenizer, latent_dim=4):
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=len(data_tokenizer), dropout_rate=0.1)
     model = T5VAE(config.to_dict(), latent_dim)
-    model.tokenizer = metrics_tokenizer
-    for parameter in model.w_proj.parameters():
-        torch.nn.init.normal_(parameter)  # z is heard
+    model.tokenizer = data_tokenizer
+    torch.nn.init.normal_(model.w_proj.weight)  # z is heard
     return model
 
 
-def test_no_number_depends_on_the_batch_size(metrics_tokenizer, corpus):
-    model = small_vae(metrics_tokenizer)
+def test_no_number_depends_on_the_batch_size(data_tokenizer, corpus):
+    model = small_vae(data_tokenizer)
     evaluate = partial(metrics.evaluate, model, corpus, 0.5, iw_samples=3, thorough=True)
     one, many = evaluate(max_tokens=1), evaluate()
     assert one.keys() == many.keys()
-    for name, value in one.items():
-        same = value == pytest.approx(many[name], rel=1e-4) if isinstance(value, float) else True
-        assert same or value is None, name
+    floats = {name: value for name, value in many.items() if isinstance(value, float)}
+    assert {name: one[name] for name in floats} == pytest.approx(floats, rel=1e-4)
     other_noise = evaluate(seed=1)
     assert other_noise["rec"] != pytest.approx(many["rec"], rel=1e-4)
 
 
-def test_evaluation_repeats_and_leaves_random_state_and_mode_alone(metrics_tokenizer, corpus):
-    model = small_vae(metrics_tokenizer).train()
+def test_evaluation_repeats_and_leaves_random_state_and_mode_alone(data_tokenizer, corpus):
+    model = small_vae(data_tokenizer).train()
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     first = metrics.evaluate(model, corpus, iw_samples=2, thorough=True)
     assert model.training
@@ -838,16 +737,9 @@ def test_evaluation_repeats_and_leaves_random_state_and_mode_alone(metrics_token
     assert metrics.evaluate(model, corpus, iw_samples=2, thorough=True) == first
 
 
-def test_numbers_follow_from_counts_and_sentences(metrics_tokenizer, corpus):
-    model = small_vae(metrics_tokenizer)
-    result = metrics.evaluate(model, corpus, iw_samples=2, thorough=True)
-    batches = [data.make_batch(corpus, i) for i in data.evaluation_order(corpus.lengths, 30)]
-    with torch.no_grad():
-        found = [
-            metrics.importance_weighted(model.eval(), b, *model.encode(b.ids, b.mask), 2)
-            for b in batches
-        ]
-    nll = torch.cat([f["nll_iw"] for f in found])
+def test_numbers_follow_from_counts_and_sentences(data_tokenizer, corpus):
+    columns = metrics.measure(small_vae(data_tokenizer), corpus, 1.0, 2, thorough=True)
+    result, nll = metrics.summarize(columns, corpus, 1.0, 2), columns["nll_iw"]
     assert result["nll_iw"] == pytest.approx(nll.mean().item())
     assert result["nll_iw_se"] == pytest.approx((nll.std() / len(nll) ** 0.5).item())
     assert result["ppl_token_iw"] == pytest.approx(math.exp(nll.sum().item() / corpus.ids.size))
@@ -855,19 +747,19 @@ def test_numbers_follow_from_counts_and_sentences(metrics_tokenizer, corpus):
     assert result["ppl_word"] == pytest.approx(math.exp(nats / corpus.words.sum()))
     assert result["nll"] == pytest.approx(min(result["nll_iw"], result["rec_prior"]))
     assert result["gain"] == pytest.approx(result["nll"] - result["rec"])
-    inside = torch.cat([f["rec_posterior"] for f in found]).mean().item()
+    inside = columns["rec_posterior"].mean().item()
     assert result["kl_posterior"] == pytest.approx(result["nll"] - inside)
     assert result["unknown_share"] == pytest.approx(1 / 4), "one text of four"
 
 
-def test_a_language_model_has_no_use_of_z(metrics_tokenizer, corpus):
-    model = small_vae(metrics_tokenizer, latent_dim=0)
+def test_a_language_model_has_no_use_of_z(data_tokenizer, corpus):
+    model = small_vae(data_tokenizer, latent_dim=0)
     result = metrics.evaluate(model, corpus, iw_samples=5, thorough=True)
     assert result["kl"] == result["gain"] == result["au"] == 0
     assert result["mi"] == pytest.approx(0, abs=1e-9)
     assert result["nll_iw"] == pytest.approx(result["rec"], rel=1e-9)
     assert result["rec_other"] == pytest.approx(result["rec"], rel=1e-9)
-    assert "z is" not in metrics.verdict(result)
+    assert metrics.verdict(result).startswith(f"rec {result['rec']:.2f} nats per sentence; WARNING")
 
 
 def said(**changes):
@@ -878,52 +770,31 @@ def said(**changes):
 
 
 def test_the_verdict_does_not_contradict_itself():
-    assert "z is used" in said()
-    for words in "20.00\u00b10.10 nats higher", "18.10", "met (8.20)", "carries 7.90":
+    assert said().startswith("z is used")
+    for words in "20.00\u00b10.10 nats higher", "NLL 17.90", "18.10", "met (8.20)", "carries 7.90":
         assert words in said()
     assert "MISSED" in said(kl=9.0)
     useless = said(kl=40.0, swap_cost=0.02, swap_cost_se=0.02, kl_posterior=3.0)
-    assert "z is ignored" in useless
-    assert "buys nothing" in useless
-    assert "carries" not in useless, "what swaps do not change carries nothing"
+    collapsed = said(kl=0.0, swap_cost=0.0, swap_cost_se=0.0)
+    for line in useless, collapsed:
+        assert re.match("z is ignored: .*buys nothing", line)
+        assert "carries" not in line, "what swaps do not change carries nothing"
     small = said(kl=0.9, swap_cost=0.8, swap_cost_se=0.05, kl_posterior=0.7)
     assert "z is used" in small, "small is not unused"
     assert "hardly used" in said(kl=40.0, swap_cost=0.5, swap_cost_se=0.02)
     assert "WARNING" in said(unknown_share=1.0)
     assert "WARNING" not in said(unknown_share=0.01)
+    phase_1 = metrics.evaluate(LinearGaussian(50), toy_corpus(50), thorough=True)
+    assert "z is" not in metrics.verdict(phase_1), "phase 1 is not about what z costs"
 
 
-def test_six_verdicts(metrics_tokenizer, corpus):
-    """A run that collapsed, one at 0.9 nats, at 40 useless nats, phase 1, no latent."""
-
-    def verdict_of(iw_samples=20, **world):
-        model, evaluate = LinearGaussian(500, **world), metrics.evaluate
-        return metrics.verdict(evaluate(model, toy_corpus(500), 1, iw_samples, thorough=True))
-
-    collapsed, small = verdict_of(scale=0.0), verdict_of(scale=1.0)
-    useless, used, phase_1 = verdict_of(scale=30.0, heard=0), verdict_of(), verdict_of(0)
-    for line in collapsed, useless:
-        assert re.match("z is ignored: .*buys nothing", line)
-        assert "carries" not in line
-    assert float(re.search(r"its KL is ([\d.]+) nats", small)[1]) == pytest.approx(0.9, abs=0.1)
-    for line in small, used:
-        assert line.startswith("z is used")
-        assert "carries" in line
-        assert "NLL" in line
-    assert "z is" not in phase_1, "phase 1 is not about what z costs"
-    without = metrics.evaluate(small_vae(metrics_tokenizer, 0), corpus, 1, 5, thorough=True)
-    said = metrics.verdict(without).split(";")[0]
-    assert said == f"rec {without['rec']:.2f} nats per sentence"
-
-
-def test_the_table_prints_what_the_dict_holds(metrics_tokenizer, corpus):
-    result = metrics.evaluate(small_vae(metrics_tokenizer), corpus, iw_samples=2, thorough=True)
+def test_the_table_prints_what_the_dict_holds(data_tokenizer, corpus):
+    result = metrics.evaluate(small_vae(data_tokenizer), corpus, iw_samples=2, thorough=True)
     table = metrics.format_table({"name": result}).splitlines()[1:-1]
     lines = {line.split()[0]: line.split()[-1] for line in table}
     for key in "rec", "kl", "neg_elbo", "nll", "kl_posterior", "swap_cost":
         assert lines[key] == f"{result[key]:.2f}\u00b1{result[key + '_se']:.2f}", key
     assert lines["au"] == f"{result['au']:,}"
-    assert len(lines) == 10, "what matters; the rest is in metrics.json"
     assert lines["mi"].endswith("\u00b1?"), "a number without an error says so"
     assert "entropy" not in lines, "what no run has is left out"
     two = metrics.format_table({"a": result, "b": result | {"entropy": 21.0, "kl": 3e7}})
@@ -998,6 +869,9 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
+KILL = partial(send, signal.SIGKILL)
+
+
 def weights(run):
     return load_file(Path(run, "model", "model.safetensors"))
 
@@ -1007,22 +881,23 @@ def log_records(run):
 
 
 def same_run(one, other):
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    """Whether two runs have the same weights and the same log, bit for bit."""
+    names = "model/model.safetensors", "log.jsonl"
+    return all(Path(one, name).read_bytes() == Path(other, name).read_bytes() for name in names)
 
 
-def same_log(one, other):
-    return Path(one, "log.jsonl").read_bytes() == Path(other, "log.jsonl").read_bytes()
+def check_logs_agree(one, other):
+    """The numbers in two logs are the same but for the rounding of sums."""
+    for a, b in zip(*map(log_records, (one, other)), strict=True):
+        numbers = {name: value for name, value in a.items() if isinstance(value, int | float)}
+        assert {name: b[name] for name in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-4)
+        assert a.keys() == b.keys()
 
 
 def distance(one, other):
     """The largest relative difference of a weight tensor."""
     a, b = weights(one), weights(other)
     return max(((a[n] - b[n]).norm() / a[n].norm().clamp(min=1e-12)).item() for n in a)
-
-
-def saved_state(run):
-    return torch.load(Path(run, "checkpoint.pt"), weights_only=True)
 
 
 @pytest.fixture(scope="session")
@@ -1094,12 +969,10 @@ def test_a_run_folder_is_whole(whole_run, home):
     assert "nll_iw" in warm_up, "phase 1 has it where --iw-samples is given"
 
 
-def test_seeds(tmp_path, command, whole_run):
-    assert train_run(main, *command, "--out", tmp_path / "same") == 0
-    assert same_run(tmp_path / "same" / "phase2", whole_run)
-    assert same_log(tmp_path / "same" / "phase2", whole_run)
-    assert train_run(main, *command, "--seed", 1, "--out", tmp_path / "other") == 0
-    assert not same_run(tmp_path / "other" / "phase2", whole_run)
+def test_another_seed_is_another_run(tmp_path, command, whole_run):
+    """The control of test_killed_anywhere, which repeats a run with the same seed."""
+    assert train_run(main, *command, "--seed", 1, "--out", tmp_path) == 0
+    assert distance(tmp_path / "phase2", whole_run) > 1e-3
 
 
 def test_phase_1_moves_the_encoder_alone_and_phase_2_the_rest(tmp_path, home, plain):
@@ -1127,9 +1000,8 @@ def test_saved_runs_are_measured_again(whole_run, home, tmp_path, capsys, monkey
     moved = shutil.copytree(home, tmp_path / "moved", ignore=lambda *_: ["vae", "whole", "plain"])
     metrics.main([str(run), "--iw-samples", "2", "--write", "--dataset", str(moved)])
     after, old = json.loads((run / "metrics.json").read_text()), json.loads(before["metrics.json"])
-    for name, value in old.items():
-        same = after[name] == pytest.approx(value, rel=1e-4) if isinstance(value, float) else True
-        assert same, name
+    floats = {name: value for name, value in old.items() if isinstance(value, float)}
+    assert {name: after[name] for name in floats} == pytest.approx(floats, rel=1e-4)
     values = {k: torch.from_numpy(v) for k, v in np.load(run / "sentences.npz").items()}
     again = metrics.means_and_errors(values)
     assert {"nll", "gain", "efficiency_se", "kl_posterior", "exact_match"} < again.keys()
@@ -1147,8 +1019,6 @@ def test_saved_runs_are_measured_again(whole_run, home, tmp_path, capsys, monkey
     (run / "metrics.json").unlink()
     with pytest.raises(SystemExit, match="--write: .*not finished"):
         metrics.main([str(run), "--write", "--iw-samples", "3"])
-    with pytest.raises(SystemExit, match="metrics.py: no/run has no config.json of a run"):
-        metrics.main(["no/run"])
     (moved / "test.txt").write_text("other")
     with pytest.raises(SystemExit, match="are not those that it was trained on"):
         metrics.main([str(run), "--dataset", str(moved)])
@@ -1171,23 +1041,22 @@ def test_the_language_model_beside_a_run(whole_run, tmp_path, capsys):
 
 
 # A call of a function of train.py: in a step, within the write of a checkpoint, in an evaluation,
-# in the last one, before the model is saved, before and between the two files of measures.
+# in the last one, before the model is saved, before and between the two files of measures, before
+# there is a config.json.
 CALLS = {"seed_dropout": 7, "os.replace": 7, "os.fsync": 7, "metrics.evaluate": 2}
 CALLS |= {"T5VAE.save_pretrained": 1, "metrics.measure": 4, "write_samples": 1}
-CALLS = [*CALLS.items(), ("metrics.write_measures", 1), ("os.replace", 13)]
+CALLS = [*CALLS.items(), ("metrics.write_measures", 1), ("os.replace", 1), ("os.replace", 13)]
 
 
 @pytest.mark.parametrize(("where", "calls"), CALLS)
 def test_killed_anywhere(tmp_path, command, whole_run, where, calls):
-    flags, kill = [*command, "--save-every", 0, "--resume"], partial(send, signal.SIGKILL)
-    flags += ["--out", tmp_path]
-    assert train_run(cut, calls, where, kill, *flags) == -signal.SIGKILL
+    flags = [*command, "--save-every", 0, "--resume", "--out", tmp_path]
+    assert train_run(cut, calls, where, KILL, *flags) == -signal.SIGKILL
     assert not (tmp_path / "phase2" / "metrics.json").exists()
     trained = (tmp_path / "phase2" / "model").exists() or where == "T5VAE.save_pretrained"
     # Where training had ended, a kill costs the evaluation alone: no step is taken again.
-    assert train_run(cut, 1 if trained else 0, "seed_dropout", kill, *flags) == 0
+    assert train_run(cut, 1 if trained else 0, "seed_dropout", KILL, *flags) == 0
     assert same_run(tmp_path / "phase2", whole_run)
-    assert same_log(tmp_path / "phase2", whole_run)
     assert files(tmp_path / "phase2").keys() == files(whole_run).keys()
     assert files(tmp_path / "phase2")["metrics.json"] == files(whole_run)["metrics.json"]
 
@@ -1219,17 +1088,10 @@ def test_a_reset_decoder_is_that_of_the_t5_again(tmp_path, home, t5_folder):
             assert torch.equal(weight, before[name]) == (encodes or freeze), "else it has moved"
 
 
-TEXTS = ("split", "word", "entropy")  # values of log records that are no numbers
-
-
 def test_micro_batches_train_the_same_model(tmp_path, quiet, plain):
     assert train_run(main, *quiet, "--micro-batch", 2, "--out", tmp_path) == 0
     assert distance(tmp_path / "phase2", plain) < 1e-4
-    for one, other in zip(*map(log_records, (tmp_path / "phase2", plain)), strict=True):
-        for name, value in one.items():
-            assert other[name] == (
-                value if name in TEXTS else pytest.approx(value, rel=1e-3, abs=1e-4)
-            )
+    check_logs_agree(tmp_path / "phase2", plain)
 
 
 class RowsOfLogits(TorchFunctionMode):
@@ -1252,10 +1114,8 @@ def rec_and_gradients(model, z, labels, scale):
     z.grad = None
     rec = model.rec(z, labels)
     (rec * scale * torch.linspace(0.2, 1, len(rec))).sum().backward()
-    return [
-        rec.detach(),
-        *(p.grad.clone() for p in (z, *model.parameters()) if p.grad is not None),
-    ]
+    gradients = [p.grad for p in (z, *model.parameters())]
+    return [rec.detach(), *(grad.clone() for grad in gradients if grad is not None)]
 
 
 @pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
@@ -1280,24 +1140,15 @@ def test_logits_in_slices_give_the_same_gradients(checkpoint, half, monkeypatch)
         with torch.no_grad(), RowsOfLogits(vocabulary) as noted:
             torch.testing.assert_close(model.rec(z, labels), whole[0], atol=0.02, rtol=1e-2)
         assert max(noted.rows) == 10
+        with pytest.raises(data.InputError, match="no second derivative; raise vae.MOST_LOGITS"):
+            torch.autograd.grad(model.rec(z, labels).sum(), z, create_graph=True)
         # A head that is no nn.Linear, as LoRA's, is called, not read.
-        model.t5.lm_head = torch.nn.Sequential(
-            torch.nn.LayerNorm(model.t5.config.d_model, elementwise_affine=False),
-            model.t5.lm_head,
-        )
+        norm = torch.nn.LayerNorm(model.t5.config.d_model, elementwise_affine=False)
+        model.t5.lm_head = torch.nn.Sequential(norm, model.t5.lm_head)
         other = model.rec(z, labels).detach()
         monkeypatch.undo()
         torch.testing.assert_close(other, model.rec(z, labels).detach(), atol=0.02, rtol=1e-2)
         assert (other - whole[0]).abs().max() > 0.1
-    assert vae.MOST_LOGITS == 2**30
-
-
-def test_the_sliced_loss_refuses_a_second_derivative(checkpoint, monkeypatch):
-    model, labels = from_t5(checkpoint), torch.randint(3, 50, (2, 4))
-    z = torch.randn(2, 5, requires_grad=True)
-    monkeypatch.setattr(vae, "MOST_LOGITS", 100)
-    with pytest.raises(data.InputError, match="no second derivative; raise vae.MOST_LOGITS"):
-        torch.autograd.grad(model.rec(z, labels).sum(), z, create_graph=True)
 
 
 def test_a_frozen_head_is_sliced_without_a_gradient(checkpoint, monkeypatch):
@@ -1313,7 +1164,7 @@ def test_a_frozen_head_is_sliced_without_a_gradient(checkpoint, monkeypatch):
 def test_adamw_rms_steps_are_relative_to_each_weight():
     """200 steps against AdamW of weights that are divided by their size, by hand."""
     torch.manual_seed(0)
-    args = train.settings(*flags_of("--dataset grammar --model tiny --recipe best --phase 1"))
+    args = settings("--dataset grammar --model tiny --recipe best --phase 1")[0]
     weights = torch.nn.ParameterList([torch.randn(4, 3), 0.01 * torch.randn(5), torch.zeros(2)])
     by_hand = [w.detach().clone().double() for w in weights]
     moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in by_hand]
@@ -1338,11 +1189,6 @@ def test_adamw_rms_steps_are_relative_to_each_weight():
 # ---------------------------------------------------------------------------------- command line
 
 
-def flags_of(text):
-    args, phases = train.parse(shlex.split(text))
-    return args, phases[0]
-
-
 def settings(text):
     """The settings of all phases that a command runs."""
     args, phases = train.parse(shlex.split(text))
@@ -1354,6 +1200,7 @@ def test_recipes_are_defaults_and_given_flags_win():
     assert (one.phase, one.epochs, two.phase, two.epochs) == (1, 5, 2, 3)
     assert (two.kl_target, two.kl_threshold, two.kl_anneal_epochs) == (0, 0.5, 50)
     assert (one.denoise, one.freeze_decoder, two.optimizer) == (0.15, True, "adamw")
+    assert (one.dropout, two.dropout) == (None, None), "that of the model"
     one, two = settings("--dataset grammar --recipe best")
     assert (one.epochs, one.dropout, one.freeze_decoder, two.epochs) == (4, 0, False, 10)
     assert (one.kl_target, two.kl_target, two.kl_threshold, two.batch_size) == (0, 8, 0, 32)
@@ -1361,10 +1208,8 @@ def test_recipes_are_defaults_and_given_flags_win():
     assert (one.epochs, two.epochs) == (7, 7), "a flag holds for both phases"
     (two,) = settings("--dataset grammar --phase 2 --epochs 7")
     assert (two.phase, two.epochs) == (2, 7)
-    rates = [
-        settings(f"--dataset grammar --recipe best --model {m}")[0].lr for m in ("tiny", "a/b")
-    ]
-    assert rates == [2e-2, 5e-3]
+    for model, rate in ("tiny", 2e-2), ("a/b", 5e-3):
+        assert settings(f"--dataset grammar --recipe best --model {model}")[0].lr == rate
 
 
 def test_what_sets_a_target_and_what_switches_it_off():
@@ -1375,34 +1220,39 @@ def test_what_sets_a_target_and_what_switches_it_off():
     assert settings("--dataset grammar --kl-schedule cyclical")[1].kl_anneal_epochs == 3
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--no-latent --kl-target 8", "--no-latent --denoise 0.4", "--no-latent --pool mean",
-        "--no-latent --iw-samples 50", "--no-latent --latent-dim 8", "--no-latent --phase 1",
-        "--no-latent --reset-decoder",
-        "--phase 1 --kl-target 8", "--phase 1 --kl-schedule linear", "--phase 1 --reset-decoder",
-        "--phase 2 --freeze-decoder", "--kl-cycles 3", "--kl-zero 0.5 --kl-schedule linear",
-        "--kl-schedule constant --kl-anneal-epochs 3", "--kl-target 8 --kl-threshold 0.5",
-        "--epochs -1", "--lr nan", "--seed 1.5", "--denoise 1", "--batch-size 0", "--device cuda",
-    ],
-)  # fmt: skip
-def test_flags_that_contradict_or_do_nothing_are_refused_by_name(flags, capsys):
+REFUSED = """--no-latent --kl-target 8, --no-latent --denoise 0.4, --no-latent --pool mean,
+    --no-latent --iw-samples 50, --no-latent --latent-dim 8, --no-latent --phase 1,
+    --no-latent --reset-decoder, --no-latent --freeze-decoder, --no-latent --no-freeze-decoder,
+    --phase 1 --kl-target 8, --phase 1 --kl-schedule linear, --phase 1 --reset-decoder,
+    --phase 2 --freeze-decoder, --phase 2 --no-freeze-decoder, --kl-cycles 3,
+    --kl-zero 0.5 --kl-schedule linear, --kl-schedule constant --kl-anneal-epochs 3,
+    --kl-target 8 --kl-threshold 0.5, --kl-target 8 --kl-schedule linear,
+    --kl-zero 0.6 --kl-rise 0.5, --device cuda, --dataset caf\udce9,
+    --phase 0, --dropout 1, --dropout=-0.5, --epochs 1.5, --epochs=-1, --lr inf, --lr nan,
+    --lr=-1e-3, --batch-size 0, --denoise 1, --denoise=-0.1, --micro-batch 0, --max-length 1,
+    --limit 0, --limit x, --latent-dim 0, --latent-dim 100000000000, --latent-dim 1e11,
+    --iw-samples 65536, --iw-samples 0, --log-every 0, --seed -1, --seed 1.5,
+    --seed 9223372036854775808, --save-every nan, --kl-target=-1, --kl-threshold inf, --kl-zero 1,
+    --kl-schedule sine, --kl-anneal-epochs nan, --pool sum, --recipe worst, --amp fp8,
+    --optimizer sgd"""
+
+
+@pytest.mark.parametrize("flags", [flags.strip() for flags in REFUSED.split(",")])
+def test_flags_that_contradict_or_do_nothing_or_are_out_of_limits_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         train.parse(["--dataset", "grammar", *flags.split()])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert any(word in said for word in flags.split() if word.startswith("--"))
+    assert said.startswith("train.py: error: ")
+    for name in re.findall("--[a-z-]+", flags.replace("--no-freeze", "--freeze")):
+        assert name in said
 
 
 def test_the_demonstration_is_the_bare_command(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "run_phase", lambda args, corpora: seen.append(args))
     train.main(["--seed", "3", "--out", "no/where"])
-    assert [(a.phase, a.dataset, a.model, a.seed) for a in seen] == [
-        (phase, "grammar", "tiny", 3) for phase in (1, 2)
-    ]
-    work = sum(a.epochs for a in seen) * 20_000
-    assert work <= 0.7 * 3130 * 64, "of the first edition's"
+    found = [(a.phase, a.dataset, a.model, a.seed) for a in seen]
+    assert found == [(1, "grammar", "tiny", 3), (2, "grammar", "tiny", 3)]
     with pytest.raises(SystemExit):
         train.main(["--amp", "bf16"])
 
@@ -1418,30 +1268,26 @@ def test_readme_commands_parse():
         argv = shlex.split(flags, comments=True)
         if argv and "--help" not in argv:
             settings(shlex.join(argv if "--dataset" in argv else [*argv, "--dataset", "grammar"]))
-    for room, script in re.findall(r"python -m (extras|study)\.(\w+)", text):
-        assert (ROOT / room / f"{script}.py").exists() or not (ROOT / room).exists(), script
-
-
-def test_the_core_names_no_extra():
-    for name in CORE:
-        assert not re.search("extras|study", (ROOT / name).read_text()), name
 
 
 def test_public_names_stay():
-    names = "from_t5 from_pretrained save_pretrained push_to_hub encode reparameterize memory"
-    names = {T5VAE: names + " decode rec generate encode_texts decode_texts freeze_decoder"}
-    names |= {vae: "pool kl_divergence", train: "main", data.Corpus: "row"}
-    names |= {data: "delete_tokens load_corpus make_corpus make_batch tokenize detokenize"}
-    names |= {
-        metrics: "mutual_information active_units evaluate measure load_run kl_divergence main"
+    promised = {
+        T5VAE: "from_t5 from_pretrained save_pretrained push_to_hub encode reparameterize memory "
+        "decode rec generate encode_texts decode_texts freeze_decoder",
+        vae: "pool kl_divergence",
+        data: "delete_tokens load_corpus make_corpus make_batch tokenize detokenize",
+        data.Corpus: "row",
+        metrics: "mutual_information active_units evaluate measure load_run kl_divergence main "
+        "untemper",
+        train: "main",
     }
-    names[metrics] += " untemper"
-    for owner, theirs in names.items():
-        assert [name for name in theirs.split() if not callable(getattr(owner, name, None))] == []
+    for owner, names in promised.items():
+        assert [name for name in names.split() if not callable(getattr(owner, name, None))] == []
 
 
 def test_the_core_works_alone(tmp_path, home):
     for name in CORE:
+        assert not re.search("extras|study", (ROOT / name).read_text()), name
         shutil.copy(ROOT / name, tmp_path)
     flags = ["--dataset", home, "--model", "tiny", "--limit", 4, "--batch-size", 4, "--epochs", 1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}

@@ -27,11 +27,9 @@ import safetensors.torch
 import sentencepiece
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig, GenerationConfig
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig
 
 import data
 import metrics
@@ -39,44 +37,45 @@ import train
 import vae
 from data import InputError
 from test_vae import (
+    KILL,
     NOISY,
     PAD,
     ROOT,
     SHORT,
     SHORT_LM,
     TINY,
+    check_logs_agree,
     cli_tokenizer,
     command,
     cut,
     data_tokenizer,
     distance,
     end,
+    files,
     home,
+    literal,
     log_records,
     main,
     one_thread,
     plain,
     quiet,
     random_texts,
-    same_log,
     same_run,
-    saved_state,
     send,
     start,
     t5_folder,
-    texts_of,
     tiny_config,
     tiny_vae,
     train_run,
     whole_run,
     write,
 )
-from vae import CACHE, T5VAE, Float32Activation, Float32Output, kl_divergence
+from vae import T5VAE, Float32Activation, Float32Output, kl_divergence
 
 TEXTS = ["the old king sells a boat", "two monks paint <a> clock near the lake: 3 / 4 = 0.75!"]
 TEXTS += ["a quick brown fox jumps over the lazy dog_s ear", "UNKNOWN Extra PAD <extra_id_10> </s>"]
 MARKED = ["a </s> b", "a<pad>b </s>", "the <extra_id_0> king <extra_id_1>", "</s>", "<pad> <pad>"]
-SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
+SHARD = "model-00002-of-00003.safetensors"
 FFN = "encoder.block.1.layer.1.DenseReluDense.wi.weight"
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
@@ -102,9 +101,6 @@ KINDS = {  # config.json, the file of the weights, the vocabulary, its files
 }
 
 
-KILL = partial(send, signal.SIGKILL)
-
-
 # ------------------------------------------------------------------------------------- checkpoints
 
 
@@ -117,17 +113,13 @@ def vocabularies(tmp_path_factory):
     kinds = {"t5": large | {"vocab_size": 90, "byte_fallback": False}}
     kinds["mt5"] = large | {"user_defined_symbols": [f"▁<extra_id_{i}>" for i in range(3)]}
     kinds["umt5"] = large | {"bos_id": 2, "unk_id": 3}
-    for kind, settings in {**kinds, "byt5": None}.items():
-        folder, listed = root / kind, {"extra_ids": 0, "additional_special_tokens": None}
-        folder.mkdir()
-        if kind in ("t5", "umt5"):
-            listed = {"extra_ids": 100, "additional_special_tokens": SENTINELS}
+    for kind, settings in kinds.items():
+        folder, listed = root / kind, {"tokenizer_class": "T5Tokenizer"}
+        sentinels = [] if kind == "mt5" else [f"<extra_id_{i}>" for i in range(100)]
+        listed |= {"extra_ids": len(sentinels), "additional_special_tokens": sentinels or None}
         listed |= {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-        if kind == "byt5":
-            listed = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
-        (folder / ALL[2]).write_text(json.dumps({"tokenizer_class": "T5Tokenizer"} | listed))
-        if kind == "byt5":
-            continue
+        folder.mkdir()
+        (folder / ALL[2]).write_text(json.dumps(listed))
         with open(folder / ALL[0], "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(TEXTS * 5), model_writer=file, **settings
@@ -136,6 +128,8 @@ def vocabularies(tmp_path_factory):
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         content["model"]["unk_id"] = settings["unk_id"]
         (folder / ALL[1]).write_text(json.dumps(content))
+    of_bytes = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
+    write(root / "byt5", ALL[2], json.dumps(of_bytes).encode())
     return root
 
 
@@ -152,32 +146,20 @@ def make_t5(config):
     return t5
 
 
-def write_t5(folder, vocabularies, config, weights, vocabulary, files, t5=None):
+def write_t5(folder, vocabularies, config, weights, vocabulary, names):
     """The folder of a checkpoint. Returns the T5 in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    t5 = t5 or make_t5(config)
+    t5 = make_t5(config)
+    t5.save_pretrained(folder, max_shard_size="100KB" if weights == "shards" else "1GB")
+    (folder / "generation_config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
-    state = {name: weight.detach().clone() for name, weight in t5.state_dict().items()}
-    if weights in ("stray", "safetensors"):
-        dropped = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
-        dropped |= {"lm_head.weight"} if weights == "stray" else set()
-        state = {name: weight for name, weight in state.items() if name not in dropped}
-    if weights == "stray":
-        state[STRAY] = torch.randn(config["relative_attention_num_buckets"], config["num_heads"])
     if weights == "bin":
-        torch.save(state, folder / "pytorch_model.bin")
-    elif weights == "shards":
-        places = {}
-        for i in range(2):
-            name, part = f"model-0000{i + 1}-of-00002.safetensors", dict(list(state.items())[i::2])
-            safetensors.torch.save_file(part, folder / name, {"format": "pt"})
-            places |= dict.fromkeys(part, name)
-        index = {"metadata": {"total_size": 1}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    else:
-        safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
-    for name in files:
-        (folder / name).write_bytes((vocabularies / vocabulary / name).read_bytes())
+        (folder / "model.safetensors").unlink()
+        torch.save(t5.state_dict(), folder / "pytorch_model.bin")
+    if weights == "stray":
+        unread = torch.randn(config["relative_attention_num_buckets"], config["num_heads"])
+        break_weights(folder, lambda state: state.update({STRAY: unread}))
+    for name in names:
+        shutil.copy(vocabularies / vocabulary / name, folder)
     return t5
 
 
@@ -194,6 +176,15 @@ def hub(tmp_path_factory, vocabularies):
     return make
 
 
+def saved_state(run):
+    return torch.load(Path(run, "checkpoint.pt"), weights_only=True)
+
+
+def texts_of(corpus, tokenizer):
+    rows = np.split(corpus.ids, corpus.offsets[1:-1])
+    return [tokenizer.decode(row[:-1]) for row in rows]
+
+
 def load(folder):
     torch.manual_seed(1)
     vae = T5VAE.from_t5(folder, latent_dim=5)
@@ -205,20 +196,6 @@ def labels_of(vae, texts=TEXTS):
     return data.pad([[*row, 1] for row in data.tokenize(texts, vae.tokenizer)], 0)
 
 
-def literal(t5, memory, labels):
-    """Logits with T5's own cross-attention: a cache that holds the one key, which is the value."""
-    cache = transformers.EncoderDecoderCache(
-        transformers.DynamicCache(), transformers.DynamicCache()
-    )
-    for layer in range(t5.config.num_decoder_layers):
-        one_key = memory[:, layer].view(len(labels), t5.config.num_heads, 1, t5.config.d_kv)
-        cache.cross_attention_cache.update(one_key, one_key, layer)
-        cache.is_updated[layer] = True
-    unread = BaseModelOutput(torch.randn(len(labels), 1, t5.config.d_model))
-    start = t5.prepare_decoder_input_ids_from_labels(labels)
-    return t5(encoder_outputs=unread, decoder_input_ids=start, **{CACHE: cache}).logits
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_kinds_of_the_hub(kind, hub, tmp_path):
@@ -228,16 +205,21 @@ def test_kinds_of_the_hub(kind, hub, tmp_path):
     for name, weight in vae.t5.state_dict().items():
         name = name.replace("layer.1.o.", "layer.1.EncDecAttention.o.")
         assert torch.equal(weight, theirs.pop(name)), name
-    assert all("layer.1" in name and "decoder" in name for name in theirs), "and no other is lost"
+    for name in theirs:  # what one key makes useless, and no other weight, is lost
+        assert re.search(r"^decoder.*\.layer\.1\.(layer_norm|EncDecAttention\.[qkv])\.", name), name
     logits = vae.decode(z, ids)
     torch.testing.assert_close(logits, literal(t5, vae.memory(z), ids), atol=1e-4, rtol=1e-4)
     assert (logits - literal(t5, vae.memory(z.flip(0)), ids)).abs().max() > 1e-2, "the control"
     hidden = t5.encoder(ids, mask).last_hidden_state.masked_fill(mask[:, :, None] == 0, -torch.inf)
-    mu = vae.encode(ids, mask)[0]
-    torch.testing.assert_close(mu, vae.w_mu(hidden.amax(1)), atol=1e-4, rtol=1e-4)
+    for attention in "eager", "sdpa":
+        vae.t5.set_attn_implementation(attention)
+        mu = vae.encode(ids, mask)[0]
+        torch.testing.assert_close(mu, vae.w_mu(hidden.amax(1)), atol=1e-4, rtol=1e-4)
+    unmasked = vae.encode(ids, torch.ones_like(mask))[0]
+    assert (unmasked - mu).abs().max() > 1e-3, "the control"
     vae.save_pretrained(tmp_path)
     again = T5VAE.from_pretrained(tmp_path)
-    assert torch.equal(again.decode(z, ids), logits)
+    assert torch.equal(again.decode(z, ids), vae.decode(z, ids))
     assert torch.equal(again.encode_texts(TEXTS)[0], vae.encode_texts(TEXTS)[0])
     assert again.decode_texts(mu, max_new_tokens=6) == vae.decode_texts(mu, max_new_tokens=6)
 
@@ -248,14 +230,30 @@ def break_weights(folder, change):
     safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def break_config(folder, change):
+def break_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
+    data.write_json(folder / "config.json", config | changes)
 
 
-def check_refused(folder, words, tmp_path):
-    """from_t5 names the folder and the words. train.py says one line, and writes nothing."""
+@pytest.mark.parametrize(
+    ("kind", "harm", "words"),
+    [
+        ("t5-small", lambda f: break_config(f, vocab_size=130), "130"),  # the tokenizer has more
+        ("t5-small", lambda f: break_config(f, vocab_size=300), "shared.weight"),
+        ("t5-small", lambda f: break_config(f, pad_token_id=3), "pad_token_id 3"),
+        ("t5-small", lambda f: break_config(f, model_type="longt5"), "longt5 t5, mt5, umt5"),
+        ("t5-small", lambda f: os.truncate(f / "model.safetensors", 20_000), ""),
+        ("t5-v1_1", lambda f: os.truncate(f / "pytorch_model.bin", 20_000), ""),
+        ("flan", lambda f: (f / SHARD).unlink(), SHARD),
+        ("t5-small", lambda f: os.truncate(f / "config.json", 9), "config.json"),
+        ("t5-small", lambda f: [(f / name).unlink() for name in ALL], "tokenizer"),
+        ("t5-small", lambda f: break_weights(f, lambda weights: weights.pop(FFN)), FFN),
+    ],
+)
+def test_broken_checkpoints_are_refused_by_name(kind, harm, words, hub, tmp_path):
+    """By from_t5, and by train.py in one line before it writes anything."""
+    folder = shutil.copytree(hub(kind)[0], tmp_path / "t5")
+    harm(folder)
     with pytest.raises(InputError) as refused:
         load(folder)
     assert all(word in str(refused.value) for word in [str(folder), *words.split()])
@@ -265,47 +263,6 @@ def check_refused(folder, words, tmp_path):
         train.main([*flags, "--model", folder])
     assert "\n" not in str(stop.value)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("made", "said", "words"),
-    [
-        ({"vocab_size": 130}, {"vocab_size": 130}, "130"),  # than the tokenizer has
-        ({}, {"vocab_size": 300}, "shared.weight"),
-        ({}, {"pad_token_id": 3}, "pad_token_id 3"),
-        ({}, {"model_type": "longt5"}, "longt5 umt5"),
-    ],
-)
-def test_a_configuration_that_does_not_fit(made, said, words, tmp_path, vocabularies):
-    config, *rest = KINDS["t5-small"]
-    write_t5(tmp_path / "t5", vocabularies, config | said, *rest, make_t5(config | made))
-    check_refused(tmp_path / "t5", words, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "names", "size", "words"),
-    [
-        ("t5-small", ["model.safetensors"], 20_000, ""),
-        ("t5-v1_1", ["pytorch_model.bin"], 20_000, ""),
-        ("flan", ["model-00002-of-00002.safetensors"], None, "model-00002-of-00002.safetensors"),
-        ("t5-small", ["config.json"], 9, "config.json"),
-        ("t5-small", ALL, None, "tokenizer"),
-    ],
-)
-def test_files_that_are_cut_off_or_missing(kind, names, size, words, hub, tmp_path):
-    folder = shutil.copytree(hub(kind)[0], tmp_path / "t5")
-    for path in [folder / name for name in names]:
-        if size is None:
-            path.unlink()
-        else:
-            path.write_bytes(path.read_bytes()[:size])
-    check_refused(folder, words, tmp_path)
-
-
-def test_a_t5_that_lacks_a_weight(hub, tmp_path):
-    folder = shutil.copytree(hub("t5-small")[0], tmp_path / "t5")
-    break_weights(folder, lambda weights: weights.pop(FFN))
-    check_refused(folder, FFN, tmp_path)
 
 
 @pytest.fixture
@@ -323,27 +280,20 @@ def saved(hub, tmp_path):
         (lambda f: (f / "model.safetensors").write_text("version https://"), "model.safetensors"),
         (lambda f: break_weights(f, lambda w: w.pop("w_mu.weight")), "w_mu.weight"),
         (lambda f: break_weights(f, lambda w: w.update(w_logsd=torch.ones(1))), "w_logsd"),
-        (lambda f: break_config(f, lambda c: c.update(latent_dim=6)), "w_logvar"),
-        (lambda f: break_config(f, lambda c: c["t5_config"].update(model_type="bart")), "config"),
+        (lambda f: break_config(f, latent_dim=6), "w_logvar"),
+        (lambda f: break_config(f, t5_config=BASE | {"model_type": "bart"}), "config"),
     ],
 )
 def test_folders_of_others_are_refused_by_name(saved, harm, lacks):
     T5VAE.from_pretrained(saved)
     harm(saved)
-    with pytest.raises(ValueError, match=r"old.*" + lacks.replace(".", r"\.")) as caught:
+    with pytest.raises(InputError, match=f"^{saved} holds no T5VAE.*{re.escape(lacks)}"):
         T5VAE.from_pretrained(saved)
-    assert str(saved) in str(caught.value)
 
 
-def test_a_t5_is_no_vae_and_others_are_no_t5(hub, tmp_path):
+def test_runs_and_vaes_are_no_t5_and_their_parent_is_no_run(saved, whole_run, hub):
     with pytest.raises(InputError, match="holds no T5VAE"):
         T5VAE.from_pretrained(hub("t5-small")[0])
-    BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="it is a bert; it must be one of t5, mt5, umt5"):
-        T5VAE.from_t5(str(tmp_path))
-
-
-def test_runs_and_vaes_are_no_t5_and_their_parent_is_no_run(saved, whole_run, tmp_path):
     for folder in saved, whole_run, whole_run / "model":
         with pytest.raises(InputError, match=f"{folder} is no T5 .* a VAE: load it with T5VAE.fr"):
             T5VAE.from_t5(folder)
@@ -357,7 +307,8 @@ def test_runs_and_vaes_are_no_t5_and_their_parent_is_no_run(saved, whole_run, tm
         T5VAE.from_pretrained(saved / "phase2")
 
 
-def test_the_hub_is_asked_for_possible_names_alone(monkeypatch):
+def test_the_hub_is_asked_for_possible_names_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
     asked = []
 
     def snapshot_download(repo_id, revision=None):
@@ -365,10 +316,15 @@ def test_the_hub_is_asked_for_possible_names_alone(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(vae, "snapshot_download", snapshot_download)
-    for name in "runs/poems/phase2", "~/poems", "/no/poems", "my poems", "C:\\poems", "../poems":
-        with pytest.raises(FileNotFoundError, match="no such run or folder$"):
-            T5VAE.from_pretrained(name)
+    for name in "runs/poems/phase2", "~/t5", "/no/t5", "my poems", "C:\\poems", "../t5", "./t5":
+        for kind in T5VAE.from_pretrained, T5VAE.from_t5:
+            with pytest.raises(FileNotFoundError, match="no such run or folder$"):
+                kind(name)
+        for flag in "--model", "--init":
+            with pytest.raises(SystemExit, match="no such run or folder"):
+                train.main(["--dataset", "grammar", flag, name, "--phase", 1, "--out", tmp_path])
     assert asked == []
+    assert "fetching" not in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r"me/poems: no such run .* hub \(no network\)"):
         T5VAE.from_pretrained("me/poems", revision="v1")
     assert asked == [("me/poems", "v1")]
@@ -440,16 +396,19 @@ def test_what_is_saved_is_the_model_as_it_is(own_head, tmp_path):
 def overflowing(config):
     """A model whose activations reach 1e5 at each wo and, where it is gated, before it."""
     torch.manual_seed(0)
-    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}
-    vae = T5VAE(AutoConfig.for_model(**config).to_dict() | tied, 5).eval()
+    tied = config.get("tie_word_embeddings", True)
+    t5_config = AutoConfig.for_model(**config).to_dict() | {"tie_word_embeddings": tied}
+    vae = T5VAE(t5_config, 5).eval()
     nn.init.normal_(vae.w_proj.weight)
-    if not tied["tie_word_embeddings"]:
+    if not tied:
         nn.init.normal_(vae.t5.lm_head.weight, std=config["d_model"] ** -0.5)
     layers, seen = [m for m in vae.modules() if hasattr(m, "wo")], {}
+
+    def note(wo, x, y):
+        seen[wo] = x[0].abs().max(), y.abs().max()
+
     for layer in layers:
-        layer.wo.register_forward_hook(
-            lambda wo, x, y: seen.update({wo: (x[0].abs().max(), y.abs().max())})
-        )
+        layer.wo.register_forward_hook(note)
     ids, mask = data.pad([np.arange(3, 30), np.arange(40, 60)], 0)
     for _ in range(4):  # each wo changes what the next ones see
         with torch.no_grad():
@@ -488,55 +447,44 @@ def test_fp16_reaches_as_far_as_a_pretrained_t5(config):
     assert not half(torch.float16)[0].isfinite().all(), "the control"
 
 
-def into(errors, argv):
-    """train.main in a process of its own, whose standard error goes to `errors`, a file."""
-    torch.set_num_threads(1)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = open(errors, "a", buffering=1)  # noqa: SIM115
-    train.main(argv)
-
-
 def training(tmp_path, vae, *more):
-    """A command that trains `vae` on eight texts with fp16, and a function that reads its log."""
+    """A command that trains `vae` for 40 steps with fp16, and the folder of its run."""
     vae.tokenizer = data.train_tokenizer(TEXTS, 60)
     vae.save_pretrained(tmp_path / "vae")
     for split in data.SPLITS:
         (tmp_path / f"{split}.txt").write_text("\n".join(TEXTS * (20 if split == "train" else 1)))
     flags = ["--dataset", tmp_path, "--init", tmp_path / "vae", "--phase", 1, "--batch-size", 4]
-    flags += ["--no-freeze-decoder", "--log-every", 1, "--amp", "fp16", "--out", tmp_path / "out"]
+    flags += ["--no-freeze-decoder", "--epochs", 2, "--log-every", 1, "--out", tmp_path]
+    return [*flags, "--amp", "fp16", *more], tmp_path / "phase1"
 
-    def steps():
-        lines = (tmp_path / "out" / "phase1" / "log.jsonl").read_text().splitlines()
-        return [record for record in map(json.loads, lines) if record["split"] == "train"]
 
-    return [str(flag) for flag in [*flags, *more]], steps
+def steps_of(run):
+    return [record for record in log_records(run) if record["split"] == "train"]
 
 
 def test_training_in_fp16(tmp_path):
-    flags, steps = training(tmp_path, overflowing(GATED)[0], "--epochs", 2)
-    assert train_run(into, tmp_path / "errors", flags) == 0
-    recs = [step["rec"] for step in steps()]
+    flags, run = training(tmp_path, overflowing(GATED)[0])
+    assert train_run(main, *flags) == 0
+    recs = [step["rec"] for step in steps_of(run)]
     assert len(recs) == 40
     assert np.mean(recs[20:]) < np.mean(recs[:20]), "an epoch and the one before it"
-    assert sum("skipped_at_scale" in step for step in steps()) < 20, "few steps overflow"
+    assert sum("skipped_at_scale" in step for step in steps_of(run)) < 20, "few steps overflow"
 
 
-@torch.no_grad()
 def test_overflow_in_every_step_stops_with_advice_that_works(tmp_path):
     vae = T5VAE(AutoConfig.for_model(**SMALL).to_dict() | {"tie_word_embeddings": False}, 5)
     for name, weight in vae.named_parameters():
-        weight *= 3e3 if "lm_head" in name else 1 if "norm" in name else 1e-2
-    with torch.enable_grad():
-        flags, steps = training(tmp_path, vae, "--epochs", 2, "--save-every", 0)
-        assert train_run(into, tmp_path / "errors", flags) == 1
-        said = (tmp_path / "errors").read_text().splitlines()
-        assert [line[:9] for line in said if "--amp off" in line] == ["train.py:"]
-        assert "Traceback" not in "".join(said)
-        skipped = [(step["skipped_at_scale"], step["grad_norm"]) for step in steps()]
-        assert skipped == [(2.0**i, None) for i in range(16, 0, -1)]
-        flags[flags.index("fp16")] = "off"
-        assert train_run(into, tmp_path / "errors", [*flags, "--resume"]) == 0
-        assert len(steps()) == 40
+        weight.data *= 3e3 if "lm_head" in name else 1 if "norm" in name else 1e-2
+    (flags, run), report = training(tmp_path, vae, "--save-every", 0), tmp_path / "report"
+    assert train_run(main, *flags, report=report) == 1
+    said = report.read_text().splitlines()
+    assert [line[:9] for line in said if "--amp off" in line] == ["train.py:"]
+    assert "Traceback" not in "".join(said)
+    skipped = [(step["skipped_at_scale"], step["grad_norm"]) for step in steps_of(run)]
+    assert skipped == [(2.0**i, None) for i in range(16, 0, -1)]
+    flags[flags.index("fp16")] = "off"
+    assert train_run(main, *flags, "--resume") == 0
+    assert len(steps_of(run)) == 40
 
 
 # ------------------------------------------------------------------------------- the Python API
@@ -545,12 +493,12 @@ def test_overflow_in_every_step_stops_with_advice_that_works(tmp_path):
 def test_texts_in_and_out(hub):
     vae = load(hub("t5-small")[0])
     mu = vae.encode_texts(TEXTS)[0]
-    values = type("Values", (), {"__iter__": lambda _: iter(TEXTS)})()  # no sequence
-    kinds = TEXTS, iter(TEXTS), tuple(TEXTS), dict.fromkeys(TEXTS).keys(), np.array(TEXTS), values
-    for texts in kinds:
+    for texts in iter(TEXTS), tuple(TEXTS), dict.fromkeys(TEXTS).keys(), np.array(TEXTS):
         assert torch.equal(vae.encode_texts(texts)[0], mu), "nothing is drawn"
     with pytest.raises(InputError, match=r"put it into a list: \['a king'\]"):
         vae.encode_texts("a king")
+    with pytest.raises(InputError, match="texts is a set"):
+        vae.encode_texts({"a", "b"})
     for texts in [None], ["a", 1], [b"a"], [["a"]], [float("nan")]:
         with pytest.raises(InputError, match="must be a str"):
             vae.encode_texts(texts)
@@ -643,6 +591,10 @@ def test_texts_are_tokenized_in_parts_and_encoded_with_their_like(hub, monkeypat
     torch.testing.assert_close(mu, alone[torch.arange(230) % 7], atol=1e-5, rtol=1e-4)
 
 
+REPLACING = ["inputs", "input_ids", "inputs_embeds", "encoder_outputs", "past_key_values"]
+REPLACING += ["decoder_input_ids", "decoder_inputs_embeds"]
+
+
 def test_latents_that_are_no_numbers_are_refused_and_outputs_may_be_dicts(hub):
     vae, z, four = load(hub("t5-small")[0]), torch.zeros(3, 5), {"max_new_tokens": 4}
     for decode in vae.generate, vae.decode_texts:
@@ -655,6 +607,9 @@ def test_latents_that_are_no_numbers_are_refused_and_outputs_may_be_dicts(hub):
         for wrong in None, "z", [[1.0], [1.0, 2.0]], ["a"]:
             with pytest.raises(InputError, match="z is no tensor of numbers"):
                 decode(wrong)
+        for name in REPLACING:
+            with pytest.raises(InputError, match=f"generate takes no {name}"):
+                decode(z, **{name: torch.zeros(3, 1, 32)})
         assert len(decode(z.long(), **four)) == len(decode(z.tolist(), **four)) == 3
     assert vae.decode_texts(z[:0]) == []
     with pytest.raises(InputError, match="z has no row"):
@@ -691,17 +646,6 @@ def test_generate_takes_what_transformers_documents(hub):
         vae.generate(z, max_tokens=4)
 
 
-REPLACING = ["inputs", "input_ids", "encoder_outputs", "decoder_input_ids"]
-REPLACING += ["inputs_embeds", "decoder_inputs_embeds", "past_key_values"]
-
-
-def test_what_would_replace_z_is_refused(hub):
-    vae = load(hub("t5-small")[0])
-    for name in REPLACING:
-        with pytest.raises(InputError, match=f"generate takes no {name}"):
-            vae.generate(torch.randn(3, 5), **{name: torch.zeros(3, 1, 32)})
-
-
 def test_sampling_draws_from_the_whole_distribution(hub):
     vae = load(hub("t5-small")[0])
     vae.t5.lm_head.weight = nn.Parameter(1e-4 * torch.randn(256, 32))  # nearly flat
@@ -714,21 +658,6 @@ def test_sampling_draws_from_the_whole_distribution(hub):
         ({"generation_config": GenerationConfig(do_sample=True, top_k=50, **one)}, 50),
     ]:
         assert most - 6 < len(vae.generate(torch.zeros(3000, 5), **flags)[:, 1].unique()) <= most
-
-
-@pytest.mark.parametrize("kind", ["t5-small", "umt5"])
-@torch.no_grad()
-def test_every_attention_masks_padding(kind, hub):
-    vae = load(hub(kind)[0])
-    ids, mask = labels_of(vae, TEXTS[:1])
-    alone = vae.encode(ids, mask)[0]
-    for name in "eager", "sdpa":
-        vae.t5.set_attn_implementation(name)
-        for padding in 0, 5:
-            padded = F.pad(ids, (0, padding)), F.pad(mask, (0, padding))
-            torch.testing.assert_close(vae.encode(*padded)[0], alone, atol=1e-5, rtol=1e-5)
-        unmasked = vae.encode(padded[0], torch.ones_like(padded[1]))[0]
-        assert (unmasked - alone).abs().max() > 1e-3, "the control"
 
 
 @pytest.mark.parametrize("kind", ["tiny", "t5-small", "mt5", "umt5", "byt5"])
@@ -754,36 +683,28 @@ def test_the_unknown_token_is_no_regular_expression():
     assert data.detokenize(data.tokenize(["a < b"], tokenizer), tokenizer) == ["a < b"]
 
 
-def test_tokens_that_a_user_added_stay_one_token(hub):
+KING = transformers.AddedToken("king", single_word=True)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    ("added", "texts", "counts"),
+    [
+        (["<CITY>", "[sep]", "qq7"], ["the <CITY> king", "[sep] </s> <CITY> qq7 <pad>"], [1, 3]),
+        (["qq7", "qq77"], ["the qq77 king", "</s> qq77"], [1, 1]),  # one begins as the other
+        ([KING], ["the kings paint the king", "</s> the kings paint the king"], [1, 1]),
+    ],
+)
+def test_tokens_that_a_user_added_stay_one_token(added, texts, counts, special, hub):
     """Beside `</s>`, too, which is text."""
-    for special in True, False:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
-        tokenizer.add_tokens(["<CITY>", "[sep]", "qq7"], special_tokens=special)
-        texts = ["the <CITY> king", "a [sep] b </s> <CITY> qq7", "<CITY> <pad> [sep]"]
-        rows = data.tokenize(texts, tokenizer)
-        added = tokenizer.convert_tokens_to_ids(["<CITY>", "[sep]", "qq7"])
-        assert [sum(token in added for token in row) for row in rows] == [1, 3, 2]
-        assert set(data.own_tokens(tokenizer)).isdisjoint(sum(rows, []))
-        assert data.detokenize(rows, tokenizer) == texts
-        rows = [[tokenizer.eos_token_id, 0, *row, 1, 0, 0] for row in rows]
-        assert data.detokenize(rows, tokenizer) == texts
-
-
-def test_an_added_token_may_begin_as_another_one(hub):
     tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
-    tokenizer.add_tokens(["qq7", "qq77"])
-    texts = ["the qq77 king", "</s> qq77"]
+    tokenizer.add_tokens(added, special_tokens=special)
     rows = data.tokenize(texts, tokenizer)
-    assert all(tokenizer.convert_tokens_to_ids("qq77") in row for row in rows)
+    ids = tokenizer.convert_tokens_to_ids([str(token) for token in added])
+    assert [sum(token in ids for token in row) for row in rows] == counts
+    assert set(data.own_tokens(tokenizer)).isdisjoint(sum(rows, []))
     assert data.detokenize(rows, tokenizer) == texts
-
-
-def test_an_added_token_may_be_a_whole_word_alone(hub):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(hub("t5-small")[0])
-    tokenizer.add_tokens([transformers.AddedToken("king", single_word=True)])
-    texts = ["the kings paint the king", "</s> the kings paint the king"]
-    rows = data.tokenize(texts, tokenizer)
-    assert [row.count(tokenizer.convert_tokens_to_ids("king")) for row in rows] == [1, 1]
+    rows = [[tokenizer.eos_token_id, 0, *row, 1, 0, 0] for row in rows]
     assert data.detokenize(rows, tokenizer) == texts
 
 
@@ -835,7 +756,11 @@ def test_a_hub_that_breaks_off_ends_in_one_line(hub, home, tmp_path, monkeypatch
     """What is fetched is said at once, and the tokenizer is looked at before the weights."""
     fetched, kinds = [], (vae.AutoConfig, vae.AutoTokenizer)
     for kind, part in [(kind, kind.from_pretrained(hub("flan")[0])) for kind in kinds]:
-        give = partial(lambda part, name: (fetched.append(type(part)), part)[1], part)
+
+        def give(name, part=part):
+            fetched.append(part)
+            return part
+
         monkeypatch.setattr(kind, "from_pretrained", give)
 
     def break_off(name, **settings):
@@ -897,8 +822,8 @@ def test_own_directory(data_tokenizer, tmp_path):
     assert (corpus.skipped, corpus.truncated, corpus.words.tolist()) == (2, 0, [3, 3])
     with pytest.raises(FileNotFoundError, match=r"no valid.txt in .*" + tmp_path.name):
         data.load_corpus(own, "valid", data_tokenizer)
-    (one,) = texts_of(data.load_corpus(own, "train", data_tokenizer, limit=1), data_tokenizer)
-    assert one == "a king"
+    one = data.load_corpus(own, "train", data_tokenizer, limit=1)
+    assert texts_of(one, data_tokenizer) == ["a king"]
     write(tmp_path / "ptb", "ptb.valid.txt")
     assert data.split_path("ptb", "valid", tmp_path).name == "ptb.valid.txt"
     write(tmp_path, "snli")
@@ -909,74 +834,42 @@ def test_own_directory(data_tokenizer, tmp_path):
             list(data.read_texts(dataset, "dev", tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"\n\r\n   \n", b"\xef\xbb\xbf"])
-def test_an_empty_file_is_refused_by_name(data_tokenizer, tmp_path, content):
-    own = write(tmp_path, "test.txt", content)
-    with pytest.raises(ValueError, match="test.txt: no text"):
-        data.load_corpus(own, "test", data_tokenizer)
+RETURN = r"has \\r in its middle"
 
 
 @pytest.mark.parametrize(
-    ("content", "place"),
+    ("name", "content", "said"),
     [
-        (b"good\n\ncaf\xe9 bad\n", r"train.txt, line 3, byte 4"),
-        ("text".encode("utf-16"), r"train.txt, line 1, byte 1"),
-        ("\ufeffab".encode() + b"\xc3\n", r"train.txt, line 1, byte 6"),  # the mark has three
+        ("empty.txt", b"\n\r\n   \n", ": no text"),
+        ("empty.txt", b"\xef\xbb\xbf", ": no text"),
+        ("latin.txt", b"good\n\ncaf\xe9 bad\n", ", line 3, byte 4: not UTF-8"),
+        ("utf16.txt", "text".encode("utf-16"), ", line 1, byte 1: not UTF-8"),
+        ("utf16.txt", "a king\na queen\n".encode("utf-16-le"), ", line 1, byte 2: not UTF-8"),
+        ("mark.txt", "\ufeffab".encode() + b"\xc3\n", ", line 1, byte 6: not UTF-8"),
+        ("mac.txt", b"a king\ra queen\r", f", line 1: {RETURN}"),
+        ("mac.txt", b"a king\ra queen", f", line 1: {RETURN}"),
+        ("mac.txt", b"\xef\xbb\xbfa king\r\ra queen\r", f", line 1: {RETURN}"),
+        ("mac.txt", b"a king\n" + b"\r".join([b"a queen"] * 40) + b"\n", f", line 2: {RETURN}"),
+        ("lines.txt", b'[\n  {"text": "a king"}\n]\n', " has JSON lines.*docs/own-text.md"),
+        ("lines.txt", b'\n{"text": "a king", "stars": 4}\n', " has JSON lines.*docs/own-text.md"),
+        ("texts.tsv", b"a king\t1\n", " is a table.*docs/own-text.md"),
+        ("texts.ndjson", b'{"text": "a king"}\n', " is a table.*docs/own-text.md"),
+        ("TEXTS.CSV", b"id,text\n1,a king\n", " is a table.*docs/own-text.md"),
     ],
 )
-def test_what_is_not_utf8_is_refused_with_its_place(tmp_path, content, place):
-    with pytest.raises(ValueError, match=place):
-        list(data.read_texts(write(tmp_path, content=content), "train"))
-    with pytest.raises(ValueError, match="^" + re.escape(str(tmp_path)) + ".*" + place):
-        data.train_tokenizer(data.read_texts(str(tmp_path), "train"), 100)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("texts.tsv", "a king\t1\n"),
-        ("texts.ndjson", '{"text": "a king"}\n'),
-        ("texts.txt", '\n{"text": "a king", "stars": 4}\n'),
-        ("TEXTS.CSV", "id,text\n1,a king\n"),
-    ],
-)
-def test_tables_are_refused_by_name(name, content, tmp_path, monkeypatch):
+def test_a_file_without_a_text_per_line_is_refused(name, content, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / name).write_text(content * 50)
-    with pytest.raises(SystemExit, match=name + " .*docs/own-text.md") as stop:
+    write(tmp_path, name, content)
+    with pytest.raises(SystemExit, match=f"^train.py: {name}{said}[^\n]*$"):
         train.main(["--dataset", name, "--model", "tiny", "--phase", "1"])
-    assert "\n" not in str(stop.value)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert "json" in (ROOT / "docs" / "own-text.md").read_text(), "which shows the way"
+    assert [path.name for path in tmp_path.iterdir()] == [name], "nothing is written"
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"a king\n" + b"\r".join([b"a queen"] * 40) + b"\n", "line 2: has .r in its middle"),
-        (b"a king\ra queen", "line 1: has .r in its middle"),
-        ("a king\na queen\n".encode("utf-16-le"), "line 1, byte 2: not UTF-8"),
-        (b'[\n  {"text": "a king"}\n]\n', "has JSON lines"),
-        (b'{"text": "a king"}\n', "has JSON lines"),
-    ],
-)
-def test_a_file_that_is_not_a_text_per_line_is_refused(tmp_path, content, said):
-    own = write(tmp_path, "test.txt", content)
-    with pytest.raises(data.InputError, match=said):
-        list(data.read_texts(own, "test"))
-
-
-def test_a_text_that_only_begins_like_a_table_is_a_text(tmp_path):
-    own = write(tmp_path, "test.txt", b'["Hello," she said.] It rained.\n{"quoted"} braces\n')
-    assert len(list(data.read_texts(own, "test"))) == 2
-
-
-def test_tiny_knows_the_letters_of_what_looks_like_its_own_tokens():
-    texts = ["<s> the red dog runs home . </s>", "a <pad> of qua", "if x<y or y>z"] * 20
-    tokenizer = data.train_tokenizer(texts, 200)
-    rows = data.tokenize(texts, tokenizer)
-    assert data.count_unknown(texts, rows, tokenizer) == 0
-    assert data.detokenize(rows[:3], tokenizer) == texts[:3]
+def test_what_only_begins_or_ends_like_another_format_is_text(tmp_path):
+    content = b'["Hello," she said.] It rained.\n{"quoted"} braces\n'
+    assert len(list(data.read_texts(write(tmp_path, content=content), "train"))) == 2
+    for content in b"a king", b"a king\r", b"a king\r\n", b"a\rking\n":
+        assert len(list(data.read_texts(write(tmp_path, content=content), "train"))) == 1
 
 
 def test_a_vocabulary_of_few_pieces_loads(tmp_path):
@@ -984,24 +877,6 @@ def test_a_vocabulary_of_few_pieces_loads(tmp_path):
     vae.tokenizer = data.train_tokenizer(["yes", "no", "yes no"] * 20, 50)
     vae.save_pretrained(tmp_path)
     assert T5VAE.from_pretrained(tmp_path).encode_texts(["no"])[0].shape == (1, 8)
-
-
-def test_a_place_that_cannot_be_a_hub_name_is_not_asked_for_there(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for name in "./nope", "../nope", "/nope/x", "~/t5":
-        with pytest.raises(FileNotFoundError, match="no such run or folder"):
-            T5VAE.from_t5(name)
-        for flag in "--model", "--init":
-            with pytest.raises(SystemExit, match="no such run or folder"):
-                train.main(["--dataset", "grammar", flag, name, "--phase", 1, "--out", tmp_path])
-
-
-def test_sets_and_bytes_in_names_are_refused(capsys):
-    with pytest.raises(data.InputError, match="texts is a set"):
-        tiny_vae().encode_texts({"a", "b"})
-    with pytest.raises(SystemExit):
-        train.parse(["--dataset", "caf\udce9"])
-    assert "not UTF-8" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_named_where_torch_hides_it(tmp_path):
@@ -1018,19 +893,10 @@ def test_a_full_disk_is_named_where_torch_hides_it(tmp_path):
 def test_marks_and_returns_of_other_systems_are_no_text(data_tokenizer, tmp_path):
     content = "\ufeffa king\r\r\na \ufeffqueen\r\r\n\r\r\nold\rking\u2028here\x0c\r\r\n".encode()
     texts = ["a king", "a \ufeffqueen", "", "old\rking\u2028here"]
-    assert list(data.read_lines(Path(write(tmp_path, content=content), "train.txt"))) == texts
-    assert list(data.read_texts(str(tmp_path), "train")) == texts
+    assert list(data.read_texts(write(tmp_path, content=content), "train")) == texts
     corpus = data.load_corpus(str(tmp_path), "train", data_tokenizer)
     assert (corpus.skipped, len(corpus)) == (1, 3)
     assert texts_of(corpus, data_tokenizer)[2] == "old king here"
-
-
-def test_lines_that_end_in_returns_alone_are_refused(tmp_path):
-    for content in b"a king\ra queen\r", b"a king\ra queen", b"\xef\xbb\xbfa king\r\ra queen\r":
-        with pytest.raises(InputError, match=r"train.txt, line 1: has \\r in its middle"):
-            list(data.read_texts(write(tmp_path, content=content), "train"))
-    for content in b"a king", b"a king\r", b"a king\r\n", b"a\rking\n":
-        assert len(list(data.read_texts(write(tmp_path, content=content), "train"))) == 1
 
 
 def test_a_vocabulary_that_cannot_be_is_refused():
@@ -1081,26 +947,28 @@ def test_yelp_loses_its_labels_and_other_texts_keep_their_tabs(tmp_path):
     assert list(data.read_texts("ptb", "train", tmp_path)) == ["4\tgood food", "no label"]
 
 
-def test_a_vocabulary_is_made_of_long_texts_too():
-    texts = [f"{i} " + "the old king paints a red boat " * 300 for i in range(20)]
-    tokenizer = data.train_tokenizer(texts, 60)
-    assert tokenizer.unk_token_id not in tokenizer(texts[0])["input_ids"]
+LETTERS = ["\u0250", "\u0298", "".join(map(chr, range(0x250, 0x2B0)))]  # they could mark a word
+LETTERS = [[f"an old king{x[-1]}", f"the king {' '.join(x)}", "the old king"] for x in LETTERS]
+SYMBOLS = ["\u2585", "\u2581", "\0", "\t", "<unk>"]  # of the trainer
+LIKE_TOKENS = ["<s> the red dog runs home . </s>", "a <pad> of qua", "if x<y or y>z"]
+LONG = "the old king paints a red boat " * 300
 
 
-@pytest.mark.parametrize("letters", ["\u0250", "\u0298", "".join(map(chr, range(0x250, 0x2B0)))])
-def test_a_vocabulary_has_all_letters_of_its_texts(letters):
-    """Also those that would mark a word, and its words become pieces."""
-    texts = [f"the king {' '.join(letters)}", f"an old king{letters[-1]}", "the old king"] * 5
-    tokenizer = data.train_tokenizer(texts, 400)
-    assert data.detokenize(data.tokenize(texts, tokenizer), tokenizer) == texts
-    assert tokenizer.tokenize("the old king") == ["\u2581the", "\u2581old", "\u2581king"]
-
-
-@pytest.mark.parametrize("symbol", ["\u2585", "\u2581", "\0", "\t", "<unk>"])
-def test_symbols_of_the_trainer_cost_no_other_letters(symbol):
-    texts = ["the old king"] * 5 + [f"zebra {symbol} quartz{symbol}"] * 5
-    tokenizer = data.train_tokenizer(texts, 60)
-    assert tokenizer.unk_token_id not in data.tokenize(["zebra quartz"], tokenizer)[0]
+@pytest.mark.parametrize(
+    ("texts", "known"),
+    [
+        *[(texts, texts) for texts in [*LETTERS, LIKE_TOKENS]],
+        *[([f"zebra {x} quartz{x}", "the old king"], ["zebra quartz"]) for x in SYMBOLS],
+        ([f"{LONG}{i}" for i in range(9)], [f"{LONG}7"]),
+    ],
+)
+def test_a_vocabulary_has_all_letters_and_words_of_its_texts(texts, known):
+    tokenizer = data.train_tokenizer(texts * 5, 400)
+    rows = data.tokenize(known, tokenizer)
+    assert data.count_unknown(known, rows, tokenizer) == 0
+    assert data.detokenize(rows, tokenizer) == known
+    if "the old king" in texts:
+        assert tokenizer.tokenize("the old king") == ["\u2581the", "\u2581old", "\u2581king"]
 
 
 def test_epochs_are_whole_random_and_waste_little():
@@ -1152,24 +1020,16 @@ def test_a_training_batch_holds_the_noise_of_its_texts(data_tokenizer):
 # ------------------------------------------------------------------------------- kills and damage
 
 
-def test_killed_before_there_is_a_config(tmp_path, command):
-    flags = [*command, "--out", tmp_path, "--resume"]
-    assert train_run(cut, 1, "os.replace", KILL, *flags) == -signal.SIGKILL
-    assert train_run(main, *flags) == 0
-
-
 def interrupt():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
     send(signal.SIGINT)
 
 
-def test_ctrl_c_names_resume_in_one_line(tmp_path, command, whole_run):
-    report, flags = tmp_path / "report", [*command, "--out", tmp_path, "--save-every", 0]
+def test_ctrl_c_names_resume_in_one_line(tmp_path, command):
+    report, flags = tmp_path / "report", [*command, "--out", tmp_path]
     assert train_run(cut, 7, "seed_dropout", interrupt, *flags, report=report) == 130
     assert report.read_text().count("\n") == 2  # one is for the terminal's ^C
     assert "--resume" in report.read_text()
-    assert train_run(main, *flags, "--resume") == 0
-    assert same_run(tmp_path / "phase2", whole_run)
 
 
 def test_a_log_that_is_ahead_of_its_checkpoint_is_cut(tmp_path, command, whole_run):
@@ -1179,40 +1039,33 @@ def test_a_log_that_is_ahead_of_its_checkpoint_is_cut(tmp_path, command, whole_r
         assert train_run(cut, calls, "seed_dropout", KILL, *flags) == -signal.SIGKILL
     assert saved_state(tmp_path / "phase2")["step"] == 5
     assert train_run(main, *flags) == 0
-    assert same_log(tmp_path / "phase2", whole_run)
-
-
-def files_of(out):
-    return {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
 
 
 def test_what_a_finished_run_says(tmp_path, command, whole_run, capsys):
-    report = tmp_path / "report"
     run = shutil.copytree(whole_run, tmp_path / "phase2")
-    flags, before = [*command, "--out", tmp_path, "--resume"], files_of(run)
-    assert train_run(main, *flags, "--lr", 0.1, report=report) == 1
-    assert "lr was 0.001, not 0.1" in report.read_text()
-    other = ["--iw-samples", 5, "--micro-batch", 2, "--log-every", 7]
-    train.main([*flags, *other])
+    again, before = [*command, "--out", tmp_path, "--resume"], files(run)
+    with pytest.raises(SystemExit, match="lr was 0.001, not 0.1"):
+        train.main([*again, "--lr", 0.1])
+    capsys.readouterr()
+    incidental = "--iw-samples", 5, "--micro-batch", 2, "--log-every", 7, "--amp", "bf16"
+    train.main([*again, *incidental])  # nothing to do
     said = capsys.readouterr().out
     assert said.endswith(f"{run} is finished; python metrics.py {run} measures it again\n")
-    assert train_run(main, *command, "--out", tmp_path, report=report) == 1
-    assert re.search(r"phase2 is not empty .*--resume it", report.read_text())
-    assert files_of(run) == before
+    with pytest.raises(SystemExit, match="phase2 is not empty .*--resume it"):
+        train.main(again[:-1])
+    assert files(run) == before
     (run / "model").rename(tmp_path / "elsewhere")
-    assert train_run(main, *flags, report=report) == 1
-    assert f"{run} is finished, but its model/ is gone" in report.read_text()
+    with pytest.raises(SystemExit, match=f"{run} is finished, but its model/ is gone"):
+        train.main(again)
 
 
-def test_files_of_others_are_never_touched(tmp_path, home):
-    flags = ["--dataset", home, *TINY, *SHORT, "--phase", 1, "--epochs", 0, "--out", tmp_path]
-    report, model = tmp_path / "report", tmp_path / "phase1" / "model" / "model.safetensors"
-    model.parent.mkdir(parents=True)
-    model.write_bytes(b"somebody's T5")
-    for more, words in ([], "not empty (it holds model)"), (["--resume"], "give another --out"):
-        assert train_run(main, *flags, *more, report=report) == 1
-        assert words in report.read_text()
-        assert files_of(tmp_path / "phase1") == {model: b"somebody's T5"}
+def test_files_of_others_are_never_touched(tmp_path):
+    write(tmp_path / "phase1" / "model", "model.safetensors", b"somebody's T5")
+    flags = ["--dataset", "grammar", "--model", "tiny", "--phase", 1, "--out", tmp_path]
+    for more, words in ([], r"not empty \(it holds model\)"), (["--resume"], "give another --out"):
+        with pytest.raises(SystemExit, match=words):
+            train.main([*flags, *more])
+        assert files(tmp_path) == {"phase1/model/model.safetensors": b"somebody's T5"}
 
 
 @pytest.fixture(scope="module")
@@ -1224,34 +1077,19 @@ def stopped(home, command):
 
 
 def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, command, stopped):
-    report, out = tmp_path / "report", tmp_path / "run"
-    flags = [*command, "--out", out, "--resume"]
-
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)
 
-    def halve(path):
-        os.truncate(path, path.stat().st_size // 2)
-
-    def explode(path):
-        torch.save(Bomb(), path)
-
-    for harm in halve, explode:
-        shutil.copytree(stopped, out)
-        harm(out / "phase2" / "checkpoint.pt")
-        assert train_run(main, *flags, report=report) == 1
+    report, run = tmp_path / "report", shutil.copytree(stopped, tmp_path / "run") / "phase2"
+    whole = (run / "checkpoint.pt").read_bytes()
+    torch.save(Bomb(), tmp_path / "bomb")
+    for content in whole[: len(whole) // 2], (tmp_path / "bomb").read_bytes():
+        (run / "checkpoint.pt").write_bytes(content)
+        assert train_run(main, *command, "--out", run.parent, "--resume", report=report) == 1
         assert "checkpoint.pt is damaged or of another version" in report.read_text()
         assert report.read_text().count("\n") == 1
-        shutil.rmtree(out)
     assert not (tmp_path / "exploded").exists()
-    shutil.copytree(stopped, out)
-    before = files_of(out)
-    for more, word in (["--lr", 0.1], "lr was 0.001"), (["--kl-target", 3], "kl_target was 0.2"):
-        assert train_run(main, *flags, *more, report=report) == 1
-        assert word in report.read_text()
-        assert files_of(out) == before
-    assert train_run(main, *flags, "--amp", "bf16") == 0, "the precision may change"
 
 
 def test_full_disk(tmp_path, command, whole_run):
@@ -1278,7 +1116,6 @@ def test_both_phases_resume(tmp_path, home):
     assert train_run(main, *out, "--resume") == 0
     for phase in "phase1", "phase2":
         assert same_run(tmp_path / "run" / phase, tmp_path / "whole" / phase)
-        assert same_log(tmp_path / "run" / phase, tmp_path / "whole" / phase)
     assert train_run(main, *out) == 1, "a run is not replaced unasked"
 
 
@@ -1296,14 +1133,12 @@ def test_places_may_be_spelled_differently_or_move(tmp_path, home, command, stop
     flags += ["--dataset", f"{tmp_path}/texts/../texts/", "--out", f"{tmp_path}//run/", "--resume"]
     assert train_run(main, *flags) == 0
     assert same_run(tmp_path / "run" / "phase2", whole_run)
-    assert same_log(tmp_path / "run" / "phase2", whole_run)
     write(tmp_path / "texts", "valid.txt", b"another text\n")
-    report = tmp_path / "report"
-    assert train_run(main, *flags, report=report) == 1
-    assert "texts/ are not those that it was trained on" in report.read_text()
+    with pytest.raises(SystemExit, match="texts/ are not those that it was trained on"):
+        train.main(flags)
     break_weights(tmp_path / "start" / "model", lambda weights: weights["w_mu.weight"].add_(1))
-    assert train_run(main, *flags, "--dataset", home, report=report) == 1
-    assert "start/ no longer has the weights that it started from" in report.read_text()
+    with pytest.raises(SystemExit, match="start/ no longer has the weights that it started from"):
+        train.main([*flags, "--dataset", home])
 
 
 def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monkeypatch):
@@ -1312,21 +1147,19 @@ def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monk
     shutil.copytree(t5_folder, tmp_path / "small")
     flags = ["--dataset", home, *SHORT, "--epochs", 0, "--latent-dim", 3, "--out", "out"]
     assert train_run(main, *flags, "--model", "small") == 0
-    before = files_of(tmp_path / "out")
-    assert train_run(main, *flags, "--model", "./small/", "--resume") == 0
+    before = files(tmp_path / "out")
+    train.main([*flags, "--model", "./small/", "--resume"])
     (tmp_path / "small").rename(tmp_path / "renamed")
-    assert train_run(main, *flags, "--model", "renamed", "--resume") == 0
-    assert files_of(tmp_path / "out") == before
+    train.main([*flags, "--model", "renamed", "--resume"])
+    assert files(tmp_path / "out") == before
     break_weights(tmp_path / "renamed", lambda weights: weights["shared.weight"].add_(1))
-    two, report = ["--model", "renamed", "--resume", "--phase", 2], tmp_path / "report"
-    assert train_run(main, *flags, *two, report=report) == 1
-    assert "--model is renamed, but out/phase1 was made of" in report.read_text()
+    with pytest.raises(SystemExit, match="--model is renamed, but out/phase1 was made of"):
+        train.main([*flags, "--model", "renamed", "--resume", "--phase", 2])
 
 
 def test_measuring_a_named_data_set_from_elsewhere(whole_run, home, tmp_path, monkeypatch):
     run = shutil.copytree(whole_run, tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    data.write_json(run / "config.json", config | {"dataset": "ptb"})
+    break_config(run, dataset="ptb")
     monkeypatch.setitem(data.SOURCES, "ptb", (f"file://{tmp_path}/{{split}}", *["00" * 32] * 3))
     monkeypatch.chdir(tmp_path)
     looked = re.escape(str(tmp_path / "data" / "ptb" / "test.txt"))
@@ -1354,7 +1187,9 @@ def through_pipe(*command, lines):
     return read, child.returncode, errors
 
 
-def test_a_closed_pipe_never_ends_a_training(tmp_path, home):
+def test_a_closed_pipe_ends_a_measurement_quietly_and_never_a_training(tmp_path, home, whole_run):
+    _, code, errors = through_pipe(ROOT / "metrics.py", whole_run, "--iw-samples", 1, lines=0)
+    assert (code, errors) == (141, "")
     flags = ["--dataset", home, "--phase", 2, "--init", home / "vae", *SHORT, "--out", tmp_path]
     read, code, errors = through_pipe(ROOT / "train.py", *flags, lines=1)
     assert read[0].startswith("train: 23 texts")
@@ -1373,11 +1208,6 @@ def test_a_bar_on_a_closed_pipe_does_not_end_the_work(monkeypatch):
         assert list(data.progress(range(3), "counting")) == [0, 1, 2]
 
 
-def test_a_closed_pipe_ends_a_measurement_quietly(whole_run):
-    _, code, errors = through_pipe(ROOT / "metrics.py", whole_run, "--iw-samples", 1, lines=0)
-    assert (code, errors) == (141, "")
-
-
 def test_training_on_letters_that_no_vocabulary_has_warns(hub, tmp_path, capsys):
     for split in data.SPLITS:
         texts = [f"Привет {i}" for i in range(4)] + ["a king"] * 4
@@ -1394,26 +1224,18 @@ def test_training_on_letters_that_no_vocabulary_has_warns(hub, tmp_path, capsys)
 # ---------------------------------------------------------------------------- a step and its pieces
 
 
-def poisoned(calls, *args, report):
-    """main, in which rec of step number `calls` is NaN."""
-    forward, count = T5VAE.forward, 0
+def test_not_a_number_ends_the_run_before_it_reaches_the_weights(tmp_path, command, monkeypatch):
+    recs, forward = [], T5VAE.forward
 
-    def counted(self, batch):
-        nonlocal count
-        count += 1
+    def seventh_is_nan(self, batch):
         rec, kl = forward(self, batch)
-        return (rec * math.nan if count == calls else rec), kl
+        recs.append(rec)
+        return (rec * math.nan if len(recs) == 7 else rec), kl
 
-    T5VAE.forward = counted
-    main(*args, report=report)
-
-
-def test_not_a_number_ends_the_run_before_it_reaches_the_weights(tmp_path, command):
-    report, flags = tmp_path / "report", [*command, "--save-every", 0, "--out", tmp_path]
-    assert train_run(poisoned, 7, *flags, report=report) == 1
-    assert report.read_text().count("\n") == 1
-    said = r"step 6: the loss is nan.* of texts \[.*; try a smaller --lr$"
-    assert re.search(said, report.read_text()), "no --amp off, which it is"
+    monkeypatch.setattr(T5VAE, "forward", seventh_is_nan)
+    said = r"^train.py: step 6: the loss is nan.* of texts \[.*; try a smaller --lr$"
+    with pytest.raises(SystemExit, match=said):  # without --amp off, which it is
+        train.main([*command, "--save-every", "0", "--out", tmp_path])
     state = saved_state(tmp_path / "phase2")
     assert state["step"] == 6
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
@@ -1468,59 +1290,36 @@ def test_the_controller_leads_the_kl_of_held_out_texts(tmp_path, command, monkey
 
     monkeypatch.setattr(train.KLController, "update", watched)
     train.main([*command, "--log-every", "1", "--out", tmp_path])
-    records = [r for r in log_records(tmp_path / "phase2") if r["split"] == "train"]
+    records = steps_of(tmp_path / "phase2")
     assert [r["kl"] for r in records] == [kl for kl, _, _ in seen]
     assert [r["kl_weight"] for r in records[1:]] == [weight for _, _, weight in seen[:-1]]
     assert len({ratio for _, ratio, _ in seen}) == 2, "one for each epoch"
     assert max(abs(ratio - 1) for _, ratio, _ in seen) > 0.01
 
 
-def test_the_kl_threshold_holds_each_dimension_of_each_sentence(tmp_path, quiet, monkeypatch):
-    """The loss of one step at weight 1 is rec + the sum of max(threshold, KL) of each dimension."""
-    losses, forward = [], T5VAE.forward
-
-    def kept(self, batch):
-        rec, kl = forward(self, batch)
-        losses.append((rec + kl.clamp(min=0.3).sum(1)).mean().item())
-        return rec, kl
-
-    monkeypatch.setattr(T5VAE, "forward", kept)
-    flags = [*quiet[:-2], "--kl-schedule", "constant", "--kl-threshold", 0.3, "--log-every", 1]
+def test_the_kl_threshold_is_the_least_that_a_dimension_costs(tmp_path, quiet):
+    mu = torch.tensor([[0.4, 1.0, 2.0]], requires_grad=True)
+    kl = kl_divergence(mu, torch.zeros(1, 3))  # 0.08, 0.5, 2
+    loss = train.objective(torch.tensor([7.0]), kl, 0.5, 0.3)
+    assert loss.item() == pytest.approx(7 + 0.5 * (0.3 + 0.5 + 2))
+    loss.backward()
+    assert mu.grad.tolist() == [[0, 0.5, 1]], "below the threshold nothing pushes"
+    flags = [*quiet[:-2], "--kl-schedule", "constant", "--kl-threshold", 50]
     train.main([*flags, "--out", tmp_path])
-    records = [r for r in log_records(tmp_path / "phase2") if r["split"] == "train"]
-    assert [r["loss"] for r in records] == pytest.approx(losses, rel=1e-5)
-    assert all(r["loss"] > r["rec"] + r["kl"] for r in records), "the threshold was above some KL"
-    mu, logvar = torch.tensor([0.4, 1.0, 2.0], requires_grad=True), torch.zeros(3)
-    kl_divergence(mu, logvar).clamp(min=0.3).sum().backward()
-    assert mu.grad.tolist() == [0, 1, 2], "below the threshold nothing pushes"
+    records = steps_of(tmp_path / "phase2")
+    assert [r["loss"] for r in records] == pytest.approx([r["rec"] + 3 * 50 for r in records])
 
 
-def test_dropout_is_the_configurations_unless_it_is_given(home, tmp_path, monkeypatch):
-    found, original = [], train.train
-
-    def look(model, *args):
+@pytest.mark.parametrize("rate", [0, 0.0, 0.1])  # an int, too, where JSON has one
+def test_dropout_is_the_configurations_unless_it_is_given(rate):
+    for given, expected in (None, rate), (0.3, 0.3):
+        model = T5VAE(tiny_config(dropout_rate=rate).to_dict(), 4)
+        train.prepare(model, argparse.Namespace(phase=2, device="cpu", dropout=given))
         modules = list(model.modules())
-        numbers = [getattr(module, "dropout", None) for module in modules]
-        of_attention = {number for number in numbers if isinstance(number, float)}
-        found.append(of_attention | {m.p for m in modules if isinstance(m, torch.nn.Dropout)})
-        return original(model, *args)
-
-    monkeypatch.setattr(train, "train", look)
-    flags = ["--dataset", home, "--init", home / "dropout", *SHORT, "--epochs", 0]
-    for phase, more in (1, []), (2, []), (2, ["--dropout", 0.3]):
-        out = tmp_path / str(len(found))
-        train.main([*flags, "--phase", phase, *more, "--out", out])
-    assert found == [{0.1}, {0.1}, {0.3}]
-
-
-@pytest.mark.parametrize("rate", [0, 0.0])  # an int, too, where JSON has one
-def test_dropout_reaches_attention_whatever_the_checkpoint_has(rate):
-    model = T5VAE(tiny_config(dropout_rate=rate).to_dict(), 4)
-    args = argparse.Namespace(phase=2, device="cpu", dropout=0.3)
-    train.prepare(model, args)
-    attention = model.t5.encoder.block[0].layer[0].SelfAttention
-    assert attention.dropout == 0.3
-    assert model.t5.decoder.dropout.p == 0.3
+        found = {module.p for module in modules if isinstance(module, nn.Dropout)}
+        of_attention = [getattr(module, "dropout", None) for module in modules]
+        found |= {number for number in of_attention if isinstance(number, int | float)}
+        assert found == {expected}
 
 
 def test_half_precision_stays_close_and_resumes(tmp_path, quiet, plain):
@@ -1587,10 +1386,7 @@ def test_processes_give_the_same_result(tmp_path, home, phase):
     one, more = (tmp_path / name / f"phase{phase}" for name in ("one", "more"))
     assert distance(one, more) < 1e-5
     assert distance(one, home / "vae") > 1e-3, "the control: they were trained"
-    for a, b in zip(log_records(one), log_records(more), strict=True):
-        numbers = {name for name, value in a.items() if isinstance(value, int | float)}
-        found = [b[name] for name in numbers]
-        assert found == pytest.approx([a[name] for name in numbers], rel=1e-3, abs=1e-4)
+    check_logs_agree(one, more)
 
 
 def test_processes_resume_in_the_middle_of_an_epoch(tmp_path, quiet, plain):
@@ -1602,7 +1398,6 @@ def test_processes_resume_in_the_middle_of_an_epoch(tmp_path, quiet, plain):
     assert saved_state(tmp_path / "cut" / "phase2")["step"] == 6
     assert run_all(*[(main, *flags, "--out", tmp_path / "cut", "--resume")] * 2) == [0, 0]
     assert same_run(tmp_path / "cut" / "phase2", tmp_path / "whole" / "phase2")
-    assert same_log(tmp_path / "cut" / "phase2", tmp_path / "whole" / "phase2")
     assert distance(tmp_path / "whole" / "phase2", plain) < 1e-4
 
 
@@ -1654,80 +1449,43 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
 
 # ---------------------------------------------------------------------------------------- mistakes
 
-# Flags that are refused, each by its name: a number out of its limits, an unknown choice.
-LIMITS = """--phase 0, --dropout 1, --dropout=-0.5, --epochs 1.5, --lr inf, --lr=-1e-3,
-    --denoise=-0.1, --micro-batch 0, --max-length 1, --limit 0, --limit x, --latent-dim 0,
-    --latent-dim 100000000000, --latent-dim 1e11, --iw-samples 65536, --iw-samples 0,
-    --log-every 0, --seed -1, --seed 9223372036854775808, --save-every nan,
-    --kl-target=-1, --kl-threshold inf, --kl-zero 1, --kl-schedule sine, --kl-anneal-epochs nan,
-    --pool sum, --recipe worst, --amp fp8, --optimizer sgd"""
 MISTAKES = [
-    ("--phase 1", "--dataset is missing"),
-    ("--dataset no/such/folder --model no/such/t5 --phase 1", "no/such/t5: no such run or folder"),
-    ("--dataset no/such/folder --model tiny", "no train.txt in"),
-    ("--dataset grammar --phase 2", "runs/grammar/phase1: no such run; run phase 1 first"),
-    ("--dataset {home} --phase 2 --init {home}/vae --latent-dim 5", "--latent-dim is 5, but"),
-    ("--dataset {home} --phase 2 --init {home}/vae --pool mean", "--pool is mean, but"),
-    ("--dataset {home} --phase 1 --model {home}/vae", "vae, a VAE; start from it with --init"),
-    ("--dataset {home} --no-latent --init {home}/vae", "vae is a VAE: a language model cannot"),
-    ("--dataset {home} --init {home}/train.txt --phase 2", "{home}/train.txt"),
-    ("--dataset {home} --out {home}/vae/config.json --model tiny", "config.json"),
+    ("train.py --phase 1", "--dataset is missing"),
+    ("train.py --dataset no/folder --model no/such/t5 --phase 1", "no/such/t5: no such run or fol"),
+    ("train.py --dataset no/such/folder --model tiny", "no train.txt in"),
+    ("train.py --dataset grammar --phase 2", "runs/grammar/phase1: no such run; run phase 1 first"),
+    ("train.py --dataset {home} --phase 2 --init {vae} --latent-dim 5", "--latent-dim is 5, but"),
+    ("train.py --dataset {home} --phase 2 --init {vae} --pool mean", "--pool is mean, but"),
+    ("train.py --dataset {home} --phase 1 --model {vae}", "a VAE; start from it with --init"),
+    ("train.py --dataset {home} --no-latent --init {vae}", "is a VAE: a language model cannot"),
+    ("train.py --dataset {home} --init {home}/train.txt --phase 2", "{home}/train.txt"),
+    ("train.py --dataset {home} --out {vae}/config.json --model tiny", "config.json"),
+    ("metrics.py {run} --iw-samples 0", "argument --iw-samples"),
+    ("metrics.py {run}/model", "has no config.json of a run"),
+    ("metrics.py {home}/stopped/phase2", "phase2 is a run without model/: is it finished"),
+    ("metrics.py {run} --device cuda", "--device is cuda, but torch finds no GPU"),
 ]
 
 
-def line_said(stop, capsys):
-    """The one line with which a command ended: its own, or the last of argparse's."""
-    said = stop.value.code
-    if not isinstance(said, str):
-        said = capsys.readouterr().err.splitlines()[-1]
-    assert "\n" not in said
-    return said
-
-
-@pytest.mark.parametrize(("flags", "words"), MISTAKES)
-def test_mistakes_are_told_in_one_line(flags, words, home, tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("stopped", "whole_run")
+@pytest.mark.parametrize(("line", "words"), MISTAKES)
+def test_mistakes_are_told_in_one_line(line, words, home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    places = {"home": home, "vae": home / "vae", "run": home / "whole" / "phase2"}
+    program, *flags = line.format(**places).split()
+    monkeypatch.setattr("sys.argv", [program])
+    before = files(home)
     with pytest.raises(SystemExit) as stop:
-        train.main(flags.format(home=home).split())
-    said = line_said(stop, capsys)
-    assert words.format(home=home) in said, said
-    assert said.startswith("train.py: ")
+        {"train.py": train, "metrics.py": metrics}[program].main(flags)
+    said = stop.value.code
+    if not isinstance(said, str):  # argparse has printed it
+        said = capsys.readouterr().err.splitlines()[-1]
+    assert words.format(**places) in said
+    assert said.startswith(f"{program}: ")
+    assert "\n" not in said
+    assert files(home) == before
     assert not list(tmp_path.iterdir()), "nothing is written"
-
-
-def test_numbers_out_of_their_limits_are_refused_by_name(capsys):
-    for flags in map(str.strip, LIMITS.split(",")):
-        with pytest.raises(SystemExit) as stop:
-            train.parse(["--dataset", "grammar", *flags.split()])
-        assert f"argument {re.split('[ =]', flags)[0]}" in line_said(stop, capsys)
-
-
-def test_flags_that_switch_off_what_is_not_there_are_refused(capsys):
-    for flags in "--phase 2 --no-freeze-decoder", "--no-latent --no-freeze-decoder":
-        with pytest.raises(SystemExit) as stop:
-            train.parse(["--dataset", "grammar", *flags.split()])
-        assert "--freeze-decoder is False, which has no effect" in line_said(stop, capsys)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("{run} --iw-samples 0", "argument --iw-samples"),
-        ("{run}/model", "has no config.json of a run"),
-        ("{stopped}", "phase2 is a run without model/: is it finished"),
-        ("{run} --device cuda", "--device is cuda, but torch finds no GPU"),
-    ],
-)
-def test_mistakes_in_measuring(flags, words, stopped, whole_run, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["metrics.py"])
-    before = files_of(whole_run)
-    with pytest.raises(SystemExit) as stop:
-        metrics.main(flags.format(stopped=stopped / "phase2", run=whole_run).split())
-    said = line_said(stop, capsys)
-    assert words in said, said
-    assert said.startswith("metrics.py: ")
-    assert files_of(whole_run) == before
 
 
 def test_what_one_run_has_told_is_printed_whatever_happens_to_the_next(whole_run, tmp_path, capsys):
@@ -1757,12 +1515,9 @@ def test_a_single_text_has_no_other_and_a_cut_one_no_known_entropy(tmp_path, hom
 
 
 def test_a_language_model_is_no_start_for_a_vae(tmp_path, home):
-    flags = ["--dataset", home, *SHORT_LM, "--epochs", 0, "--out", tmp_path]
-    report = tmp_path / "say"
-    assert train_run(main, *flags, *TINY, "--no-latent") == 0
-    start = ["--phase", 2, "--init", tmp_path / "lm", "--kl-target", 8]
-    assert train_run(main, *flags, *start, report=report) == 1
-    assert "is a language model: a VAE cannot start from it" in report.read_text()
+    T5VAE(tiny_config().to_dict(), 0).save_pretrained(tmp_path / "lm")
+    with pytest.raises(SystemExit, match="is a language model: a VAE cannot start from it"):
+        train.main(["--dataset", home, "--phase", 2, "--init", tmp_path / "lm", "--kl-target", 8])
 
 
 def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path, home, monkeypatch):
@@ -1771,17 +1526,16 @@ def test_phase_2_of_other_texts_is_refused_unless_init_names_its_start(tmp_path,
         for split in data.SPLITS:
             write(Path(parent, "x"), f"{split}.txt", (home / f"{split}.txt").read_bytes())
     write(Path("b", "x"), "test.txt", b"the old king\n")
-    flags, report = [*SHORT, "--epochs", 0], tmp_path / "report"
+    flags = [*SHORT, "--epochs", 0]
     assert train_run(main, "--dataset", "a/x", "--phase", 1, *TINY, *flags) == 0
-    assert train_run(main, "--dataset", "b/x", "--phase", 2, *flags, report=report) == 1
-    assert "runs/x/phase1 was trained on other texts; to start" in report.read_text()
+    with pytest.raises(SystemExit, match="runs/x/phase1 was trained on other texts; to start"):
+        train.main(["--dataset", "b/x", "--phase", 2, *flags])
     init = ["--init", "runs/x/phase1", "--out", "other"]
     assert train_run(main, "--dataset", "b/x", "--phase", 2, *init, *flags) == 0
     assert train_run(main, "--dataset", "c/x", "--phase", 2, *flags) == 0, "the same elsewhere"
 
 
-def test_the_folder_of_a_run_has_the_name_of_its_texts(monkeypatch, tmp_path, home):
-    folder = shutil.copytree(home, tmp_path / "stories")
-    monkeypatch.chdir(folder)
-    train.main(["--dataset", ".", *TINY, *SHORT, "--phase", 1, "--epochs", 0])
-    assert (folder / "runs" / "stories" / "phase1" / "metrics.json").exists()
+def test_the_folder_of_a_run_has_the_name_of_its_texts(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    args, _ = train.parse(["--dataset", "."])
+    assert train.run_folder(args, 1) == Path("runs", tmp_path.name, "phase1")
