@@ -20,6 +20,7 @@ ORDER += ("paper-klt", "paper-deep", "r4", "r8", "r16", "r24", "linear", "paper-
 # Rows whose KL, swap cost and exact sentences are shown until they are measured at weight 1.
 EARLIER = ("r4", "r8", "r16", "r24", "threshold0.25", "threshold0.5", "linear")
 POSITIONS = ("r8", "r16", "paper-max", "paper-denoise", "mean")
+FROZEN_OR_RESET = ("paper-default", "unfrozen-reset")  # they differ in phase 1 alone
 SYSTEMS = {  # row: its name in the paper's tables
     "optimus": "Optimus (lambda 0.5)",
     "li2019": "Li et al. (lambda 3)",
@@ -77,7 +78,7 @@ def pairs(rows):
     found = [(row, "lm") for row in rows if row != "lm"]
     found += [(row, "lm-paper") for row in SYSTEMS]
     found += [(claim.a, claim.b) for claim in CLAIMS if claim.b]
-    return [*dict.fromkeys(found), ("paper-deep", "lm-deep")]
+    return [*dict.fromkeys(found), ("paper-deep", "lm-deep"), FROZEN_OR_RESET]
 
 
 def language_model(row):
@@ -324,6 +325,17 @@ def positions_table(runs):
     return table(["tokens of a text", *found], lines)
 
 
+def frozen_table(runs, paired):
+    """What phase 1 with a frozen decoder brings beside one whose trained decoder is then reset."""
+    rows = []
+    for text in runs:
+        keys = "nll", "kl_posterior", "swap_cost", "kl"
+        found = [difference(runs, paired, text, *FROZEN_OR_RESET, key) for key in keys]
+        if None not in found:
+            rows.append([text, *(cell(pair, "+") for pair in found)])
+    return table(["frozen less reset", "NLL", "z carries", "swap cost", "KL"], rows)
+
+
 def refit_table(results):
     """How good is the untempered posterior? Of some runs q, q untempered, and the encoder refitted
     at weight 1 with the same decoder (study.refit): the last is the best that there is."""
@@ -349,7 +361,7 @@ def tables(results):
     measured = [seed for rows in runs.values() for row in rows.values() for seed in row.values()]
     if any("kl_posterior" in seed for seed in measured):
         found = {"weight 1": rows_table(runs, paired), "claims": claims_table(runs, paired)}
-        found |= {"refit": refit_table(results)}
+        found |= {"frozen": frozen_table(runs, paired), "refit": refit_table(results)}
     else:
         found = {"earlier": earlier_table(runs)}
         found |= {"earlier claims": claims_table(runs, paired, bounds=False)}

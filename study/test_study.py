@@ -291,6 +291,19 @@ def test_tables_say_what_the_results_hold(tmp_path):
     assert of["r8, 2 seeds"][3] == "+2.00±1.41"
 
 
+def test_frozen_or_reset(tmp_path):
+    """Only where both rows are, with the error of the paired difference."""
+    at_1 = {"kl_posterior": 6.0, "nll": 100.0, "swap_cost": 20.0}
+    for text in "ptb", "answers":
+        write_row(tmp_path, text, "paper-default", **at_1 | {"kl": 41.0, "nll": 101.5})
+    write_row(tmp_path, "answers", "unfrozen-reset", **at_1 | {"kl": 40.0})
+    pairs = {"paper-default/0 - unfrozen-reset/0": {"nll": [1.5, 0.25], "kl": [1.0, 0.5]}}
+    data.write_json(tmp_path / "answers" / "paired.json", pairs)
+    rows = study_tables.tables(tmp_path)["frozen"].splitlines()[2:]
+    assert rows == ["| answers | +1.50±0.25 | +0.00 | +0.00 | +1.00±0.50 |"]
+    assert study_tables.FROZEN_OR_RESET in study_tables.pairs([])
+
+
 def test_of_earlier_rows_only_what_needs_no_bound_is_shown(tmp_path):
     write_row(tmp_path, "ptb", "threshold0.25", kl=8.5, kl_se=0.1, swap_cost=20.0, exact_match=1.5)
     write_row(tmp_path, "ptb", "r4", kl=9.0)
