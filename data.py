@@ -62,26 +62,29 @@ def split_path(dataset, split, data_dir="data"):
 def read_texts(dataset, split, data_dir="data"):
     """Yields the stripped lines of a split, empty ones too.
 
-    Raises OSError if there is no file, and InputError if it has no text, or is a table.
+    Raises OSError if there is no file, and InputError if it has no text, is a table, is not UTF-8,
+    or has \\r for \\n, or if there is no such split.
     """
     if split not in SPLITS:
         raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if dataset == "grammar":
         yield from map(grammar_sentence, grammar_factors(split))
         return
-    path, empty = split_path(dataset, split, data_dir), True
+    path = split_path(dataset, split, data_dir)
     one_file = path == Path(dataset)
     if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".ndjson"):
         raise InputError(f"{path} is {TABLE}")
+    first, found = True, False  # before the file's first text; a text of this split
     for line in read_lines(path):
-        if empty and is_json(line):
+        if first and is_json(line):
             raise InputError(f"{path} has JSON lines; it is {TABLE}")
+        first = first and not line
         if dataset == "yelp":  # without the label
             line = re.sub(r"^\S+\t\s*", "", line)
         if not one_file or split_of(line) == split:
-            empty = empty and not line
+            found = found or bool(line)
             yield line
-    if empty:
+    if not found:
         raise InputError(f"{path}: no text for {split!r}: only empty lines, or too few texts")
 
 
@@ -93,14 +96,16 @@ def read_lines(path):
     """
     with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
         for i, line in enumerate(file):
-            # \r inside a line is text, once; many are the ends of lines, or all there are.
+            # One \r in a line is text; several are ends of lines, as is one where \n is missing.
             place, returns = f"{path}, line {i + 1}", line.strip().count(b"\r")
             if returns > 1 or (returns and i == 0 and not line.endswith(b"\n")):
                 raise InputError(f"{place}: has \\r in its middle; lines must end in \\n")
             try:
-                text, wrong = line.decode(), line.find(0)  # UTF-16, whose ASCII is valid UTF-8
+                text = line.decode()
             except UnicodeDecodeError as error:
                 wrong = error.start
+            else:
+                wrong = line.find(0)  # of UTF-16, whose ASCII is valid UTF-8 with zeros
             if wrong >= 0:
                 raise InputError(f"{place}, byte {wrong + 1}: not UTF-8; save it as UTF-8")
             yield (text.removeprefix("\ufeff") if i == 0 else text).strip()
@@ -110,7 +115,7 @@ def is_json(line):
     """Whether a line is a list or an object of JSON, or begins one of several lines."""
     try:
         return line in ("[", "{") or isinstance(json.loads(line), list | dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -123,8 +128,10 @@ def split_of(text):
     White space does not count: T5's tokenizer makes each run of it one space.
     """
     digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
-    rank = int.from_bytes(digest, "big") / 2**64
-    return "train" if rank < 0.9 else "valid" if rank < 0.95 else "test"
+    place = int.from_bytes(digest, "big") / 2**64  # uniform in [0, 1)
+    if place < 0.9:
+        return "train"
+    return "valid" if place < 0.95 else "test"
 
 
 # --------------------------------------------------------------------------------------- tokens
@@ -142,16 +149,18 @@ def tokenize(texts, tokenizer):
 
 def detokenize(rows, tokenizer):
     """Rows of ids -> texts, a list of str. T5's own tokens are dropped; `<unk>` is kept."""
-    own, kept, texts = own_tokens(tokenizer), kept_tokens(tokenizer), []
+    own = own_tokens(tokenizer)
+    kept, texts = kept_tokens(tokenizer, own), []
     for row in rows:
         parts = []
-        # Kept tokens swallow the spaces around them: they get them back.
-        for is_kept, run in groupby((i for i in row if i not in own), key=kept.__contains__):
+        shown = [i for i in row if i not in own]
+        for is_kept, ids in groupby(shown, key=lambda i: i in kept):
             if is_kept:
-                parts += [kept[i] for i in run]
+                parts += [kept[i] for i in ids]
             else:  # "it 's" stays as it was
-                text = tokenizer.decode(list(run), clean_up_tokenization_spaces=False)
+                text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
                 parts.append(text.strip())
+        # `tokenize` drops the spaces beside a kept token: here they are again.
         texts.append(" ".join(part for part in parts if part))
     return texts
 
@@ -168,9 +177,8 @@ def own_tokens(tokenizer):
     return own
 
 
-def kept_tokens(tokenizer):
-    """{id: token} of `<unk>` and what a user added: no pieces, and none of T5's own tokens."""
-    own = own_tokens(tokenizer)
+def kept_tokens(tokenizer, own):
+    """{id: token} of `<unk>` and what a user added: no pieces, and no tokens of `own`."""
     kept = {i: token for token, i in tokenizer.get_added_vocab().items() if i not in own}
     if tokenizer.unk_token is not None:
         kept[tokenizer.unk_token_id] = tokenizer.unk_token
@@ -182,16 +190,18 @@ def spell_out(text, tokenizer, own):
 
     "a </s> b" becomes the ids of "a", of "<", "/", "s", ">", and of "b".
     """
-    added, row = {token: i for i, token in kept_tokens(tokenizer).items()}, []
+    ids_of = {token: i for i, token in kept_tokens(tokenizer, own).items()}
     alone = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.single_word}
-    longest_first = [
-        rf"(?<!\w){re.escape(token)}(?!\w)" if token in alone else re.escape(token)
-        for token in sorted(added, key=len, reverse=True)
-    ]
-    for part in re.split(f"({'|'.join(longest_first)})", text) if added else [text]:
-        if part in added:
-            row.append(added[part])
+    patterns = []
+    for token in sorted(ids_of, key=len, reverse=True):  # the longest first
+        pattern = re.escape(token)
+        patterns.append(rf"(?<!\w){pattern}(?!\w)" if token in alone else pattern)
+    row = []
+    for part in re.split(f"({'|'.join(patterns)})", text) if patterns else [text]:
+        if part in ids_of:
+            row.append(ids_of[part])
             continue
+        # Split or not, the vocabulary has "</s>" and its like as pieces, too.
         ids = tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for token_id in ids:
             if token_id in own:
@@ -207,12 +217,12 @@ def train_tokenizer(texts, vocab_size):
 
     Raises InputError if the texts do not support such a vocabulary.
     """
-    # The trainer accepts as pieces only strings that occur in two different words. So it sees each
-    # word twice, bare and with a mark: whole words can become pieces. Marked pieces are dropped.
-    # The mark is a letter (the trainer would split the word at a symbol) that no text has.
-    # <unk> is a token, not letters to learn. The trainer would leave out all lines with U+2585,
-    # and the letters of <s>, </s> and <pad>, its own tokens.
+    # The trainer leaves out lines with U+2585, and the letters of its own tokens <s>, </s>, <pad>.
+    # <unk> is a token, not letters to learn.
     texts = [text.replace("<unk>", " ").replace("\u2585", " ").replace("<", "< ") for text in texts]
+    # It accepts as pieces only strings that occur in two different words. So it sees each word
+    # twice, bare and with a mark: whole words can become pieces. Marked pieces are dropped. The
+    # mark is a letter (the trainer would split the word at a symbol) that no text has.
     letters = set().union(*texts)
     candidates = filter(str.isalpha, map(chr, range(0x250, sys.maxunicode)))
     mark = next(letter for letter in candidates if letter not in letters)
@@ -227,7 +237,10 @@ def train_tokenizer(texts, vocab_size):
             normalization_rule_name="identity",
             max_sentence_length=2**30,  # bytes; texts above 4,192 would be left out by default
             minloglevel=2,
-            **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,  # none
         )
     except RuntimeError as error:
         message = f"vocab_size is {vocab_size}, which these texts do not allow: {one_line(error)}"
@@ -247,7 +260,7 @@ class Corpus:
 
     ids: np.ndarray  # (tokens,) int32
     offsets: np.ndarray  # (texts + 1,) int64
-    words: np.ndarray  # (texts,) int64; words of the text as cut, and one end mark
+    words: np.ndarray  # (texts,) int64; words, or characters, of the text as cut, and an end mark
     word: str  # what a word is: "word", or "character" if most texts have no spaces
     truncated: int  # texts cut at max_length
     unknown: int  # texts with characters outside the vocabulary
@@ -276,6 +289,7 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
     digest, skipped, kept = hashlib.sha256(), 0, 0
 
     def texts():
+        """Yields the texts; hashes all lines and counts them on the way."""
         nonlocal skipped, kept
         for i, line in enumerate(read_texts(dataset, split, data_dir)):
             digest.update(f"\n{line}".encode() if i else line.encode())
@@ -291,22 +305,23 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
     return replace(corpus, skipped=skipped, sha256=digest.hexdigest(), entropy=entropy)
 
 
-def make_corpus(texts, tokenizer, max_length=256):
+def make_corpus(texts, tokenizer, max_length=256, allow_empty=False):
     """The `Corpus` of texts, an iterable of str, in their order.
 
     Texts are cut at `max_length` tokens, </s> included. Raises InputError if there is none, or if
-    one is empty.
+    one is empty, unless `allow_empty`.
     """
     check_texts(texts)
     check_at_least("max_length", max_length, 2)
     if getattr(tokenizer, "eos_token_id", None) is None:
         raise InputError(f"tokenizer is {tokenizer!r:.60}; it must have an eos_token_id, as T5's")
-    ids, lengths, words, characters, truncated, unknown = [], [], [], [], 0, 0
-    numbered, eos_id = enumerate(texts), tokenizer.eos_token_id
+    ids, lengths, words, characters = [np.zeros(0, np.int32)], [], [], []
+    truncated, unknown, eos_id = 0, 0, tokenizer.eos_token_id
+    numbered = enumerate(texts)
     while part := list(islice(numbered, 1000)):  # lists of all ids would take ten times the memory
         for i, text in part:
             check_text(text, i)
-            if not text.strip():
+            if not text.strip() and not allow_empty:
                 raise InputError(f"texts[{i}] is empty")
         part = [text for _, text in part]
         rows = tokenize(part, tokenizer)
@@ -320,7 +335,7 @@ def make_corpus(texts, tokenizer, max_length=256):
             characters.append(len(text) + 1)
         ids.append(np.fromiter(chain.from_iterable(rows), np.int32))
         lengths += map(len, rows)
-    if not words:
+    if not words and not allow_empty:
         raise InputError("texts is empty; it must have at least one text")
     one_word = sum(count <= 2 for count in words) > len(words) / 2
     return Corpus(
@@ -346,15 +361,19 @@ def count_unknown(texts, rows, tokenizer):
 # ---------------------------------------------------------------------------------------- noise
 
 
-# What random numbers are used for. In training: token deletion, eps of Eq. 4. In evaluation:
-# samples of q, of the untempered posterior, of it in the search for its weight, and of N(0, I).
-DELETION, LATENT, POSTERIOR, UNTEMPERED, SEARCH, PRIOR = range(6)
+# What random numbers are used for.
+DELETION = 0  # of tokens, in training
+LATENT = 1  # eps of Eq. 4, in training
+POSTERIOR = 2  # samples of q, in evaluation
+UNTEMPERED = 3  # samples of the untempered posterior
+SEARCH = 4  # the same, while its weight is sought
+PRIOR = 5  # samples of N(0, I)
 
 
-def generator(seed, epoch, use, text):
+def generator(seed, epoch, use, index):
     """The numpy generator of one text, by its number, for one use. All are below 2^32."""
-    # The stream of a list of these numbers, which would take half as long again.
-    return np.random.default_rng(np.array([seed, epoch, use, text], np.uint32))
+    # An array: the stream is that of a list, which takes 1.5 times as long.
+    return np.random.default_rng(np.array([seed, epoch, use, index], np.uint32))
 
 
 def delete_tokens(row, prob, rng):
@@ -379,14 +398,13 @@ def latent_noise(latent_dim, seed, epoch, index, use, draws=1):
 
     The first draws of a text are the same ones however many there are.
     """
-    shape = draws, latent_dim
-    rngs = [generator(seed, epoch, use, text) for text in np.asarray(index).tolist()]
-    noise = [rng.standard_normal(shape, np.float32) for rng in rngs]
+    rngs = [generator(seed, epoch, use, i) for i in index]
+    noise = [rng.standard_normal((draws, latent_dim), np.float32) for rng in rngs]
     return torch.from_numpy(np.stack(noise, 1))
 
 
 def stratified_noise(latent_dim, seed, epoch, index, use, draws):
-    """As `latent_noise`, float64, with the draws of a text spread evenly (McKay et al. 1979).
+    """(draws, B, Z), float64, N(0, 1), the draws of a text spread evenly (McKay et al. 1979).
 
     In each dimension there is one draw from each of `draws` equally likely parts of N(0, 1). Each
     draw for itself is one of N(0, I), so means over them are unbiased, and their errors smaller.
@@ -394,7 +412,8 @@ def stratified_noise(latent_dim, seed, epoch, index, use, draws):
     noise = []
     for i in index:
         rng = generator(seed, epoch, use, i)
-        places = rng.permuted(np.arange(draws)[:, None].repeat(latent_dim, 1), axis=0)
+        strata = np.arange(draws)[:, None].repeat(latent_dim, 1)  # (draws, Z)
+        places = rng.permuted(strata, axis=0)
         noise.append((places + rng.uniform(1e-9, 1 - 1e-9, places.shape)) / draws)
     return torch.special.ndtri(torch.from_numpy(np.stack(noise, 1)))
 
@@ -438,8 +457,10 @@ def training_batch(corpus, epoch, index, *, denoise, latent_dim, seed):
     """The texts `index` (B,) with the noise of this epoch."""
     batch = make_batch(corpus, index)
     if denoise > 0:
-        rngs = [generator(seed, epoch, DELETION, i) for i in index]
-        rows = [delete_tokens(corpus.row(i), denoise, r) for i, r in zip(index, rngs, strict=True)]
+        rows = []
+        for i in index:
+            rng = generator(seed, epoch, DELETION, i)
+            rows.append(delete_tokens(corpus.row(i), denoise, rng))
         ids, mask = pad(rows, corpus.pad_id)
         batch = batch._replace(ids=ids, mask=mask)
     (eps,) = latent_noise(latent_dim, seed, epoch, index, LATENT)
@@ -453,11 +474,11 @@ def training_batches(corpus, epoch, index, micro_batch, **noise):
     """
     rank, world = processes()
     share = index[rank::world]
-    if len(share) == 0:
-        dummy = training_batch(corpus, epoch, index[:1], **noise)
-        return [dummy._replace(count=0, step_count=len(index))]
-    parts = np.split(share, range(micro_batch, len(share), micro_batch))
-    batches = [training_batch(corpus, epoch, part, **noise) for part in parts]
+    if len(share) > 0:
+        parts = np.split(share, range(micro_batch, len(share), micro_batch))
+        batches = [training_batch(corpus, epoch, part, **noise) for part in parts]
+    else:
+        batches = [training_batch(corpus, epoch, index[:1], **noise)._replace(count=0)]
     return [batch._replace(step_count=len(index)) for batch in batches]
 
 
@@ -478,12 +499,14 @@ def epoch_order(lengths, batch_size, seed, epoch):
 def evaluation_order(lengths, max_tokens):
     """Batches of all texts, longest first: arrays of text numbers.
 
-    A batch has at most `max_tokens` tokens, padding included, or one text. The first batch is the
-    largest: what does not fit into memory fails at once.
+    A batch has at most `max_tokens` tokens, padding included, or one text. The first batch has the
+    longest texts: what does not fit into memory fails early.
     """
-    order, batches, start = np.argsort(-lengths, kind="stable"), [], 0
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
     for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * lengths[order[start]] > max_tokens:
+        full = (end + 1 - start) * lengths[order[start]] > max_tokens  # with one more text
+        if full or end == len(order):
             batches.append(order[start:end])
             start = end
     return batches
@@ -583,10 +606,10 @@ TENSES = {  # tense: the times that go with it
     "present": ("today", "this week", "these days", "right now"),
     "future": ("tomorrow", "next week", "next spring", "soon"),
 }
-VERBS = """paint paints painted, carry carries carried, find finds found, sell sells sold,
+FORMS = """paint paints painted, carry carries carried, find finds found, sell sells sold,
     buy buys bought, break breaks broke, hide hides hid, clean cleans cleaned, steal steals stole,
     draw draws drew, repair repairs repaired, lose loses lost"""
-VERBS = {base: (third, past) for base, third, past in map(str.split, VERBS.split(","))}
+VERBS = {base: (third, past) for base, third, past in map(str.split, FORMS.split(","))}
 THINGS = """boat ladder piano lamp basket carpet mirror clock kettle drum wagon statue violin chair
     helmet bottle"""
 PLACES = """near the river, in the garden, behind the church, at the market, under the bridge,
@@ -617,17 +640,21 @@ GRAMMAR_ENTROPY = sum(
 
 def grammar_sentence(factors):
     """The sentence of the factors, {name: value, None where absent}."""
-    f, plural = factors, factors["number"] == "many"
-    noun, (third, past) = f["who"], VERBS[f["verb"]]
-    verbs = {"past": past, "present": f["verb"] if plural else third, "future": f["verb"]}
-    time, owner = TENSES[f["tense"]][f["when"]], "his" if f["who"] in MEN else "her"
-    if plural:
-        noun, owner = noun + ("es" if noun.endswith(("s", "ch")) else "s"), "their"
-    will = "will" if f["tense"] == "future" else None
-    parts = ["the", f["nature"], noun, will, f["manner"], verbs[f["tense"]]]
-    parts += ["a", f["colour"], f["what"], f["where"]]
-    parts.append(f["companion"] and f"with {owner} {f['companion']}")
-    parts = [time, *parts] if f["order"] == "time first" else [*parts, time]
+    who, verb, tense = factors["who"], factors["verb"], factors["tense"]
+    third, past = VERBS[verb]
+    if factors["number"] == "many":
+        noun = who + ("es" if who.endswith(("s", "ch")) else "s")
+        present, owner = verb, "their"
+    else:
+        noun, present = who, third
+        owner = "his" if who in MEN else "her"
+    will = "will" if tense == "future" else None
+    form = {"past": past, "present": present, "future": verb}[tense]
+    companion = factors["companion"] and f"with {owner} {factors['companion']}"
+    parts = ["the", factors["nature"], noun, will, factors["manner"], form]
+    parts += ["a", factors["colour"], factors["what"], factors["where"], companion]
+    time = TENSES[tense][factors["when"]]
+    parts = [time, *parts] if factors["order"] == "time first" else [*parts, time]
     return " ".join(part for part in parts if part)
 
 
@@ -685,10 +712,13 @@ def number(kind, low, below=math.inf):
     limits = f"at least {low}" + (f" and less than {below}" if below < math.inf else "")
 
     def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) < below:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} must be {limits} ({kind.__name__})")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan  # within no limits
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f"{text!r} must be {limits} ({kind.__name__})")
+        return value
 
     return parse
 
@@ -741,15 +771,18 @@ def command(name, after_interrupt=""):
         ignore_output(sys.stdout)
         sys.exit(141)  # as the shell reports SIGPIPE
     except (OSError, InputError, FloatingPointError) as error:
-        traceback.clear_frames(error.__traceback__)  # a DistributedDataParallel, before its group
+        # Frees a DistributedDataParallel before its process group ends.
+        traceback.clear_frames(error.__traceback__)
         sys.exit(f"{name}: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{name}: {one_line(error)}; docs/speed.md says what fits")
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted{after_interrupt}", file=sys.stderr)
         sys.exit(130)
 
 
 def say(*lines):
-    """Print lines at once, whoever reads them."""
+    """Print lines at once. A closed pipe is no error."""
     with ignore_broken_pipe(sys.stdout):
         print(*lines, sep="\n", flush=True)
 

@@ -27,9 +27,13 @@ from vae import T5VAE, check_no_parent, evaluating, kl_divergence
 
 REC_SAMPLES = 4  # of q, for rec beside an NLL
 IW_SAMPLES = {1: 0, 2: 20}  # default K, by phase: phase 1 trains no density to be measured
+# The weights that `find_weight` tries.
 GRID = (1.0, 0.8, 0.64, 0.5, 0.35, 0.25, 0.15, 0.1, 0.06, 0.04, 0.02, 0.01, 0.005, 0.0)
 MOST = 16_384  # tokens of a batch, padding included, if it has more than one text
 HALF = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: of matrix products
+# The columns of `measure` that are measures themselves, beside rec and kl.
+COLUMNS = ("nll_iw", "nll_iw_half", "iw_ess", "rec_prior", "rec_other", "exact_match")
+COLUMNS += ("rec_untempered", "kl_untempered")
 SHOWN = ("rec", "kl", "neg_elbo", "nll", "kl_posterior", "ppl_word", "mi", "au")
 SHOWN += ("swap_cost", "exact_match", "entropy")  # on the screen; the rest is in metrics.json
 SHOWN_LM = ("rec", "ppl_token", "ppl_word", "entropy")
@@ -59,6 +63,7 @@ def untemper(mu, logvar, weight):
     if not isinstance(weight, numbers.Real) or not 0 <= weight <= 1:
         raise InputError(f"weight is {weight!r}; it must be a number, at least 0 and at most 1")
     w = torch.as_tensor(weight, dtype=logvar.dtype, device=logvar.device)
+    # In logs, since exp(logvar) may overflow.
     log_d = torch.logaddexp(w.log(), torch.log1p(-w) + logvar)
     return mu * (w.log() - log_d).exp(), logvar - log_d
 
@@ -89,7 +94,7 @@ def active_units(mu, threshold=0.01):
 
 
 def sample_rec(model, batch, mu, logvar, seed, use=data.POSTERIOR, samples=1):
-    """The first z of N(mu, exp(logvar)): (B, Z), and rec, its mean over the samples: (B,), nats."""
+    """z, (B, Z), and the mean rec, (B,), nats, of samples of N(mu, exp(logvar)): z is the first."""
     noise = data.latent_noise(mu.shape[1], seed, 0, batch.index, use, samples).to(mu)
     zs = [model.reparameterize(mu, logvar, eps=eps) for eps in noise]
     recs = [model.rec(z, batch.labels).double() for z in zs]
@@ -110,8 +115,8 @@ def importance_weighted(model, batch, mu, logvar, samples, seed=0):
     """
     mu, logvar = mu.double(), logvar.double()
     zero, recs, log_weights = torch.zeros_like(mu), [], []
-    place = seed, 0, batch.index, data.UNTEMPERED
-    for eps in data.stratified_noise(mu.shape[1], *place, samples).to(mu):
+    noise = data.stratified_noise(mu.shape[1], seed, 0, batch.index, data.UNTEMPERED, samples)
+    for eps in noise.to(mu):
         z = model.reparameterize(mu, logvar, eps=eps)
         recs.append(model.rec(z, batch.labels).double())
         log_weights.append(log_normal(z, zero, zero) - log_normal(z, mu, logvar) - recs[-1])
@@ -130,7 +135,7 @@ def importance_weighted(model, batch, mu, logvar, samples, seed=0):
 def greedy(model, batch, mu):
     """The greedy text from mu (B, Z): hits, tokens in their place; exact_match, 0 or 100: (B,)."""
     length = batch.labels.shape[1]
-    mu = mu.nan_to_num()  # `gather` says whose mu is not finite
+    mu = mu.nan_to_num()  # `generate` would refuse NaN; `gather` does, and names the text
     ids = model.generate(mu, max_new_tokens=length)[:, 1:]  # without the start token
     ids = F.pad(ids, (0, length - ids.shape[1]))
     hits = ((ids == batch.labels) & batch.mask.bool()).sum(1)
@@ -147,48 +152,66 @@ def other_texts(count, seed=0):
 
 
 def measure(model, corpus, weight=1.0, iw_samples=0, thorough=False, seed=0, max_tokens=MOST):
-    """What `evaluate` summarizes, a row per sentence: {name: (n,)}, and mu, logvar, z: (n, Z)."""
+    """What `evaluate` summarizes, a row per sentence, float64 on the CPU: {name: (n,)}, and mu,
+    logvar, z: (n, Z)."""
     check_arguments(corpus, seed, weight, iw_samples)
-    device, (rank, world) = model.device, data.processes()
     rec_samples = REC_SAMPLES if iw_samples else 1
     if model.latent_dim == 0:  # all samples are one
         iw_samples, rec_samples = min(iw_samples, 1), 1
-    other = other_texts(len(corpus), seed)
-    batches, columns = data.evaluation_order(corpus.lengths, max_tokens), {}
+
+    def measure_batch(batch):
+        mu, logvar = model.encode(batch.ids, batch.mask)
+        kl = kl_divergence(mu.double(), logvar.double()).sum(1)
+        z, rec = sample_rec(model, batch, mu, logvar, seed, samples=rec_samples)
+        values = {"mu": mu, "logvar": logvar, "z": z, "rec": rec, "kl": kl}
+        if iw_samples:
+            r = untemper(mu.double(), logvar.double(), weight)
+            values |= importance_weighted(model, batch, *r, iw_samples, seed)
+        if iw_samples or thorough:
+            zero = torch.zeros_like(mu)
+            values["rec_prior"] = sample_rec(model, batch, zero, zero, seed, data.PRIOR)[1]
+        if thorough:
+            values |= greedy(model, batch, mu)
+        return values
+
+    columns = per_text(measure_batch, model, corpus, max_tokens, "evaluating")
+    if thorough and len(corpus) > 1:  # a single text has no other
+        other_z = columns["z"][torch.from_numpy(other_texts(len(corpus), seed))]
+
+        def measure_swapped(batch):
+            z = other_z[torch.from_numpy(batch.index)].to(batch.labels.device)
+            return {"rec_other": model.rec(z, batch.labels)}
+
+        columns |= per_text(measure_swapped, model, corpus, max_tokens, "swapping")
+    return columns
+
+
+def per_text(measure_batch, model, corpus, max_tokens, what, texts=None):
+    """{name: (n, ...)}, float64 on the CPU, from measure_batch(Batch): {name: (B, ...)}.
+
+    Of the first `texts` texts of a corpus, n in all (None: of all). Processes share the batches.
+    what: stands before the bar.
+    """
+    rank, world = data.processes()
+    lengths = corpus.lengths[:texts]
+    batches, columns = data.evaluation_order(lengths, max_tokens), {}
     # A process without a batch measures a dummy, the first, so that it has the same columns.
     dummy = rank >= len(batches)
     with evaluating(model):
-        for index in data.progress(batches[:1] if dummy else batches[rank::world], "evaluating"):
-            batch = data.make_batch(corpus, index).to(device)
-            mu, logvar = model.encode(batch.ids, batch.mask)
-            kl = kl_divergence(mu.double(), logvar.double()).sum(1)
-            z, rec = sample_rec(model, batch, mu, logvar, seed, samples=rec_samples)
-            values = {"mu": mu, "logvar": logvar, "z": z, "rec": rec, "kl": kl}
-            if iw_samples:
-                r = untemper(mu.double(), logvar.double(), weight)
-                values |= importance_weighted(model, batch, *r, iw_samples, seed)
-            if iw_samples or thorough:
-                zero = torch.zeros_like(mu)
-                values["rec_prior"] = sample_rec(model, batch, zero, zero, seed, data.PRIOR)[1]
-            if thorough:
-                others = data.make_batch(corpus, other[index]).to(device)
-                its_z, _ = sample_rec(model, others, *model.encode(others.ids, others.mask), seed)
-                values["rec_other"] = model.rec(its_z, batch.labels)
-                values |= greedy(model, batch, mu)
-            place = torch.from_numpy(index).to(device)
+        for index in data.progress(batches[:1] if dummy else batches[rank::world], what):
+            values = measure_batch(data.make_batch(corpus, index).to(model.device))
+            rows = torch.from_numpy(index).to(model.device)
             for name, value in values.items():
                 if name not in columns:
-                    shape = len(corpus), *value.shape[1:]
-                    columns[name] = torch.zeros(shape, dtype=torch.float64, device=device)
+                    shape = len(lengths), *value.shape[1:]
+                    columns[name] = torch.zeros(shape, dtype=torch.float64, device=model.device)
                 if not dummy:
-                    columns[name][place] = value.double()
-    if len(corpus) == 1:  # no other
-        columns.pop("rec_other", None)
+                    columns[name][rows] = value.double()
     return {name: gather(name, column.cpu()) for name, column in columns.items()}
 
 
 def check_arguments(corpus, seed, weight=1.0, iw_samples=0):
-    """InputError if a corpus is none, such as a list of texts, or another argument is wrong."""
+    """InputError if corpus is no Corpus, such as a list of texts, or another argument is wrong."""
     if not isinstance(corpus, data.Corpus):
         has = f"corpus is a {type(corpus).__name__}"
         raise InputError(f"{has}; make it with data.make_corpus(texts, model.tokenizer)")
@@ -199,12 +222,17 @@ def check_arguments(corpus, seed, weight=1.0, iw_samples=0):
 
 
 def gather(name, column):
-    """The sum of a column over processes; each has zeros in the others' places. Refuses NaN."""
+    """The sum of a column over processes; each has zeros in the others' places.
+
+    Raises FloatingPointError if a number is not finite.
+    """
     if data.processes()[1] > 1:
         distributed.all_reduce(column)
     if not column.isfinite().all():
         text = (~column.isfinite()).nonzero()[0, 0].item()
-        raise FloatingPointError(f"{name} of text {text} of the split, from 0, is not finite")
+        raise FloatingPointError(
+            f"{name} of text {text} of the split, counted from 0, is not finite"
+        )
     return column
 
 
@@ -251,40 +279,43 @@ def summarize(columns, corpus, weight, iw_samples):
     return measured
 
 
-def means_and_errors(columns):
-    """{name: mean over sentences, name_se: its standard error} of columns (n,), and the ratio.
+def per_sentence(columns):
+    """{name: (n,)}: the columns of `measure` whose means are measures, and what follows from them.
 
     swap_cost   rec with another text's z - rec: 0 if the decoder ignores z
     nll         the tighter of two upper bounds of -log p(x), see `smaller_bound`
     kl_posterior  nll - rec_posterior: in the limit KL(p(z|x) to p(z)), the nats that z carries in
                 the generative model, whatever the encoder says
     gain        nll - rec: the nats of a text that the encoder's z explains, at most
+    """
+    rec, kl = columns["rec"], columns["kl"]
+    found = {"rec": rec, "kl": kl, "neg_elbo": rec + kl}
+    for name in COLUMNS:
+        if name in columns:
+            found[name] = columns[name]
+    if "rec_other" in columns:
+        found["swap_cost"] = columns["rec_other"] - rec
+    if "nll_iw" in columns:
+        found["neg_elbo_untempered"] = columns["rec_untempered"] + columns["kl_untempered"]
+        found["nll"] = smaller_bound(columns)
+        found["kl_posterior"] = found["nll"] - columns["rec_posterior"]
+        found["gain"] = found["nll"] - rec
+    return found
+
+
+def means_and_errors(columns):
+    """{name: mean over sentences, name_se: its standard error} of `per_sentence`, and a ratio:
+
     efficiency  gain / kl: of the KL that the encoder pays, at most this share explains the text
     """
-    rec, kl, measured = columns["rec"], columns["kl"], {}
-    means = {"rec": rec, "kl": kl, "neg_elbo": rec + kl}
-    for name in "nll_iw", "nll_iw_half", "iw_ess", "rec_prior", "rec_other", "exact_match":
-        if name in columns:
-            means[name] = columns[name]
-    if "rec_other" in columns:
-        means["swap_cost"] = columns["rec_other"] - rec
-    if "nll_iw" in columns:
-        rec_r, kl_r = columns["rec_untempered"], columns["kl_untempered"]
-        means |= {
-            "rec_untempered": rec_r,
-            "kl_untempered": kl_r,
-            "neg_elbo_untempered": rec_r + kl_r,
-        }
-        means["nll"] = smaller_bound(columns)
-        means["kl_posterior"] = means["nll"] - columns["rec_posterior"]
-        means["gain"] = means["nll"] - rec
-    for name, values in means.items():
+    found, measured = per_sentence(columns), {}
+    for name, values in found.items():
         measured[name], measured[name + "_se"] = values.mean().item(), standard_error(values)
-    if "gain" in means:
+    if "gain" in found:
         measured["efficiency"] = None
         if measured["kl"] > 0:  # the error of a ratio of means: the delta method
             ratio = measured["gain"] / measured["kl"]
-            deviation = (means["gain"] - ratio * kl) / measured["kl"]
+            deviation = (found["gain"] - ratio * found["kl"]) / measured["kl"]
             measured |= {"efficiency": ratio, "efficiency_se": standard_error(deviation)}
     return measured
 
@@ -324,28 +355,26 @@ def find_weight(model, corpus, texts=500, seed=0, max_tokens=MOST):
 
 def untempered_bounds(model, corpus, weights, texts, seed, max_tokens):
     """{weight: -ELBO of the posterior that it untempers}: means over the first texts, nats."""
-    device, (rank, world) = model.device, data.processes()
-    lengths = corpus.lengths[:texts]
-    columns = {weight: torch.zeros(len(lengths), dtype=torch.float64) for weight in weights}
-    with evaluating(model):
-        order = data.evaluation_order(lengths, max_tokens)[rank::world]
-        for index in data.progress(order, "untempering"):
-            batch = data.make_batch(corpus, index).to(device)
-            mu, logvar = model.encode(batch.ids, batch.mask)
-            for weight, column in columns.items():
-                r = untemper(mu.double(), logvar.double(), weight)
-                _, rec = sample_rec(model, batch, *r, seed, data.SEARCH, samples=2)
-                column[index] = (rec + kl_divergence(*r).sum(1)).cpu()
-    name = "the untempered -ELBO"
-    return {w: gather(name, column).mean().item() for w, column in columns.items()}
+
+    def measure_batch(batch):
+        mu, logvar = model.encode(batch.ids, batch.mask)
+        bounds = []
+        for weight in weights:
+            r = untemper(mu.double(), logvar.double(), weight)
+            _, rec = sample_rec(model, batch, *r, seed, data.SEARCH, samples=2)
+            bounds.append(rec + kl_divergence(*r).sum(1))
+        return {"the untempered -ELBO": torch.stack(bounds, 1)}  # (B, weights)
+
+    (bounds,) = per_text(measure_batch, model, corpus, max_tokens, "untempering", texts).values()
+    return dict(zip(weights, bounds.mean(0).tolist(), strict=True))
 
 
 def measure_run(model, phase, read, iw_samples=None, max_tokens=MOST):
     """(measures, columns) of a trained model on its test split. read(split) is a `Corpus`.
 
     For a phase 2 with a latent the weight of `untemper` is searched on the first validation texts:
-    an eighth as many as there are test texts, which takes a fifth of the time at most. iw_samples:
-    K (IW_SAMPLES).
+    an eighth as many as there are test texts, from 20 to 500, which takes a fifth of the time at
+    most. iw_samples: K; None: that of the phase.
     """
     iw_samples = IW_SAMPLES[phase] if iw_samples is None else iw_samples
     test, weight = read("test"), 1.0
@@ -359,9 +388,11 @@ def measure_run(model, phase, read, iw_samples=None, max_tokens=MOST):
 def cell(measured, key):
     """One number of `evaluate`'s dict, with its standard error or a mark that it has none."""
     value, error = measured.get(key), measured.get(key + "_se")
-    if value is None or isinstance(value, int):
-        return "-" if value is None else f"{value:,}"
-    digits = f"{value:z.2f}" if abs(value) < 1e6 else f"{value:.1e}"
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    digits = f"{value:z.2f}" if abs(value) < 1e6 else f"{value:.1e}"  # z: no "-0.00"
     if key == "entropy":  # it is known
         return digits
     return f"{digits}±?" if error is None else f"{digits}±{error:.2f}"
@@ -389,11 +420,12 @@ def verdict(measured, target=0.0, lm_nll=None):
     than a tenth of the KL that is paid for z.
     """
     said, kl = f"rec {measured['rec']:.2f} nats per sentence", measured["kl"]
-    if measured["latent_dim"] > 0 and "nll" not in measured:  # phase 1
+    if measured["latent_dim"] == 0:
+        pass
+    elif "nll" not in measured:  # phase 1
         said += f"; KL {kl:.2f}, which phase 1 does not limit"
-    elif "swap_cost" in measured and measured["latent_dim"] > 0:
-        said = verdict_on_z(measured)
-        said += f"; NLL {measured['nll']:.2f}"
+    elif "swap_cost" in measured:  # not of a single text
+        said = f"{verdict_on_z(measured)}; NLL {measured['nll']:.2f}"
     if lm_nll is not None:
         said += f", the language model has {lm_nll:.2f}"
     if target:
@@ -405,9 +437,9 @@ def verdict(measured, target=0.0, lm_nll=None):
 
 
 def verdict_on_z(measured):
-    cost, error, kl = measured["swap_cost"], measured["swap_cost_se"] or 0.0, measured["kl"]
+    cost, error, kl = measured["swap_cost"], measured["swap_cost_se"], measured["kl"]
     swap = f"with another sentence's z, rec is {cost:.2f}±{error:.2f} nats higher"
-    if cost <= max(0, 2 * error):
+    if cost <= 2 * error:
         return f"z is ignored: {swap}; its KL of {kl:.2f} nats buys nothing"
     used = "used" if cost > 0.1 * kl else "hardly used"
     carried = f"of which z carries {measured['kl_posterior']:.2f} in the model"
@@ -422,7 +454,7 @@ def unknown_warning(share):
 
 
 def read_config(run):
-    """The config.json of a run folder. Raises InputError if it is none."""
+    """The config.json of a run folder. Raises InputError if it is no run."""
     check_no_parent(run)
     config = data.read_json(Path(run, "config.json"))
     needed = {"phase", "dataset", "data_dir", "max_length"}
@@ -467,13 +499,15 @@ def write_measures(run, measured, columns, said):
     said: the verdict, which stands below the measures in the model's README.md, its card.
     """
     heading, card = "\n## Measures on the test split\n\n", Path(run, "model", "README.md")
-    text = card.read_text(encoding="utf-8").split(heading)[0] if card.is_file() else ""
+    text = ""
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace").split(heading)[0]
     table = format_table({Path(run).resolve().name: measured})
     card.write_text(f"{text}{heading}```\n{table}\n```\n\n{said}\n", encoding="utf-8")
     values = {name: column.numpy() for name, column in columns.items() if column.dim() == 1}
     npz = Path(run, "sentences.npz")
     data.write_atomically(npz, lambda file: np.savez_compressed(file, **values))
-    data.write_json(Path(run, "metrics.json"), measured)
+    data.write_json(Path(run, "metrics.json"), measured)  # last: with it a run is finished
 
 
 def check_better(run, before, config, args):
@@ -531,9 +565,7 @@ def main(argv=None):
     flag("--amp", choices=HALF, default="off", help="precision of matrix products (off: float32)")
     flag("--dataset", help="where the texts are, if they have moved")
     flag("--lm", metavar="RUN", help="language model to compare with (lm/ beside the run, if any)")
-    flag(
-        "--write", action="store_true", help="replace the run's metrics.json, unless by worse ones"
-    )
+    flag("--write", action="store_true", help="replace a run's metrics.json, unless by worse ones")
     args = parser.parse_args(argv)
     if args.device == "cuda" and device == "cpu":
         parser.error("--device is cuda, but torch finds no GPU")

@@ -635,7 +635,7 @@ def test_standard_errors_are_those_of_resampled_sentences():
 def test_what_is_not_finite_is_refused_by_name(tmp_path):
     model = LinearGaussian(20)
     model.x[6] = math.nan
-    with pytest.raises(FloatingPointError, match="mu of text 6 of the split, from 0, is not fin"):
+    with pytest.raises(FloatingPointError, match="mu of text 6 of the split, counted from 0, is"):
         metrics.evaluate(model, toy_corpus(20))
     with pytest.raises(FloatingPointError, match="rec of text 1 of the split"):
         metrics.gather("rec", torch.tensor([0.0, math.inf]))
@@ -654,7 +654,7 @@ def test_metrics_json_stays_where_a_number_is_not_finite(whole_run, tmp_path, mo
         return rec(self, z, labels).masked_fill(labels[:, 0] == first[bad], math.inf)
 
     monkeypatch.setattr(T5VAE, "rec", broken_rec)
-    with pytest.raises(SystemExit, match=f"of text {bad} of the split, from 0, is not finite"):
+    with pytest.raises(SystemExit, match=f"of text {bad} of the split, counted from 0, is not fin"):
         metrics.main([str(run), "--iw-samples", "2", "--write"])
     assert files(run) == before
 
@@ -724,6 +724,25 @@ def test_no_number_depends_on_the_batch_size(data_tokenizer, corpus):
     assert {name: one[name] for name in floats} == pytest.approx(floats, rel=1e-4)
     other_noise = evaluate(seed=1)
     assert other_noise["rec"] != pytest.approx(many["rec"], rel=1e-4)
+
+
+def test_no_batch_of_an_evaluation_is_larger_than_asked(data_tokenizer, monkeypatch):
+    """Nor where another text's z is used, which is as likely that of a long text."""
+    texts = [*["a king"] * 60, *["the tired queens will paint a red lamp in the garden " * 3] * 4]
+    corpus, pad, sizes = data.make_corpus(texts, data_tokenizer), data.pad, []
+    most = 2 * corpus.lengths.max()
+
+    def watched(rows, pad_id):
+        ids, mask = pad(rows, pad_id)
+        sizes.append(ids.numel())
+        return ids, mask
+
+    monkeypatch.setattr(data, "pad", watched)
+    model = small_vae(data_tokenizer)
+    metrics.evaluate(model, corpus, iw_samples=2, thorough=True, max_tokens=most)
+    metrics.find_weight(model, corpus, max_tokens=most)
+    assert max(sizes) == most
+    assert len(sizes) == 3 * len(data.evaluation_order(corpus.lengths, most))
 
 
 def test_evaluation_repeats_and_leaves_random_state_and_mode_alone(data_tokenizer, corpus):
@@ -1088,6 +1107,22 @@ def test_a_reset_decoder_is_that_of_the_t5_again(tmp_path, home, t5_folder):
             assert torch.equal(weight, before[name]) == (encodes or freeze), "else it has moved"
 
 
+def test_a_reset_needs_phase_1_and_its_t5(tmp_path, home, t5_folder):
+    """A flag that has no effect is refused, and so is a T5 of another shape."""
+    other = tmp_path / "other"  # a VAE that does not name its T5
+    from_t5(t5_folder).save_pretrained(other)
+    out = tmp_path / "out"
+    args = ["--dataset", home, *SHORT, "--phase", 2, "--reset-decoder", "--out", out, "--init"]
+    for more, said in (
+        ([t5_folder], f"--reset-decoder has no effect: {t5_folder} is a T5"),
+        ([t5_folder, "--model", "tiny"], f"--model is tiny, which has no effect: {t5_folder} is"),
+        ([other, "--model", "tiny"], f"--model tiny is not the T5 of {other}"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            train.main([*args, *more])
+    assert not out.exists()
+
+
 def test_micro_batches_train_the_same_model(tmp_path, quiet, plain):
     assert train_run(main, *quiet, "--micro-batch", 2, "--out", tmp_path) == 0
     assert distance(tmp_path / "phase2", plain) < 1e-4
@@ -1210,6 +1245,11 @@ def test_recipes_are_defaults_and_given_flags_win():
     assert (two.phase, two.epochs) == (2, 7)
     for model, rate in ("tiny", 2e-2), ("a/b", 5e-3):
         assert settings(f"--dataset grammar --recipe best --model {model}")[0].lr == rate
+    for flags in "--init tiny --phase 2", "--init tiny --no-latent":
+        (args,) = settings(f"--dataset grammar --recipe best {flags}")
+        assert (args.model, args.lr) == ("tiny", 2e-2)
+    one, two = settings("--dataset grammar --init a-vae --reset-decoder")
+    assert (one.reset_decoder, two.reset_decoder) == (None, True)
 
 
 def test_what_sets_a_target_and_what_switches_it_off():

@@ -50,20 +50,20 @@ RECIPES = {
 }
 TINY = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4}
 TINY_VOCABULARY = 4000
-FIXED = ("latent_dim", "pooling", "pool_layers")  # by a saved model
+FIXED = ("latent_dim", "pooling", "pool_layers")  # what a saved model has decided
 MAX_GRADIENT_NORM = 100.0  # usual norms are tens: it limits what one odd batch can undo
 
 
 # ---------------------------------------------------------------------------------- objective
 
 
-def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5, zero=0.0):
+def kl_weight(step, schedule, anneal_steps, cycles=4, rise=0.5, zero=0.0):
     """The weight of the KL in phase 2, in [0, 1], after `step` steps.
 
     It rises slowly: at full weight from the start, ignoring z is cheapest, and the decoder learns
     to do without it (section 2.2.1). "linear" rises from 0 to 1 over `anneal_steps` (Eq. 6).
     "cyclical" divides them into `cycles` parts (Fu et al. 2019): it is 0 for the share `zero` of
-    each, rises for the share `ratio`, and is 1 for the rest. "constant" is 1, and so are the others
+    each, rises for the share `rise`, and is 1 for the rest. "constant" is 1, and so are the others
     after `anneal_steps`.
     """
     if schedule == "constant" or step >= anneal_steps:
@@ -73,7 +73,9 @@ def kl_weight(step, schedule, anneal_steps, cycles=4, ratio=0.5, zero=0.0):
     position = (step * cycles / anneal_steps) % 1  # in the cycle
     if position < zero:
         return 0.0
-    return min(1.0, (position - zero) / ratio) if ratio > 0 else 1.0
+    if position < zero + rise:
+        return (position - zero) / rise
+    return 1.0
 
 
 class KLController:
@@ -115,7 +117,7 @@ def objective(rec, kl, weight, threshold):
 
     rec: (B,); kl: (B, Z), of which each dimension costs at least `threshold`, lambda.
     """
-    if weight == 0:
+    if weight == 0:  # phase 1 does not limit the KL, and 0 times infinity is NaN
         return rec
     return rec + weight * kl.clamp(min=threshold).sum(1)
 
@@ -124,7 +126,11 @@ def objective(rec, kl, weight, threshold):
 
 
 def make_optimizer(model, args):
-    """AdamW over what trains. For adamw-rms each weight is a group, with a rate of its own."""
+    """AdamW over what trains. For adamw-rms each weight is a group, with a rate of its own.
+
+    Weight decay is that of torch, 0.01.
+    """
+    # A language model's W_mu, W_logvar and W_proj have no elements.
     weights = [p for p in model.parameters() if p.requires_grad and p.numel()]
     if args.optimizer == "adamw":
         return torch.optim.AdamW(weights, lr=args.lr, eps=1e-3, fused=True)  # appendix B
@@ -133,14 +139,14 @@ def make_optimizer(model, args):
 
 
 @torch.no_grad()
-def set_rates(optimizer, args, progress):
-    """The learning rates of the next step; `progress`, in [0, 1), is the share of steps taken.
+def set_rates(optimizer, args, taken):
+    """The learning rates of the next step; `taken`, in [0, 1), is the share of steps taken.
 
     adamw-rms: in units of each weight's own RMS, at least 1e-3. T5's weights begin at sizes from
     0.008 (queries) to 1 (embeddings): one step size does not fit all. T5 was pretrained with
     relative steps, too (Adafactor, Shazeer & Stern 2018, section 8).
     """
-    rate = args.lr * (1 - progress) if args.lr_schedule == "linear" else args.lr
+    rate = args.lr * (1 - taken) if args.lr_schedule == "linear" else args.lr
     for group in optimizer.param_groups:
         if args.optimizer == "adamw":
             group["lr"] = rate
@@ -170,18 +176,18 @@ def train_step(model, optimizer, scaler, batches, weight, step, args):
         seed_dropout(args.seed, step, rank, i, args.device)
         batch = batch.to(args.device)
         # Gradients add up here, and over processes at the last micro-batch.
-        apart = world > 1 and i < len(batches) - 1
-        with model.no_sync() if apart else contextlib.nullcontext():
+        last = i == len(batches) - 1
+        with contextlib.nullcontext() if last or world == 1 else model.no_sync():
             with torch.autocast(args.device, metrics.HALF[args.amp], enabled=args.amp != "off"):
                 rec, kl = model(batch)  # (B,), (B, Z)
             loss = objective(rec, kl, weight, args.kl_threshold)
-            terms = torch.stack([loss, rec, kl.sum(1)])[:, : batch.count].sum(1)
+            terms = torch.stack([loss, rec, kl.sum(1)])[:, : batch.count].sum(1)  # (3,)
             # DistributedDataParallel takes the mean over processes: undone here.
             scaler.scale(terms[0] * world / batch.step_count).backward()
         sums += terms.detach()
     scaler.unscale_(optimizer)
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    norm = nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
     if world > 1:
         distributed.all_reduce(sums)
     # The step's only synchronization with a GPU.
@@ -189,9 +195,9 @@ def train_step(model, optimizer, scaler, batches, weight, step, args):
     skipped = math.isfinite(loss) and not math.isfinite(norm) and scaler.get_scale() > 1
     if not skipped and not math.isfinite(loss + norm):
         texts = sorted(np.concatenate([batch.index for batch in batches]).tolist())
-        advice = "try a smaller --lr" + (
-            "" if args.amp == "off" else ", or --resume with --amp off"
-        )
+        advice = "try a smaller --lr"
+        if args.amp != "off":
+            advice += ", or --resume with --amp off"
         raise FloatingPointError(
             f"step {step}: the loss is {loss}, the norm of its gradient {norm}, in the batch of "
             f"texts {texts}; {advice}"
@@ -203,12 +209,13 @@ def train_step(model, optimizer, scaler, batches, weight, step, args):
 
 
 def seed_dropout(seed, step, rank, micro_batch, device):
-    """Nothing but dropout draws from torch's generator, so there is no random state to save."""
-    state = np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1)
+    """Seeds dropout. Nothing else draws from torch's generator, so it has no state to save."""
+    place = np.random.SeedSequence([seed, step, rank, micro_batch])
+    seed = int(place.generate_state(1)[0])
     if device == "cuda":
-        torch.cuda.manual_seed(int(state[0]))
+        torch.cuda.manual_seed(seed)
     else:  # torch.manual_seed would first look for other devices, which takes 0.2 ms
-        torch.default_generator.manual_seed(int(state[0]))
+        torch.default_generator.manual_seed(seed)
 
 
 def validate(model, corpora, load, controller, run, step):
@@ -222,11 +229,12 @@ def validate(model, corpora, load, controller, run, step):
     run.record(step, "valid", measured)
 
 
-def match_held_out_kl(model, corpus, load, controller, held_out):
+@torch.no_grad()
+def match_held_out_kl(model, corpus, load, controller, held_out_kl):
     """Tells the controller how the KL of held-out texts, in nats, compares to that in training.
 
     Overfitting and dropout raise the KL in training, deletion lowers it. corpus: the training
-    texts; load(epoch, index) makes their batches.
+    texts, of which 2,000 are taken; load(epoch, index) makes their batches.
     """
     some = np.linspace(0, len(corpus) - 1, 2000, dtype=int).reshape(-1, 50)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -234,13 +242,12 @@ def match_held_out_kl(model, corpus, load, controller, held_out):
     for index in some:
         for batch in load(0, index):
             batch = batch.to(model.device)
-            with torch.no_grad():
-                kl = kl_divergence(*model.encode(batch.ids, batch.mask))  # (B, Z)
+            kl = kl_divergence(*model.encode(batch.ids, batch.mask))  # (B, Z)
             total += kl[: batch.count].sum()
     if data.processes()[1] > 1:
         distributed.all_reduce(total)
     if total > 0:
-        controller.ratio = held_out * some.size / total.item()
+        controller.ratio = held_out_kl * some.size / total.item()
 
 
 def train(model, corpora, run, args):
@@ -262,9 +269,10 @@ def train(model, corpora, run, args):
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     controller = KLController(args.kl_target, anneal_steps) if args.kl_target else None
+    cycle = args.kl_cycles, args.kl_rise, args.kl_zero
     # 4 resume
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "controller": controller}
-    step, weight = run.load(parts), 0.0
+    step = run.load(parts)
     run.begin(step, steps_per_epoch, total_steps)
     # 5 loop
     for epoch in range(step // steps_per_epoch, args.epochs):
@@ -273,17 +281,19 @@ def train(model, corpora, run, args):
         order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)
         order = order[step % steps_per_epoch :]
         for batches in data.prefetch(partial(load, epoch), order):
-            if controller:
+            if args.phase == 1:
+                weight = 0.0
+            elif controller:
                 weight = controller.weight
-            elif args.phase == 2:
-                cycle = args.kl_cycles, args.kl_rise, args.kl_zero
+            else:
                 weight = kl_weight(step, args.kl_schedule, anneal_steps, *cycle)
             set_rates(optimizer, args, step / total_steps)
             means, skipped = train_step(parallel, optimizer, scaler, batches, weight, step, args)
-            step, means["kl_weight"] = step + 1, weight
+            step += 1
+            means["kl_weight"] = weight
             if controller:
                 controller.update(means["kl"])
-            if skipped:
+            if skipped:  # the scale is halved by now; JSON has no infinity
                 means |= {"grad_norm": None, "skipped_at_scale": 2 * scaler.get_scale()}
             if step % args.log_every == 0 or step == total_steps or skipped:
                 run.record(step, "train", means)
@@ -326,7 +336,10 @@ class Run:
         barrier()
 
     def load(self, parts):
-        """Restore the training from the checkpoint, if there is one. Returns its step, or 0."""
+        """Restore the training from the checkpoint, if there is one. Returns its step, or 0.
+
+        Opens log.jsonl, and cuts what was recorded after the checkpoint: it is recorded again.
+        """
         path, state = self.folder / "checkpoint.pt", {"step": 0, "log_bytes": 0}
         if path.exists():
             try:
@@ -339,11 +352,12 @@ class Run:
                 raise InputError(f"{path} is damaged or of another version {advice}") from error
             say(f"{self.folder} resumes from step {state['step']}")
         log = self.folder / "log.jsonl" if self.first else os.devnull
-        self.log = open(log, "a+", buffering=1)  # noqa: SIM115 (until the process ends)
-        if self.first and self.log.seek(0, os.SEEK_END) < state["log_bytes"]:
-            raise InputError(f"{log} is shorter than at the checkpoint: remove {self.folder}")
-        if self.first:  # what was recorded after the checkpoint is recorded again
-            self.log.truncate(self.log.seek(state["log_bytes"]))
+        self.log = open(log, "a", buffering=1)  # noqa: SIM115 (until the process ends)
+        if self.first:
+            if self.log.seek(0, os.SEEK_END) < state["log_bytes"]:
+                raise InputError(f"{log} is shorter than at the checkpoint: remove {self.folder}")
+            self.log.seek(state["log_bytes"])
+            self.log.truncate()
         return state["step"]
 
     def save(self, parts, step):
@@ -372,12 +386,16 @@ class Run:
         epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         epoch = min(epochs, max(0, step - 1) // self.steps_per_epoch + 1)
         place = f"{self.name}, epoch {epoch}/{epochs}, step {step}/{self.total_steps}"
-        left = ""
-        if split == "train" and step > self.first_step:
-            rate = (step - self.first_step) / (time.monotonic() - self.begun)
-            minutes = (self.total_steps - step) / rate / 60
-            left = f"; {rate:.1f} steps/s, about {minutes:.0f} min to the test"
+        left = self.time_left(step) if split == "train" else ""
         say(f"{place}, {split}: {shown}{left}")
+
+    def time_left(self, step):
+        """The pace, and the minutes until training ends at this pace."""
+        if step == self.first_step:
+            return ""
+        pace = (step - self.first_step) / (time.monotonic() - self.begun)
+        minutes = (self.total_steps - step) / pace / 60
+        return f"; {pace:.1f} steps/s, about {minutes:.0f} min to the test"
 
     def last_kl_weight(self):
         """The KL weight of the last training step that was recorded, 0 if there is none."""
@@ -433,7 +451,7 @@ def barrier():
 
 
 def new_vae(name, shape, seed, args):
-    """A VAE around the T5 `name`; shape: of `latent_dim`, `pooling`, `pool_layers` those given.
+    """A VAE around the T5 `name`; shape: those of latent_dim, pooling, pool_layers that are given.
 
     `tiny` is a T5 of one small shape with random weights, without dropout, as T5 v1.1 is
     pretrained, and with a vocabulary of the training texts.
@@ -464,6 +482,7 @@ def load_start(args):
     given = {name: getattr(args, name) for name in FIXED if getattr(args, name) is not None}
     try:
         if not is_vae(args, saved):
+            check_t5(args)
             return new_vae(start, given, args.seed, args), {}
         model = T5VAE.from_pretrained(start)
     except OSError as error:
@@ -473,6 +492,14 @@ def load_start(args):
     if args.reset_decoder:
         reset_decoder(model, saved, args)
     return model, saved
+
+
+def check_t5(args):
+    """InputError if a flag has no effect, since a phase starts from a T5."""
+    if args.model not in (None, args.start):
+        raise InputError(f"--model is {args.model}, which has no effect: {args.start} is a T5")
+    if args.reset_decoder:
+        raise InputError(f"--reset-decoder has no effect: {args.start} is a T5")
 
 
 def check_start(model, saved, given, args):
@@ -527,6 +554,8 @@ def reset_decoder(model, saved, args):
     fresh = new_vae(args.model, shape, saved.get("seed", args.seed), args)
     kept = ("t5.shared.", "t5.encoder.", "w_mu.", "w_logvar.")
     weights = dict(model.named_parameters())
+    if [w.shape for w in fresh.parameters()] != [w.shape for w in weights.values()]:
+        raise InputError(f"--reset-decoder: --model {args.model} is not the T5 of {args.start}")
     for name, weight in fresh.named_parameters():
         if not name.startswith(kept):
             weights[name].data.copy_(weight.data)
@@ -550,13 +579,12 @@ def prepare(model, args):
         encoder = model.t5.encoder
         for module in (encoder.block, encoder.final_layer_norm, model.w_mu, model.w_logvar):
             module.requires_grad_(False)
-    if args.dropout is None:
-        return
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = args.dropout
-        elif isinstance(getattr(module, "dropout", None), int | float):  # T5's attention: a number
-            module.dropout = args.dropout
+    if args.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = args.dropout
+            elif isinstance(getattr(module, "dropout", None), int | float):  # T5's attention
+                module.dropout = args.dropout
 
 
 def load_corpora(tokenizer, args):
@@ -564,8 +592,8 @@ def load_corpora(tokenizer, args):
     corpora = {}
     for split in data.SPLITS:
         limit = args.limit if split == "train" else None
-        rest = args.data_dir, args.max_length, limit
-        corpora[split] = c = data.load_corpus(args.dataset, split, tokenizer, *rest)
+        where = {"data_dir": args.data_dir, "max_length": args.max_length, "limit": limit}
+        corpora[split] = c = data.load_corpus(args.dataset, split, tokenizer, **where)
         left_out = f"{c.truncated:,} cut at {args.max_length}, {c.skipped:,} lines empty"
         say(f"{split}: {len(c):,} texts, {c.ids.size:,} tokens; {left_out}")
         share = c.unknown / len(c)
@@ -606,8 +634,9 @@ def run_phase(args, corpora=None):
     train(model, corpora, run, args)
     if run.first:
         model.save_pretrained(run.folder / "model")
-    read, rest = corpora.__getitem__, (args.iw_samples, run.max_tokens)
-    measured, columns = metrics.measure_run(model, args.phase, read, *rest)
+    measured, columns = metrics.measure_run(
+        model, args.phase, corpora.get, args.iw_samples, run.max_tokens
+    )
     if run.first:
         measured |= {"kl_weight": run.last_kl_weight(), "precision": "off"}
         samples = write_samples(model, corpora["test"], columns["mu"], run.folder)
@@ -623,17 +652,17 @@ def run_phase(args, corpora=None):
 
 def write_samples(model, corpus, mu, out):
     """Write samples.txt: texts from mu (N, Z) and from the prior. Returns its lines."""
-    longest = {"max_new_tokens": int(corpus.lengths.max())}
-    lines = []
+    longest, lines = int(corpus.lengths.max()), []
     if model.latent_dim:
         rows = [corpus.row(i).tolist() for i in range(min(3, len(corpus)))]
         texts = data.detokenize(rows, model.tokenizer)
-        outputs = model.decode_texts(mu[: len(rows)], **longest)
+        outputs = model.decode_texts(mu[: len(rows)], max_new_tokens=longest)
         for text, output in zip(texts, outputs, strict=True):
             lines += [f"text           {text}", f"reconstructed  {output}"]
     torch.manual_seed(0)
     z = torch.randn(3, model.latent_dim)
-    for text in model.decode_texts(z, do_sample=model.latent_dim == 0, **longest):
+    sampling = model.latent_dim == 0
+    for text in model.decode_texts(z, do_sample=sampling, max_new_tokens=longest):
         lines.append(f"sampled        {text}")
     (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return lines
@@ -719,25 +748,24 @@ def check_args(parser, args):
 def check_effects(parser, args):
     """Refuse flags that have no effect in this command."""
     if args.no_latent:
-        useless = "denoise", "freeze_decoder", "iw_samples", *FIXED, *KL_FLAGS
-        where = "--no-latent"
+        names = ("denoise", "freeze_decoder", "iw_samples", *FIXED, *KL_FLAGS)
+        refuse(parser, args, names, "--no-latent")
     elif args.phase == 1:
-        useless, where = KL_FLAGS, "--phase 1"
-    else:
-        useless, where = ("freeze_decoder",) if args.phase == 2 else (), "--phase 2"
-    for name in useless:
-        if getattr(args, name) is not None:
-            refuse_flag(parser, args, name, where)
+        refuse(parser, args, KL_FLAGS, "--phase 1")
+    elif args.phase == 2:
+        refuse(parser, args, ("freeze_decoder",), "--phase 2")
     if args.kl_schedule != "cyclical":
-        for name in CYCLE_FLAGS:
-            if getattr(args, name) is not None:
-                refuse_flag(parser, args, name, f"--kl-schedule {args.kl_schedule or 'linear'}")
-    if args.kl_schedule == "constant" and args.kl_anneal_epochs is not None:
-        refuse_flag(parser, args, "kl_anneal_epochs", "--kl-schedule constant")
+        refuse(parser, args, CYCLE_FLAGS, f"--kl-schedule {args.kl_schedule or 'linear'}")
+    if args.kl_schedule == "constant":
+        refuse(parser, args, ("kl_anneal_epochs",), "--kl-schedule constant")
 
 
-def refuse_flag(parser, args, name, where):
-    parser.error(f"{flag_name(name)} is {getattr(args, name)}, which has no effect with {where}")
+def refuse(parser, args, names, where):
+    """Refuse these flags, if they are given."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None:
+            parser.error(f"{flag_name(name)} is {value}, which has no effect with {where}")
 
 
 def flag_name(name):
@@ -746,7 +774,7 @@ def flag_name(name):
 
 
 def has_bf16():
-    """Some GPUs only emulate bfloat16, slowly."""
+    """Whether the GPU computes in bfloat16; some only emulate it, slowly."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -778,37 +806,58 @@ def settings(args, phase):
     rate and precision depend on all.
     """
     args = argparse.Namespace(**vars(args) | {"phase": phase})
-    if args.init is not None:
-        args.start = args.init
-    elif phase == 2 and not args.no_latent:
-        args.start = str(run_folder(args, 1))
-    else:
-        args.start = args.model = args.model or "t5-small"
-    if args.model is None:  # that of the run that it starts from
-        args.model = start_config(args.start).get("model")
+    set_start(args)
+    if phase == 1:
+        args.reset_decoder = None  # what phase 2 does with phase 1
     if phase == 1 or args.no_latent:
         args.kl_target = 0.0  # there is no KL to control
     elif args.kl_target is None and (args.kl_threshold is not None or args.kl_schedule):
         args.kl_target = 0.0  # not that of the recipe
     common = {"kl_schedule": "linear", "kl_cycles": 4, "kl_zero": 0.0, "kl_rise": 0.5}
     fill(args, common | RECIPES[args.recipe][phase])
-    anneal_epochs = args.epochs * 1.0
     if args.kl_target:
-        args.kl_threshold, anneal_epochs = 0.0, args.epochs * 0.3
+        args.kl_threshold = 0.0
+        anneal_epochs = 0.3 * args.epochs
     elif args.recipe == "paper" and args.kl_schedule == "linear":
         anneal_epochs = 50.0
-    # No checkpoint of long pretraining has been tried with relative steps.
-    relative = 2e-2 if args.model == "tiny" else 5e-3
-    lr = 1e-3 if args.optimizer == "adamw" else relative
-    half = "bf16" if args.device == "cuda" and has_bf16() else "fp16"  # all GPUs have float16
-    amp = "off" if args.device == "cpu" else half
-    fill(args, {"kl_anneal_epochs": anneal_epochs, "lr": lr, "amp": amp})
+    else:
+        anneal_epochs = float(args.epochs)
+    rest = {"kl_anneal_epochs": anneal_epochs, "lr": default_rate(args), "amp": default_amp(args)}
+    fill(args, rest)
     return args
+
+
+def set_start(args):
+    """What a phase starts from, and of which T5 that was made, if it is known."""
+    if args.init is not None:
+        args.start = args.init
+    elif args.phase == 2 and not args.no_latent:
+        args.start = str(run_folder(args, 1))
+    else:
+        args.start = args.model = args.model or "t5-small"
+    if args.model is None:
+        is_tiny = args.start == "tiny"
+        args.model = "tiny" if is_tiny else start_config(args.start).get("model")
+
+
+def default_rate(args):
+    """The learning rate of --optimizer."""
+    if args.optimizer == "adamw":
+        return 1e-3
+    # No checkpoint of long pretraining has been tried with relative steps.
+    return 2e-2 if args.model == "tiny" else 5e-3
+
+
+def default_amp(args):
+    """The precision that --device computes fastest in: all GPUs have float16."""
+    if args.device == "cpu":
+        return "off"
+    return "bf16" if has_bf16() else "fp16"
 
 
 def fill(args, defaults):
     for name, value in defaults.items():
-        if getattr(args, name, None) is None:
+        if getattr(args, name) is None:
             setattr(args, name, value)
 
 

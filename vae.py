@@ -33,7 +33,6 @@ import re
 import warnings
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -46,18 +45,18 @@ from transformers.modeling_outputs import BaseModelOutput
 import data
 from data import InputError, one_line
 
-PAPER = "https://aclanthology.org/2021.insights-1.5/"
 FAMILY = ("t5", "mt5", "umt5")  # supported `model_type`s; v1.1, flan, ByT5, UL2 are "t5" too
 WEIGHTS = "model.safetensors"
 POOLINGS = ("max", "mean", "last")
 POOL_LAYERS = ("last", "all")
-CARD = f"""---
-{{{{ card_data }}}}
+CARD = """---
+{{ card_data }}
 ---
 
 # A text VAE around a T5
 
-Made with T5-VAE, the reference implementation of [Park & Lee 2021]({PAPER}). With its `vae.py`:
+Made with T5-VAE, the reference implementation of
+[Park & Lee 2021](https://aclanthology.org/2021.insights-1.5/). With its `vae.py`:
 
 ```python
 from vae import T5VAE
@@ -67,11 +66,14 @@ mu, logvar = model.encode_texts(["a text of the kind that it was trained on"])
 print(model.decode_texts(mu))
 ```
 """
-MOST_LOGITS = 2**30  # bytes that `T5VAE.rec` may hold; where there would be more ...
-SLICE = 2**28  # ... it takes slices of at most this size
-CACHE = "cache"  # what `generate` calls its key-value cache; before transformers 5.24 otherwise
-if CACHE not in inspect.signature(transformers.T5ForConditionalGeneration.forward).parameters:
-    CACHE = "past_key_values"
+MOST_LOGITS = 2**30  # bytes: if the logits of a batch would take more, `rec` makes them in slices
+SLICE = 2**28  # bytes of a slice, at most
+# The key-value cache as an argument of T5: "cache" since transformers 5.24.
+T5_ARGUMENTS = inspect.signature(transformers.T5ForConditionalGeneration.forward).parameters
+CACHE = "cache" if "cache" in T5_ARGUMENTS else "past_key_values"
+# What would take the place of z in `generate`.
+REPLACING = {"inputs", "input_ids", "inputs_embeds", "encoder_outputs", "decoder_input_ids"}
+REPLACING |= {"decoder_inputs_embeds", "past_key_values", "cache"}
 
 
 def pool(hidden, attention_mask, pooling="max"):
@@ -85,7 +87,8 @@ def pool(hidden, attention_mask, pooling="max"):
         return hidden.masked_fill(~real, -torch.inf).amax(1)
     if pooling == "mean":
         return hidden.masked_fill(~real, 0).sum(1) / real.sum(1)
-    last = real.shape[1] - 1 - real[:, :, 0].int().flip(1).argmax(1)  # (B,)
+    places = torch.arange(hidden.shape[1], device=hidden.device)  # (T,)
+    last = torch.where(real[:, :, 0], places, 0).amax(1)  # (B,) of the last real token
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
@@ -124,6 +127,7 @@ class Float32Output(nn.Linear):
     """
 
     def __init__(self, wo):
+        # On "meta" a weight takes no memory: it is replaced at once.
         super().__init__(wo.in_features, wo.out_features, bias=False, device="meta")
         self.weight = wo.weight
 
@@ -161,7 +165,7 @@ def kl_divergence(mu, logvar):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Without dropout and gradients; afterwards the model is in its mode again."""
+    """Without dropout and gradients; then the whole model is in its root's mode again."""
     training = model.training
     model.eval()
     try:
@@ -202,24 +206,23 @@ class SlicedNats(torch.autograd.Function):
             raise InputError("the loss in slices has no second derivative; raise vae.MOST_LOGITS")
         states, weight, targets, log_sums = ctx.saved_tensors
         grad = grad.masked_fill(targets == ctx.pad_id, 0.0)
-        w, d_states = weight.to(states.dtype), torch.empty_like(states)
-        trained, d_weight = ctx.needs_input_grad[1], None
-        if trained:
+        w, d_states, d_weight = weight.to(states.dtype), [], None
+        if ctx.needs_input_grad[1]:  # the head is trained
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        parts = (t.split(ctx.rows) for t in (states, targets, log_sums, grad, d_states))
-        for h, target, log_sum, g, d_h in zip(*parts, strict=True):
-            # The gradient by the logits is g (softmax - 1 at the target), made in their place.
+        parts = (t.split(ctx.rows) for t in (states, targets, log_sums, grad))
+        for h, target, log_sum, g in zip(*parts, strict=True):
+            # The gradient by the logits is g (softmax - 1 at the target), computed in place in p.
             p = F.linear(h, w).float().sub_(log_sum[:, None]).exp_()  # softmax
             p.mul_(g[:, None]).scatter_add_(1, target[:, None], -g[:, None])
             p = p.to(h.dtype)
-            torch.mm(p, w, out=d_h)
-            if trained and p.dtype == torch.float32:
+            d_states.append(p @ w)
+            if d_weight is None:
+                continue
+            if p.dtype == torch.float32:
                 d_weight.addmm_(p.T, h)  # without a second (V, D)
-            elif trained:
+            else:
                 d_weight += p.T @ h
-        if trained:
-            d_weight = d_weight.to(weight.dtype)
-        return d_states, d_weight, None, None, None
+        return torch.cat(d_states), d_weight, None, None, None
 
 
 class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CARD):
@@ -233,8 +236,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
             whether the LM head is the token embedding (transformers 5 always says True).
         latent_dim: Z; 0 makes a language model, the same decoder with nothing encoded.
         pooling: "max", "mean" or "last"; see `pool`.
-        pool_layers: "last" pools the encoder's output, "all" the outputs of all its layers.
-    Raises: InputError if an argument is none of these.
+        pool_layers: "last" pools the encoder's output; "all" the outputs of all its layers, and
+            takes the maximum of these for "max", else their mean.
+    Raises: InputError if one of the last three is none of these.
     """
 
     token_nats = staticmethod(token_nats)  # here, so that a faster one can take its place
@@ -251,7 +255,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         config = AutoConfig.for_model(**t5_config)
         self.t5 = AutoModelForSeq2SeqLM.from_config(config)
         # Dropout right before max pooling would bias the maximum upwards, so that mu in training
-        # would not be mu in evaluation.
+        # would not be mu in evaluation. (T5 uses this module after the embeddings, too.)
         self.t5.encoder.dropout = nn.Identity()
         for layer_index, block in enumerate(self.t5.decoder.block):
             literal = block.layer[1]
@@ -302,7 +306,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         t5_config = config.to_dict()
         t5_config["tie_word_embeddings"] = t5.lm_head.weight is t5.shared.weight
         vae = cls(t5_config, latent_dim, pooling, pool_layers)
-        # Weights only: a checkpoint may bring beams or penalties of its own. Strict: none is lost.
+        # Weights only: a checkpoint may bring beams or penalties of its own. All that the VAE's T5
+        # has are there; cross-attention's queries, keys, values and norms are left.
         weights = {
             name.replace("layer.1.EncDecAttention.o", "layer.1.o"): weight
             for name, weight in t5.state_dict().items()
@@ -367,17 +372,17 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         take more than MOST_LOGITS, they are made a slice at a time, and again in the backward pass.
         """
         targets, pad_id = labels.flatten(), self.t5.config.pad_token_id  # (B*T,)
-        row = 4 * self.t5.config.vocab_size  # bytes of a token's logits, in float32
-        if targets.numel() * row <= MOST_LOGITS:
+        token_bytes = 4 * self.t5.config.vocab_size  # of its logits, in float32
+        if targets.numel() * token_bytes <= MOST_LOGITS:
             logits = self.decode(z, labels).flatten(0, 1)  # (B*T, V)
             nats = self.token_nats(logits, targets, pad_id)
         else:
-            nats = self._nats_in_slices(z, labels, max(1, SLICE // row))
+            nats = self._nats_in_slices(z, labels, max(1, SLICE // token_bytes))
         return nats.view(labels.shape).sum(1)
 
     def _nats_in_slices(self, z, labels, rows):
         """-log p of each token of `labels`: (B*T,), nats, from the logits of `rows` at a time."""
-        # T5's own forward, with what the head reads as its output: families scale that differently.
+        # T5's own forward, without its head: it returns what the head reads, scaled as it does.
         head, self.t5.lm_head = self.t5.lm_head, nn.Identity()
         try:
             states = self.decode(z, labels).flatten(0, 1)  # (B*T, D)
@@ -394,13 +399,13 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         return torch.cat([self.token_nats(head(h), target, pad_id) for h, target in parts])
 
     def forward(self, batch):
-        """The two terms of the -ELBO of a `data.Batch`: rec (B,) and kl (B, Z), nats (Eq. 1)."""
+        """The terms of the -ELBO of a `data.training_batch`: rec (B,), kl (B, Z), nats (Eq. 1)."""
         mu, logvar = self.encode(batch.ids, batch.mask)
         z = self.reparameterize(mu, logvar, eps=batch.eps)
         return self.rec(z, batch.labels), kl_divergence(mu, logvar)
 
     def freeze_decoder(self):
-        """Phase 1: only the encoder's blocks, W_mu and W_logvar stay trainable (sections 4, 5.1).
+        """Phase 1: only the encoder, W_mu and W_logvar stay trainable (sections 4, 5.1).
 
         Frozen: decoder, W_o, W_proj, LM head, and the token embedding, which the encoder shares.
         """
@@ -410,7 +415,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
 
     @torch.no_grad()
     def generate(self, z, max_new_tokens=None, **kwargs):
-        """Token ids decoded from z (B, Z): (B, <= tokens + 1), the start token first, then padding.
+        """Token ids decoded from z (B, Z): (B, <= tokens + 1): the start token, a text, padding.
 
         Greedy, up to 256 tokens, unless told otherwise: the arguments are those of T5's own
         `generate` (max_length, do_sample, num_beams, ...). With do_sample=True top_k is off unless
@@ -420,16 +425,16 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         z = self._check_z(z)
         if len(z) == 0:
             raise InputError("z has no row; it must have at least one")
-        for name in kwargs:
-            replacing = ("inputs", "input_ids", "inputs_embeds", "encoder_outputs", "values")
-            if name.endswith(replacing) or name == "cache":
-                raise InputError(f"generate takes no {name}: it decodes z")
-        # An argument decides, else the generation_config, else 256 tokens and p(x|z) itself.
+        if replacing := REPLACING & kwargs.keys():
+            raise InputError(f"generate takes no {min(replacing)}: it decodes z")
+        # The length is that of the arguments, else of the generation_config, else 256 tokens.
         config = kwargs.get("generation_config") or transformers.GenerationConfig()
+        has_length = "max_length" in kwargs or config.max_new_tokens or config.max_length
+        if max_new_tokens is None and not has_length:
+            max_new_tokens = 256
         if max_new_tokens is not None:
             kwargs["max_new_tokens"] = max_new_tokens
-        elif "max_length" not in kwargs and not (config.max_new_tokens or config.max_length):
-            kwargs["max_new_tokens"] = 256
+        # Samples are of p(x|z) itself; transformers would take the 50 likeliest tokens alone.
         if kwargs.get("do_sample", config.do_sample) and config.top_k is None:
             kwargs.setdefault("top_k", 0)
         if kwargs.get("use_cache", True):  # T5's own cache has as many layers as the encoder
@@ -440,38 +445,27 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
     def encode_texts(self, texts, batch_size=64, max_length=256):
         """q(z|x) of N texts, an iterable of str: mu, logvar, (N, Z) each, on the CPU.
 
-        Dropout is off, whatever the model's mode. A batch has at most half of batch_size *
-        max_length tokens, padding included, or one text. Warns of texts that are cut at
+        Dropout is off, whatever the model's mode. batch_size is in units of max_length / 2 tokens,
+        padding included: of short texts more are encoded at once. Warns of texts that are cut at
         `max_length` tokens or have characters outside the vocabulary. Raises InputError for other
         types.
         """
-        data.check_texts(texts)
-        data.check_at_least("max_length", max_length, 2)
         data.check_at_least("batch_size", batch_size, 1)
-        texts, tokenizer = list(texts), self._get_tokenizer()
-        for i, text in enumerate(texts):
-            data.check_text(text, i)
-        mu, logvar = torch.zeros(2, len(texts), self.latent_dim)
-        cut, unknown, some = 0, 0, 50 * batch_size
+        corpus = data.make_corpus(texts, self._get_tokenizer(), max_length, allow_empty=True)
+        mu, logvar = torch.zeros(2, len(corpus), self.latent_dim)
+        order = data.evaluation_order(corpus.lengths, batch_size * max_length // 2)
         with evaluating(self):
-            for start in data.progress(range(0, len(texts), some), "encoding"):
-                part = texts[start : start + some]
-                rows = data.tokenize(part, tokenizer)
-                unknown += data.count_unknown(part, rows, tokenizer)
-                cut += sum(len(row) >= max_length for row in rows)
-                rows = [[*row[: max_length - 1], tokenizer.eos_token_id] for row in rows]
-                lengths = np.array([len(row) for row in rows])
-                for index in data.evaluation_order(lengths, batch_size * max_length // 2):
-                    ids, mask = data.pad([rows[i] for i in index], tokenizer.pad_token_id)
-                    posterior = self.encode(ids.to(self.device), mask.to(self.device))
-                    place = torch.from_numpy(start + index)
-                    mu[place], logvar[place] = (tensor.cpu().float() for tensor in posterior)
-        for count, what in (
-            (cut, f"are cut at {max_length} tokens"),
-            (unknown, "have characters outside the vocabulary, which all look alike to the model"),
-        ):
-            if count:
-                warnings.warn(f"{count} of {len(texts)} texts {what}", stacklevel=2)
+            for index in data.progress(order, "encoding"):
+                batch = data.make_batch(corpus, index).to(self.device)
+                posterior = self.encode(batch.ids, batch.mask)
+                rows = torch.from_numpy(index)
+                mu[rows], logvar[rows] = (tensor.cpu().float() for tensor in posterior)
+        if corpus.truncated:
+            said = f"{corpus.truncated} of {len(corpus)} texts are cut at {max_length} tokens"
+            warnings.warn(said, stacklevel=2)
+        if corpus.unknown:
+            said = f"{corpus.unknown} of {len(corpus)} texts have characters outside the vocabulary"
+            warnings.warn(f"{said}, which all look alike to the model", stacklevel=2)
         return mu, logvar
 
     def decode_texts(self, z, batch_size=64, **kwargs):
@@ -499,9 +493,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
             has = f"shape {tuple(z.shape)} and {z.dtype}"
             raise InputError(f"z has {has}; it must be (N, {self.latent_dim}), real numbers")
         z = z.to(self.w_mu.weight)
-        if not z.isfinite().all():
-            row = (~z.isfinite()).any(1).nonzero()[0].item()
-            raise InputError(f"z[{row}] has a number that is not finite, in {z.dtype}")
+        wrong = (~z.isfinite()).any(1).nonzero()
+        if len(wrong) > 0:
+            raise InputError(f"z[{wrong[0].item()}] has a number that is not finite, in {z.dtype}")
         return z
 
     def _get_tokenizer(self):
@@ -514,9 +508,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         t5_config = self.t5.config.to_dict()
         t5_config.pop("_name_or_path", None)  # a path on this machine says nothing elsewhere
         t5_config["tie_word_embeddings"] = self.t5.lm_head.weight is self.t5.shared.weight
-        shape = {"pooling": self.pooling, "pool_layers": self.pool_layers}
-        shape |= {"latent_dim": self.latent_dim, "t5_config": t5_config}
-        data.write_json(save_directory / "config.json", shape)
+        config = {"pooling": self.pooling, "pool_layers": self.pool_layers}
+        config |= {"latent_dim": self.latent_dim, "t5_config": t5_config}
+        data.write_json(save_directory / "config.json", config)
         # `named_parameters` names a tied weight once, always by the same name.
         weights = safetensors.torch.save(dict(self.named_parameters()))
         data.write_atomically(save_directory / WEIGHTS, lambda file: file.write(weights))
@@ -552,10 +546,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
             if (folder / "tokenizer_config.json").is_file():
                 vae.tokenizer = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # whatever missing, damaged or foreign files lead to
-            message = (
-                f"{folder} holds no T5VAE: config.json, {WEIGHTS} or tokenizer: {one_line(error)}"
-            )
-            raise InputError(message) from error
+            holds = f"{folder} holds no T5VAE: config.json, {WEIGHTS} or tokenizer"
+            raise InputError(f"{holds}: {one_line(error)}") from error
         if vae.tokenizer is not None:
             check_tokenizer(folder, vae.t5.config, vae.tokenizer)
         return vae.to(dtype or torch.float32).eval()
@@ -572,10 +564,12 @@ def check_place(name_or_path):
 
 def check_no_parent(folder):
     """InputError if a folder is no run and no model, but holds runs."""
+    if Path(folder, "config.json").is_file():
+        return
     runs = [Path(folder, name) for name in ("phase2", "phase1", "lm")]
-    runs = [run for run in runs if (run / "config.json").is_file()]
-    if runs and not Path(folder, "config.json").is_file():
-        raise InputError(f"{folder} holds runs; name one of them: {', '.join(map(str, runs))}")
+    found = [str(run) for run in runs if (run / "config.json").is_file()]
+    if found:
+        raise InputError(f"{folder} holds runs; name one of them: {', '.join(found)}")
 
 
 def load(kind, name_or_path, **settings):
@@ -583,12 +577,11 @@ def load(kind, name_or_path, **settings):
     try:
         return kind.from_pretrained(name_or_path, **settings)
     except Exception as error:  # whatever foreign or damaged files, or a network, lead to
-        message = f"{name_or_path} is no T5 to start from: {one_line(error)}"
-        raise InputError(message) from error
+        raise InputError(f"{name_or_path} is no T5 to start from: {one_line(error)}") from error
 
 
 def check_tokenizer(name_or_path, config, tokenizer):
-    """InputError if a tokenizer is missing, or is not that of a T5Config."""
+    """InputError if a tokenizer is missing, or is not that of a T5Config, or if that is no T5's."""
     said = f"{name_or_path} cannot be used: its tokenizer"
     if len(tokenizer) < len(tokenizer.all_special_ids) + 2:  # transformers invents an empty one
         raise InputError(f"{said} is missing, or has no vocabulary")

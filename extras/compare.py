@@ -41,17 +41,7 @@ def load(run):
             columns = {name: torch.from_numpy(values[name]) for name in values.files}
     except (EOFError, zipfile.BadZipFile):
         raise data.InputError(f"{path} is damaged") from None
-    named = {"rec": columns["rec"], "kl": columns["kl"]}
-    named["neg_elbo"] = columns["rec"] + columns["kl"]
-    if "rec_other" in columns:  # a single text has no other
-        named["swap_cost"] = columns["rec_other"] - columns["rec"]
-    if "nll_iw" in columns:  # phase 1 has none
-        named |= {"nll_iw": columns["nll_iw"], "rec_prior": columns["rec_prior"]}
-        named["nll"] = metrics.smaller_bound(columns)
-    if "rec_posterior" in columns:  # not before the third edition
-        named["kl_posterior"] = named["nll"] - columns["rec_posterior"]
-        named["neg_elbo_untempered"] = columns["rec_untempered"] + columns["kl_untempered"]
-    return config, measured, named
+    return config, measured, metrics.per_sentence(columns)
 
 
 def compare(run_a, run_b):

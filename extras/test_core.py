@@ -569,13 +569,8 @@ def test_encoding_and_decoding_evaluate_whatever_the_mode():
     assert not any(module.training for module in model.modules())
 
 
-def test_texts_are_tokenized_in_parts_and_encoded_with_their_like(hub, monkeypatch):
-    vae, tokenize, encode = load(hub("t5-small")[0]), data.tokenize, T5VAE.encode
-    parts, padding = [], []
-
-    def watched(texts, tokenizer):
-        parts.append(len(texts))
-        return tokenize(texts, tokenizer)
+def test_texts_are_encoded_with_their_like(hub, monkeypatch):
+    vae, encode, padding = load(hub("t5-small")[0]), T5VAE.encode, []
 
     def encoded(self, ids, mask):
         padding.append((mask == 0).sum().item())
@@ -583,16 +578,17 @@ def test_texts_are_tokenized_in_parts_and_encoded_with_their_like(hub, monkeypat
 
     texts = ["a" + " king" * (i % 7) for i in range(230)]
     alone = torch.cat([vae.encode_texts([text])[0] for text in texts[:7]])
-    monkeypatch.setattr(data, "tokenize", watched)
     monkeypatch.setattr(T5VAE, "encode", encoded)
     mu, _ = vae.encode_texts(iter(texts), batch_size=2, max_length=40)
-    assert parts == [100, 100, 30]
     assert sum(padding) < 40, "of 230 texts in their order: about 300"
     torch.testing.assert_close(mu, alone[torch.arange(230) % 7], atol=1e-5, rtol=1e-4)
+    empty, _ = vae.encode_texts(["", " ", "a king"])
+    assert torch.equal(empty[0], empty[1])
+    assert not torch.allclose(empty[0], empty[2], atol=1e-3)
 
 
 REPLACING = ["inputs", "input_ids", "inputs_embeds", "encoder_outputs", "past_key_values"]
-REPLACING += ["decoder_input_ids", "decoder_inputs_embeds"]
+REPLACING += ["decoder_input_ids", "decoder_inputs_embeds", "cache"]
 
 
 def test_latents_that_are_no_numbers_are_refused_and_outputs_may_be_dicts(hub):
@@ -866,8 +862,12 @@ def test_a_file_without_a_text_per_line_is_refused(name, content, said, tmp_path
 
 
 def test_what_only_begins_or_ends_like_another_format_is_text(tmp_path):
-    content = b'["Hello," she said.] It rained.\n{"quoted"} braces\n'
-    assert len(list(data.read_texts(write(tmp_path, content=content), "train"))) == 2
+    content = b'["Hello," she said.] It rained.\n{"quoted"} braces\n' + b"[" * 100_000
+    assert len(list(data.read_texts(write(tmp_path, content=content), "train"))) == 3
+    one_file, lines = tmp_path / "one.txt", [f"text {i}" for i in range(100)]
+    one_file.write_text("\n".join(["a king", "[]", "{}", *lines]))  # the first text decides
+    found = [text for split in data.SPLITS for text in data.read_texts(str(one_file), split)]
+    assert sorted(found) == sorted(["a king", "[]", "{}", *lines])
     for content in b"a king", b"a king\r", b"a king\r\n", b"a\rking\n":
         assert len(list(data.read_texts(write(tmp_path, content=content), "train"))) == 1
 
@@ -1195,6 +1195,14 @@ def test_a_closed_pipe_ends_a_measurement_quietly_and_never_a_training(tmp_path,
     assert read[0].startswith("train: 23 texts")
     assert (code, errors) == (0, "")
     assert (tmp_path / "phase2" / "metrics.json").exists()
+
+
+def test_what_does_not_fit_into_memory_is_one_line():
+    message = "CUDA out of memory.\nTried to allocate 2.00 GiB."
+    with pytest.raises(SystemExit) as stop, data.command("train.py"):
+        raise torch.OutOfMemoryError(message)
+    said = f"train.py: {' '.join(message.split())}; docs/speed.md says what fits"
+    assert stop.value.code == said
 
 
 def test_a_bar_on_a_closed_pipe_does_not_end_the_work(monkeypatch):
