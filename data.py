@@ -669,7 +669,7 @@ def grammar_factors(split):
         yield factors
 
 
-# --------------------------------------------------------- user errors, and checks of arguments
+# ------------------------------------------------------------------------ errors, files, screen
 
 
 class InputError(ValueError):
@@ -723,9 +723,6 @@ def number(kind, low, below=math.inf):
     return parse
 
 
-# ---------------------------------------------------------------------------------------- files
-
-
 def read_json(path):
     """The dict in a file; {} if there is no file, or none with a dict."""
     try:
@@ -752,9 +749,6 @@ def write_atomically(path, write):
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-
-
-# --------------------------------------------------------------------------------------- screen
 
 
 @contextlib.contextmanager

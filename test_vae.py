@@ -1114,8 +1114,8 @@ def test_a_reset_needs_phase_1_and_its_t5(tmp_path, home, t5_folder):
     out = tmp_path / "out"
     args = ["--dataset", home, *SHORT, "--phase", 2, "--reset-decoder", "--out", out, "--init"]
     for more, said in (
-        ([t5_folder], f"--reset-decoder has no effect: {t5_folder} is a T5"),
-        ([t5_folder, "--model", "tiny"], f"--model is tiny, which has no effect: {t5_folder} is"),
+        ([t5_folder], f"{t5_folder} is a T5: --model, --reset-decoder have no effect with it"),
+        (["tiny", "--model", t5_folder], "tiny is a T5: --model"),
         ([other, "--model", "tiny"], f"--model tiny is not the T5 of {other}"),
     ):
         with pytest.raises(SystemExit, match=said):

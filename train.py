@@ -106,10 +106,10 @@ class KLController:
         self.weight = max(0.0, self.integral - 0.2 * (1 - error))
 
     def state_dict(self):
-        return {"integral": self.integral, "ratio": self.ratio, "weight": self.weight}
+        return vars(self)
 
     def load_state_dict(self, state):
-        self.integral, self.ratio, self.weight = state["integral"], state["ratio"], state["weight"]
+        vars(self).update(state)
 
 
 def objective(rec, kl, weight, threshold):
@@ -482,7 +482,10 @@ def load_start(args):
     given = {name: getattr(args, name) for name in FIXED if getattr(args, name) is not None}
     try:
         if not is_vae(args, saved):
-            check_t5(args)
+            if args.reset_decoder or args.model not in (None, start):
+                raise InputError(
+                    f"{start} is a T5: --model, --reset-decoder have no effect with it"
+                )
             return new_vae(start, given, args.seed, args), {}
         model = T5VAE.from_pretrained(start)
     except OSError as error:
@@ -492,14 +495,6 @@ def load_start(args):
     if args.reset_decoder:
         reset_decoder(model, saved, args)
     return model, saved
-
-
-def check_t5(args):
-    """InputError if a flag has no effect, since a phase starts from a T5."""
-    if args.model not in (None, args.start):
-        raise InputError(f"--model is {args.model}, which has no effect: {args.start} is a T5")
-    if args.reset_decoder:
-        raise InputError(f"--reset-decoder has no effect: {args.start} is a T5")
 
 
 def check_start(model, saved, given, args):
@@ -700,14 +695,9 @@ def make_parser():
     flag("--lr-schedule", choices=("constant", "linear"), help="linear: falls to 0 at the end")
     flag("--init", help="run or model to start from (phase 2: the run of phase 1)")
     flag(
-        "--reset-decoder",
-        action="store_true",
-        default=None,
-        help="phase 2 keeps only what encodes of phase 1",
-    )
-    flag(
         "--freeze-decoder", action=optional, help="decoder fixed in phase 1 (paper: yes; best: no)"
     )
+    flag("--reset-decoder", action="store_true", default=None, help="keep phase 1's encoder alone")
     flag("--kl-target", type=amount, help="KL to end with, nats per text; 0: follow a schedule")
     flag("--kl-threshold", type=amount, help="lambda: the least that a dimension costs, nats")
     flag("--kl-schedule", choices=("linear", "cyclical", "constant"), help="of the KL weight")
