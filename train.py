@@ -234,9 +234,9 @@ def match_held_out_kl(model, corpus, load, controller, held_out_kl):
     """Tells the controller how the KL of held-out texts, in nats, compares to that in training.
 
     Overfitting and dropout raise the KL in training, deletion lowers it. corpus: the training
-    texts, of which 2,000 are taken; load(epoch, index) makes their batches.
+    texts, of which 3,000 are taken; load(epoch, index) makes their batches.
     """
-    some = np.linspace(0, len(corpus) - 1, 2000, dtype=int).reshape(-1, 50)
+    some = np.linspace(0, len(corpus) - 1, 3000, dtype=int).reshape(-1, 50)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     torch.manual_seed(0)  # of dropout
     for index in some:
