@@ -427,7 +427,7 @@ def verdict(measured, target=0.0, lm_nll=None):
     elif "swap_cost" in measured:  # not of a single text
         said = f"{verdict_on_z(measured)}; NLL {measured['nll']:.2f}"
     if lm_nll is not None:
-        said += f", the language model has {lm_nll:.2f}"
+        said += f"; the language model's NLL is {lm_nll:.2f}"
     if target:
         met = "met" if abs(kl / target - 1) <= 0.1 else "MISSED by more than 10 %"
         said += f"; KL target {target:g}: {met} ({kl:.2f})"
