@@ -80,7 +80,7 @@ def read_texts(dataset, split, data_dir="data"):
             raise InputError(f"{path} has JSON lines; it is {TABLE}")
         first = first and not line
         if dataset == "yelp":  # without the label
-            line = re.sub(r"^\S+\t\s*", "", line)
+            line = re.sub(r"^(\S+\t\s*|\d$)", "", line)
         if not one_file or split_of(line) == split:
             found = found or bool(line)
             yield line
@@ -94,6 +94,8 @@ def read_lines(path):
     path: "-" is standard input. Raises OSError if there is no file, and InputError if it is not
     UTF-8, or has \\r for \\n.
     """
+    if path == "-" and (sys.stdin is None or sys.stdin.closed):
+        raise InputError("there are no lines: standard input is closed, or was read already")
     with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
         for i, line in enumerate(file):
             # One \r in a line is text; several are ends of lines, as is one where \n is missing.
@@ -314,7 +316,8 @@ def make_corpus(texts, tokenizer, max_length=256, allow_empty=False):
     check_texts(texts)
     check_at_least("max_length", max_length, 2)
     if getattr(tokenizer, "eos_token_id", None) is None:
-        raise InputError(f"tokenizer is {tokenizer!r:.60}; it must have an eos_token_id, as T5's")
+        kind = type(tokenizer).__name__
+        raise InputError(f"tokenizer is a {kind}; it must have an eos_token_id, as T5's")
     ids, lengths, words, characters = [np.zeros(0, np.int32)], [], [], []
     truncated, unknown, eos_id = 0, 0, tokenizer.eos_token_id
     numbered = enumerate(texts)
@@ -682,9 +685,11 @@ def one_line(error):
 
 
 def check_texts(texts):
-    """InputError if an iterable of texts is a single str, or a table with columns."""
+    """InputError if texts are no iterable, a single str, or a table with columns."""
     if isinstance(texts, str):
         raise InputError(f"texts is one str; put it into a list: [{texts!r}]")
+    if not hasattr(texts, "__iter__") and not hasattr(texts, "__getitem__"):
+        raise InputError(f"texts is {texts!r}; it must be an iterable of str")
     if isinstance(texts, set | frozenset):
         raise InputError("texts is a set, which has no order; make a list of it")
     if isinstance(texts, Mapping) or hasattr(texts, "columns"):

@@ -154,7 +154,7 @@ def other_texts(count, seed=0):
 def measure(model, corpus, weight=1.0, iw_samples=0, thorough=False, seed=0, max_tokens=MOST):
     """What `evaluate` summarizes, a row per sentence, float64 on the CPU: {name: (n,)}, and mu,
     logvar, z: (n, Z)."""
-    check_arguments(corpus, seed, weight, iw_samples)
+    check_arguments(corpus, seed, max_tokens, weight, iw_samples)
     rec_samples = REC_SAMPLES if iw_samples else 1
     if model.latent_dim == 0:  # all samples are one
         iw_samples, rec_samples = min(iw_samples, 1), 1
@@ -210,12 +210,17 @@ def per_text(measure_batch, model, corpus, max_tokens, what, texts=None):
     return {name: gather(name, column.cpu()) for name, column in columns.items()}
 
 
-def check_arguments(corpus, seed, weight=1.0, iw_samples=0):
+def check_arguments(corpus, seed, max_tokens, weight=1.0, iw_samples=0):
     """InputError if corpus is no Corpus, such as a list of texts, or another argument is wrong."""
     if not isinstance(corpus, data.Corpus):
         has = f"corpus is a {type(corpus).__name__}"
         raise InputError(f"{has}; make it with data.make_corpus(texts, model.tokenizer)")
+    if len(corpus) == 0:
+        raise InputError("corpus is empty; it must have at least one text")
     data.check_at_least("seed", seed, 0)
+    if seed >= 2**32:
+        raise InputError(f"seed is {seed}; it must be less than 2^32")
+    data.check_at_least("max_tokens", max_tokens, 1)
     data.check_at_least("iw_samples", iw_samples, 0)
     if not iw_samples and weight != 1:
         raise InputError(f"weight is {weight!r}, which has no effect without iw_samples")
@@ -347,7 +352,7 @@ def find_weight(model, corpus, texts=500, seed=0, max_tokens=MOST):
     The KL weight of the last training step would be right only if the encoder were at its optimum.
     Takes the first `texts` texts, two samples each, and the same noise for every weight.
     """
-    check_arguments(corpus, seed)
+    check_arguments(corpus, seed, max_tokens)
     data.check_at_least("texts", texts, 1)
     bounds = untempered_bounds(model, corpus, GRID, texts, seed, max_tokens)
     return min(bounds, key=bounds.get)
@@ -522,27 +527,29 @@ def check_better(run, before, config, args):
         raise InputError(f"--write with --amp {args.amp}: {run} was measured with off, in float32")
 
 
-def language_model_nll(run, config, named=None):
+def language_model_nll(run, config, words, named=None):
     """NLL of a language model of the same texts, cut alike, or None.
 
-    named: its run, else it is lm/ beside `run`. Raises InputError if `named` is no such run.
+    words: of the run's test texts as cut (another tokenizer cuts elsewhere), or None. named: the
+    language model's run, else it is lm/ beside `run`. Raises InputError if it is no such run.
     """
     folder = Path(named or Path(run).resolve().parent / "lm")
     measured = data.read_json(folder / "metrics.json")
     its = data.read_json(folder / "config.json")
     same = all(its.get(name) == config[name] for name in ("data_sha256", "max_length"))
-    if same and measured.get("latent_dim") == 0:
+    same = same and words in (None, measured.get("words"))
+    if same and measured.get("latent_dim") == 0 and folder.resolve() != Path(run).resolve():
         return measured["rec"]
     if named:
-        raise InputError(f"--lm is {named}; it must be a finished --no-latent run on these texts")
+        raise InputError(f"--lm is {named}; it must be another --no-latent run on these texts")
     return None
 
 
 def measure_again(run, args):
     """(measures, verdict) of a run folder, which gets them with --write; args: those of `main`."""
     config, model, read = load_run(run, args.device, args.dataset)
-    lm_nll = language_model_nll(run, config, args.lm)
     before = data.read_json(Path(run, "metrics.json"))
+    lm_nll = language_model_nll(run, config, before.get("words"), args.lm)
     if args.write:
         check_better(run, before, config, args)
     with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
@@ -559,7 +566,7 @@ def main(argv=None):
     flag = parser.add_argument
     flag("runs", nargs="+", metavar="RUN", help="run folder of train.py")
     samples = data.number(int, 1, 2**16)
-    flag("--iw-samples", type=samples, metavar="K", help="samples per text (20; phase 1: none)")
+    flag("--iw-samples", type=samples, metavar="K", help="samples per text (20; phase 1, lm: none)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", choices=("cuda", "cpu"), default=device, help="where to compute")
     flag("--amp", choices=HALF, default="off", help="precision of matrix products (off: float32)")

@@ -1046,11 +1046,14 @@ def test_saved_runs_are_measured_again(whole_run, home, tmp_path, capsys, monkey
 def test_the_language_model_beside_a_run(whole_run, tmp_path, capsys):
     run, lm = shutil.copytree(whole_run, tmp_path / "run"), tmp_path / "lm"
     config = json.loads((run / "config.json").read_text())
+    words = json.loads((run / "metrics.json").read_text())["words"]
     other = {"max_length": 13}, {"data_sha256": {"test": "other"}}, {"data_sha256": None}
+    other += ({"words": words - 1},)  # cut elsewhere, by another tokenizer
     for latent_dim, change in [(0, {}), (3, {}), *[(0, change) for change in other]]:
         lm.mkdir(exist_ok=True)
         data.write_json(lm / "config.json", config | change)
-        data.write_json(lm / "metrics.json", {"rec": 12.34, "latent_dim": latent_dim})
+        measured = {"rec": 12.34, "latent_dim": latent_dim, "words": words} | change
+        data.write_json(lm / "metrics.json", measured)
         metrics.main([str(run), "--iw-samples", "1"])
         shown = "12.34" in capsys.readouterr().out
         assert shown == (latent_dim == 0 and not change)
@@ -1113,7 +1116,14 @@ def test_a_reset_needs_phase_1_and_its_t5(tmp_path, home, t5_folder):
     from_t5(t5_folder).save_pretrained(other)
     out = tmp_path / "out"
     args = ["--dataset", home, *SHORT, "--phase", 2, "--reset-decoder", "--out", out, "--init"]
+    changed = shutil.copytree(t5_folder, tmp_path / "changed")
+    begin = ["--dataset", home, *SHORT, "--phase", 1, "--epochs", 0, "--model", changed]
+    train.main([*begin, "--out", tmp_path / "run"])
+    t5 = AutoModelForSeq2SeqLM.from_pretrained(changed)
+    t5.lm_head.weight.data += 1
+    t5.save_pretrained(changed)
     for more, said in (
+        ([tmp_path / "run" / "phase1"], f"{changed} no longer has the weights that "),
         ([t5_folder], f"{t5_folder} is a T5: --model, --reset-decoder have no effect with it"),
         (["tiny", "--model", t5_folder], "tiny is a T5: --model"),
         ([other, "--model", "tiny"], f"--model tiny is not the T5 of {other}"),

@@ -340,25 +340,26 @@ class Run:
 
         Opens log.jsonl, and cuts what was recorded after the checkpoint: it is recorded again.
         """
-        path, state = self.folder / "checkpoint.pt", {"step": 0, "log_bytes": 0}
+        path, step, log_bytes = self.folder / "checkpoint.pt", 0, 0
         if path.exists():
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 for name, part in parts.items():
                     if state[name]:  # a loss scaler that was off has no state
                         part.load_state_dict(state[name])
+                step, log_bytes = state["step"], state["log_bytes"]
             except Exception as error:
                 advice = f"({type(error).__name__}): remove {self.folder} to start over"
                 raise InputError(f"{path} is damaged or of another version {advice}") from error
-            say(f"{self.folder} resumes from step {state['step']}")
+            say(f"{self.folder} resumes from step {step}")
         log = self.folder / "log.jsonl" if self.first else os.devnull
         self.log = open(log, "a", buffering=1)  # noqa: SIM115 (until the process ends)
         if self.first:
-            if self.log.seek(0, os.SEEK_END) < state["log_bytes"]:
+            if self.log.seek(0, os.SEEK_END) < log_bytes:
                 raise InputError(f"{log} is shorter than at the checkpoint: remove {self.folder}")
-            self.log.seek(state["log_bytes"])
+            self.log.seek(log_bytes)
             self.log.truncate()
-        return state["step"]
+        return step
 
     def save(self, parts, step):
         """Write checkpoint.pt; a kill or a full disk leaves the one before."""
@@ -549,6 +550,9 @@ def reset_decoder(model, saved, args):
     fresh = new_vae(args.model, shape, saved.get("seed", args.seed), args)
     kept = ("t5.shared.", "t5.encoder.", "w_mu.", "w_logvar.")
     weights = dict(model.named_parameters())
+    began_from_t5 = saved.get("phase") == 1 and saved.get("init") is None
+    if began_from_t5 and checksum(fresh) != saved["start_sha256"]:
+        raise InputError(f"{args.model} no longer has the weights that {args.start} started from")
     if [w.shape for w in fresh.parameters()] != [w.shape for w in weights.values()]:
         raise InputError(f"--reset-decoder: --model {args.model} is not the T5 of {args.start}")
     for name, weight in fresh.named_parameters():
@@ -636,7 +640,7 @@ def run_phase(args, corpora=None):
         measured |= {"kl_weight": run.last_kl_weight(), "precision": "off"}
         samples = write_samples(model, corpora["test"], columns["mu"], run.folder)
         table = metrics.format_table({run.folder.name: measured})
-        lm_nll = metrics.language_model_nll(run.folder, config)
+        lm_nll = metrics.language_model_nll(run.folder, config, measured["words"])
         verdict = metrics.verdict(measured, args.kl_target, lm_nll)
         metrics.write_measures(run.folder, measured, columns, verdict)
         (run.folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -824,10 +828,11 @@ def set_start(args):
     elif args.phase == 2 and not args.no_latent:
         args.start = str(run_folder(args, 1))
     else:
-        args.start = args.model = args.model or "t5-small"
+        args.start = args.model = "t5-small" if args.model is None else args.model
+    saved = start_config(args.start)
     if args.model is None:
-        is_tiny = args.start == "tiny"
-        args.model = "tiny" if is_tiny else start_config(args.start).get("model")
+        is_t5 = args.start == "tiny" or saved.get("model_type") in vae.FAMILY
+        args.model = args.start if is_t5 else saved.get("model")
 
 
 def default_rate(args):

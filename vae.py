@@ -73,7 +73,7 @@ T5_ARGUMENTS = inspect.signature(transformers.T5ForConditionalGeneration.forward
 CACHE = "cache" if "cache" in T5_ARGUMENTS else "past_key_values"
 # What would take the place of z in `generate`.
 REPLACING = {"inputs", "input_ids", "inputs_embeds", "encoder_outputs", "decoder_input_ids"}
-REPLACING |= {"decoder_inputs_embeds", "past_key_values", "cache"}
+REPLACING |= {"decoder_inputs_embeds", "encoder_hidden_states", "past_key_values", "cache"}
 
 
 def pool(hidden, attention_mask, pooling="max"):
@@ -429,7 +429,9 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
             raise InputError(f"generate takes no {min(replacing)}: it decodes z")
         # The length is that of the arguments, else of the generation_config, else 256 tokens.
         config = kwargs.get("generation_config") or transformers.GenerationConfig()
-        has_length = "max_length" in kwargs or config.max_new_tokens or config.max_length
+        if not isinstance(config, transformers.GenerationConfig):
+            raise InputError(f"generation_config is {config!r}; it must be a GenerationConfig")
+        has_length = kwargs.get("max_length") or config.max_new_tokens or config.max_length
         if max_new_tokens is None and not has_length:
             max_new_tokens = 256
         if max_new_tokens is not None:
@@ -526,8 +528,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         InputError if it holds something else.
         """
         inspect.signature(snapshot_download).bind(str(name_or_path), **download)
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise InputError(f"dtype is {dtype!r}; it must be one of torch's: torch.bfloat16")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(f"dtype is {dtype!r}; it must be a floating one: torch.bfloat16")
         check_place(name_or_path)
         folder = Path(name_or_path)
         if not folder.is_dir():

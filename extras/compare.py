@@ -16,6 +16,7 @@ The values per sentence are those that train.py and metrics.py write to sentence
 
 import argparse
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,9 @@ def load(run):
     try:
         with np.load(path) as values:
             columns = {name: torch.from_numpy(values[name]) for name in values.files}
-    except (EOFError, zipfile.BadZipFile):
+        return config, measured, metrics.per_sentence(columns)
+    except (EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile):
         raise data.InputError(f"{path} is damaged") from None
-    return config, measured, metrics.per_sentence(columns)
 
 
 def compare(run_a, run_b):
@@ -51,7 +52,9 @@ def compare(run_a, run_b):
     """
     (config_a, measured_a, a), (config_b, measured_b, b) = load(run_a), load(run_b)
     same_texts = config_a["data_sha256"]["test"] == config_b["data_sha256"]["test"]
+    # Another tokenizer cuts elsewhere.
     same_length = config_a["max_length"] == config_b["max_length"]
+    same_length = same_length and measured_a["words"] == measured_b["words"]
     if not (same_texts and same_length and len(a["rec"]) == len(b["rec"])):
         raise data.InputError(f"{run_a} and {run_b} were measured on different texts")
     if "nll" in a and "nll" in b:  # without: the run of a phase 1

@@ -14,7 +14,8 @@
 
 RUN is a run folder, a model folder or a hub name. Decoding is greedy, or draws tokens at a
 --temperature (other ways to decode are options of `T5VAE.decode_texts`); --seed fixes all that is
-random. An empty line is an empty text and keeps its place; `-` as a file is standard input.
+random. An empty line is an empty text and keeps its place, but not in --like, --from, --to and
+neighbors, which skip it. `-` as a file is standard input.
 
 `map` draws the posterior means in two dimensions, coloured by label: the two principal components,
 or, with --tsne, scikit-learn's t-SNE. labels.txt has a line for each line of the texts, which are
@@ -24,6 +25,7 @@ have a colour, all others are grey. Pictures need `pip install -r extras/require
 
 import argparse
 import contextlib
+import hashlib
 import io
 import sys
 import textwrap
@@ -108,6 +110,8 @@ def read_group(path):
 def encode(model, args, texts):
     """mu and logvar of texts: (n, Z) each."""
     # A command line that is not UTF-8 arrives with surrogates, which are no characters.
+    if "-" in (args.text if hasattr(args, "text") else []):
+        raise InputError("TEXT is -; without TEXT the lines of standard input are read")
     texts = [t.strip().encode(errors="surrogateescape").decode(errors="replace") for t in texts]
     return model.encode_texts(texts, max_length=args.max_length)
 
@@ -170,6 +174,10 @@ def labelled_texts(args):
     else:
         config = metrics.read_config(args.model)
         texts = list(data.read_texts(config["dataset"], "test", config["data_dir"]))
+        digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+        if digest != config["data_sha256"]["test"]:
+            said = f"the test texts of {config['dataset']} are not those of {args.model}"
+            raise InputError(f"{said}; give --texts")
         where = f"the test split of {config['dataset']}"
     labels = list(data.read_lines(args.labels))
     if len(texts) != len(labels):
@@ -189,6 +197,8 @@ def run_map(model, args):
         raise InputError("z has one dimension; a map has two")
     texts, labels = labelled_texts(args)
     mu = encode(model, args, texts)[0].double().numpy()
+    if args.tsne and len(np.unique(mu, axis=0)) < 3:
+        raise InputError("--tsne needs at least three different texts")
     if args.tsne:
         place = TSNE(perplexity=min(30, (len(mu) - 1) / 3), random_state=0).fit_transform(mu)
         names = "t-SNE 1 (no unit)", "t-SNE 2 (no unit)"

@@ -238,6 +238,10 @@ def make(args):
     if args.device == "cpu":
         quicken(t5)
     sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
+    if len(set(sentinels)) < len(sentinels):
+        raise data.InputError(
+            f"{args.tokenizer} lacks T5's sentinels, <extra_id_0> to <extra_id_99>"
+        )
     task = {"sentinels": sentinels, "eos_id": tokenizer.eos_token_id}
     task |= {"seed": args.seed, "lm_share": args.lm_share}
     make_batch = partial(pretraining_batch, **task)

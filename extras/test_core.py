@@ -7,6 +7,7 @@ processes.
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -502,6 +503,9 @@ def test_texts_in_and_out(hub):
     for texts in [None], ["a", 1], [b"a"], [["a"]], [float("nan")]:
         with pytest.raises(InputError, match="must be a str"):
             vae.encode_texts(texts)
+    for texts in None, 5:
+        with pytest.raises(InputError, match=f"texts is {texts}; it must be an iterable of str"):
+            vae.encode_texts(texts)
     apart = vae.encode_texts(["a", "a </s>", "a <pad>", "a <extra_id_0>"])[0]
     assert torch.pdist(apart).min() > 1e-3
     assert [x.shape for x in vae.encode_texts([])] == [(0, 5)] * 2
@@ -942,9 +946,9 @@ def test_one_file_is_split_by_its_texts(tmp_path):
 
 def test_yelp_loses_its_labels_and_other_texts_keep_their_tabs(tmp_path):
     for name in ("yelp", "ptb"):
-        write(tmp_path / name, "train.txt", b"4\tgood food\nno label\n")
-    assert list(data.read_texts("yelp", "train", tmp_path)) == ["good food", "no label"]
-    assert list(data.read_texts("ptb", "train", tmp_path)) == ["4\tgood food", "no label"]
+        write(tmp_path / name, "train.txt", b"4\tgood food\nno label\n5\t\n")
+    assert list(data.read_texts("yelp", "train", tmp_path)) == ["good food", "no label", ""]
+    assert list(data.read_texts("ptb", "train", tmp_path)) == ["4\tgood food", "no label", "5"]
 
 
 LETTERS = ["\u0250", "\u0298", "".join(map(chr, range(0x250, 0x2B0)))]  # they could mark a word
@@ -1083,8 +1087,12 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(tmp_path, comma
 
     report, run = tmp_path / "report", shutil.copytree(stopped, tmp_path / "run") / "phase2"
     whole = (run / "checkpoint.pt").read_bytes()
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    del state["log_bytes"]
+    torch.save(state, tmp_path / "part")
     torch.save(Bomb(), tmp_path / "bomb")
-    for content in whole[: len(whole) // 2], (tmp_path / "bomb").read_bytes():
+    others = [(tmp_path / name).read_bytes() for name in ("part", "bomb")]
+    for content in whole[: len(whole) // 2], *others:
         (run / "checkpoint.pt").write_bytes(content)
         assert train_run(main, *command, "--out", run.parent, "--resume", report=report) == 1
         assert "checkpoint.pt is damaged or of another version" in report.read_text()
@@ -1195,6 +1203,30 @@ def test_a_closed_pipe_ends_a_measurement_quietly_and_never_a_training(tmp_path,
     assert read[0].startswith("train: 23 texts")
     assert (code, errors) == (0, "")
     assert (tmp_path / "phase2" / "metrics.json").exists()
+
+
+def test_standard_input_is_read_once(monkeypatch):
+    for stdin in None, io.TextIOWrapper(io.BytesIO(b"a king\n")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        if stdin:
+            assert list(data.read_lines("-")) == ["a king"]
+        with pytest.raises(InputError, match="standard input is closed, or was read already"):
+            list(data.read_lines("-"))
+
+
+def test_arguments_of_an_evaluation_have_limits(hub):
+    vae = load(hub("t5-small")[0])
+    corpus = data.make_corpus(["a king"], vae.tokenizer)
+    nothing = data.make_corpus([], vae.tokenizer, allow_empty=True)
+    for change, said in (
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": None}, "max_tokens is None"),
+        ({"corpus": nothing}, "corpus is empty"),
+    ):
+        for measure in metrics.evaluate, metrics.find_weight:
+            with pytest.raises(InputError, match=said):
+                measure(vae, **{"corpus": corpus} | change)
 
 
 def test_what_does_not_fit_into_memory_is_one_line():

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -202,6 +203,11 @@ def test_a_map_of_labelled_texts(ask, run, home, tmp_path, monkeypatch):
     assert list(labels) == list("xyxyxy")
     ask("map", "--labels", tmp_path / "six", "--texts", tmp_path / "texts", "--tsne", "-o", out)
     assert drawn[1][2][0].startswith("t-SNE 1")
+    config = Path(run, "config.json").read_text()
+    moved = shutil.copytree(run, tmp_path / "moved")
+    (moved / "config.json").write_text(re.sub(r'"test": "\w+"', '"test": "0"', config))
+    with pytest.raises(SystemExit, match="the test texts of .* are not those of"):
+        latent.main(["map", str(moved), "--labels", str(tmp_path / "labels"), "-o", str(out)])
 
 
 def test_an_interpolation_as_a_strip(ask, tmp_path):
@@ -262,6 +268,7 @@ def test_compare_pairs_what_metrics_json_has(run):
         ("config.json", {"data_sha256": {"test": "of others"}}, "different texts"),
         ("metrics.json", None, "other is not finished"),
         ("config.json", None, "other has no config.json of a run"),
+        ("metrics.json", {"words": 3}, "different texts"),
         ("sentences.npz", None, "python metrics.py"),
     ],
 )
@@ -273,6 +280,9 @@ def test_runs_that_cannot_be_compared(run, tmp_path, name, change, words):
     else:
         data.write_json(other / name, read_json(other, name) | change)
     with pytest.raises(SystemExit, match=f"^compare.py: .*{words}"):
+        compare.main([run, str(other)])
+    (other / "sentences.npz").write_text("no arrays")
+    with pytest.raises(SystemExit, match="^compare.py: .*"):
         compare.main([run, str(other)])
 
 
