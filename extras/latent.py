@@ -107,11 +107,16 @@ def read_group(path):
     return lines
 
 
+def read_texts(args):
+    """TEXT ..., or the lines of standard input."""
+    if "-" in args.text:
+        raise InputError("TEXT is -; without TEXT the lines of standard input are read")
+    return args.text or data.read_lines("-")
+
+
 def encode(model, args, texts):
     """mu and logvar of texts: (n, Z) each."""
     # A command line that is not UTF-8 arrives with surrogates, which are no characters.
-    if "-" in (args.text if hasattr(args, "text") else []):
-        raise InputError("TEXT is -; without TEXT the lines of standard input are read")
     texts = [t.strip().encode(errors="surrogateescape").decode(errors="replace") for t in texts]
     return model.encode_texts(texts, max_length=args.max_length)
 
@@ -126,7 +131,7 @@ def decode(model, args, z):
 
 
 def run_reconstruct(model, args):
-    z, logvar = encode(model, args, args.text or data.read_lines("-"))
+    z, logvar = encode(model, args, read_texts(args))
     if args.samples:
         z = model.reparameterize(*(x.repeat_interleave(args.samples, 0) for x in (z, logvar)))
     return decode(model, args, z)
@@ -148,7 +153,7 @@ def run_interpolate(model, args):
 def run_arithmetic(model, args):
     source, _ = encode(model, args, read_group(args.source))
     target, _ = encode(model, args, read_group(args.target))
-    mu, _ = encode(model, args, args.text or data.read_lines("-"))
+    mu, _ = encode(model, args, read_texts(args))
     return decode(model, args, mu + args.k * (target.mean(0) - source.mean(0)))
 
 
