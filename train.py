@@ -513,11 +513,9 @@ def check_start(model, saved, given, args):
     known = saved.get("model")  # what --model is, unless it says something else
     if args.model and not known and not args.reset_decoder:
         raise InputError(f"--model is {args.model}, which has no effect: {start} is a VAE")
-    if known and Path(known).resolve() != Path(args.model).resolve():  # has it moved?
-        shape = {name: getattr(model, name) for name in FIXED}
-        fresh = new_vae(args.model, shape, saved.get("seed", args.seed), args)
-        if checksum(fresh) != saved.get("start_sha256"):
-            raise InputError(f"--model is {args.model}, but {start} was made of {known}")
+    elsewhere = known and Path(known).resolve() != Path(args.model).resolve()  # has it moved?
+    if elsewhere and checksum(made_again(model, saved, args)) != saved.get("start_sha256"):
+        raise InputError(f"--model is {args.model}, but {start} was made of {known}")
 
 
 def start_config(start):
@@ -539,6 +537,12 @@ def is_vae(args, saved):
     return "t5_config" in config
 
 
+def made_again(model, saved, args):
+    """A saved VAE as it was before phase 1, if --model is what it was made of."""
+    shape = {name: getattr(model, name) for name in FIXED}
+    return new_vae(args.model, shape, saved.get("seed", args.seed), args)
+
+
 def reset_decoder(model, saved, args):
     """Keep of phase 1 only what encodes; the rest is that of the T5 again (Li et al. 2019).
 
@@ -546,8 +550,7 @@ def reset_decoder(model, saved, args):
     """
     if args.model is None:
         raise InputError(f"--reset-decoder needs --model: {args.start} does not name its T5")
-    shape = {name: getattr(model, name) for name in FIXED}
-    fresh = new_vae(args.model, shape, saved.get("seed", args.seed), args)
+    fresh = made_again(model, saved, args)
     kept = ("t5.shared.", "t5.encoder.", "w_mu.", "w_logvar.")
     weights = dict(model.named_parameters())
     began_from_t5 = saved.get("phase") == 1 and saved.get("init") is None
