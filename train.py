@@ -704,7 +704,7 @@ def make_parser():
     flag(
         "--freeze-decoder", action=optional, help="decoder fixed in phase 1 (paper: yes; best: no)"
     )
-    flag("--reset-decoder", action="store_true", default=None, help="keep phase 1's encoder alone")
+    flag("--reset-decoder", action="store_true", default=None, help="of phase 1 keep what encodes")
     flag("--kl-target", type=amount, help="KL to end with, nats per text; 0: follow a schedule")
     flag("--kl-threshold", type=amount, help="lambda: the least that a dimension costs, nats")
     flag("--kl-schedule", choices=("linear", "cyclical", "constant"), help="of the KL weight")

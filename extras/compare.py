@@ -52,10 +52,9 @@ def compare(run_a, run_b):
     """
     (config_a, measured_a, a), (config_b, measured_b, b) = load(run_a), load(run_b)
     same_texts = config_a["data_sha256"]["test"] == config_b["data_sha256"]["test"]
-    # Another tokenizer cuts elsewhere.
     same_length = config_a["max_length"] == config_b["max_length"]
-    same_length = same_length and measured_a["words"] == measured_b["words"]
-    if not (same_texts and same_length and len(a["rec"]) == len(b["rec"])):
+    same_words = measured_a["words"] == measured_b["words"]  # another tokenizer cuts elsewhere
+    if not (same_texts and same_length and same_words and len(a["rec"]) == len(b["rec"])):
         raise data.InputError(f"{run_a} and {run_b} were measured on different texts")
     if "nll" in a and "nll" in b:  # without: the run of a phase 1
         for name, usual in ("iw_samples", 0), ("precision", "off"):
