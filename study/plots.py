@@ -224,8 +224,8 @@ def main(argv=None):
     flag("kind", choices=("curves", "price"))
     flag("runs", nargs="*", metavar="RUN", help="of curves: run folders of train.py")
     flag("--out", required=True, metavar="PNG", help="file to write")
-    results = str(Path("study", "weight1"))
-    flag("--results", default=results, metavar="DIR", help="the study's runs (study/weight1)")
+    results = str(Path("study", "results"))
+    flag("--results", default=results, metavar="DIR", help="the study's runs (study/results)")
     args = parser.parse_args(argv)
     if Path(args.out).suffix != ".png":
         parser.error(f"--out is {args.out}; it must end in .png")

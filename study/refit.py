@@ -1,6 +1,6 @@
 """How good is the untempered posterior? The encoder of a run is trained on at KL weight 1.
 
-    python -m study.refit RUN [--limit 800] [--out study/weight1/TEXT/ROW/SEED/refit.json]
+    python -m study.refit RUN [--limit 800] [--out study/results/TEXT/ROW/SEED/refit.json]
 
 The decoder stays as it is; the encoder, W_mu and W_logvar descend along the gradient of -ELBO, with
 weight 1 and without threshold, deletion and dropout, until that of the validation texts rests. Then

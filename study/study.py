@@ -2,11 +2,11 @@
 
     python -m study.study --list                  what is missing, most informative first
     python -m study.study --data-dir data         runs that, one process per core
-    python -m study.study --tables                the table of study/weight1/
+    python -m study.study --tables                the table of study/results/
 
 It can be stopped at any moment: the same command continues. Two of them may run side by side, on
 different --texts, once the T5s that they start from are made. Runs are written to runs/study/. What
-is kept of them goes to study/weight1/<text>/<row>/<seed>/: metrics.json, and config.json with the
+is kept of them goes to study/results/<text>/<row>/<seed>/: metrics.json, and config.json with the
 machine, the commit and the minutes. <text>/paired.json has the differences of pairs of rows over
 the same test texts, with their standard errors.
 
@@ -145,6 +145,7 @@ ROWS = [  # the systems of the paper's tables and two targets first, then the cl
     Row("linear", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-schedule linear"),
     Row("r4", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 4"),
     Row("r24", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 24", special=True),
+    Row("r32", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 32", special=True),
     Row("paper-default", "paper-default", f"{PAPER_FLAGS} --denoise 0.15", several=True),
     Row("unfrozen-reset", "unfrozen", f"{PAPER_FLAGS} --denoise 0.15 --reset-decoder"),
     Row("threshold0.25", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-threshold 0.25"),
@@ -479,7 +480,7 @@ def parse_args(argv):
     flag("--deep", help="that of the row paper-deep, with --model; without it the row is left out")
     flag("--data-dir", default="data", help="where the folders of the texts are (data)")
     flag("--runs", default="runs/study", help="where run folders are written (runs/study)")
-    flag("--results", help="where results are kept (study/weight1; --model: study/results/<model>)")
+    flag("--results", help="where results are kept (study/results; --model: study/results/<model>)")
     cores = 1 if torch.cuda.is_available() else os.cpu_count()
     flag("--jobs", type=data.number(int, 1), default=cores, help=f"processes at a time ({cores})")
     flag("--list", action="store_true", help="print what is missing, and run nothing")
@@ -502,7 +503,7 @@ def parse_args(argv):
         name = Path(args.model).as_posix().strip("/").replace("/", "--")
         args.runs = str(Path(args.runs, name))
         args.results = args.results or str(Path("study", "results", name))
-    args.results = args.results or str(Path("study", "weight1"))
+    args.results = args.results or str(Path("study", "results"))
     return args
 
 

@@ -1,4 +1,4 @@
-"""The tables of RESULTS.md, from what study.study keeps in study/weight1/ and study/results/.
+"""The tables of RESULTS.md, from what study.study keeps in study/results/.
 
     python -m study.study --tables
 
@@ -14,11 +14,10 @@ import data
 from extras import paper_tables
 
 TEXT_ORDER = ("grammar", "captions", "captions-all", "ptb", "ptb-256", "answers")
-# The order of rows in a text's part of the table; others follow.
-ORDER = ("lm", "lm-paper", "lm-deep", "optimus", "li2019", "paper-max", "paper-denoise")
-ORDER += ("paper-klt", "paper-deep", "r4", "r8", "r16", "r24", "linear", "paper-default")
-# Rows whose KL, swap cost and exact sentences are shown until they are measured at weight 1.
-EARLIER = ("r4", "r8", "r16", "r24", "threshold0.25", "threshold0.5", "linear")
+# The rows of the systems' table, in its order. The others stand in that of the claims.
+SHOWN = ("lm", "lm-paper", "lm-deep", "optimus", "li2019", "paper-max", "paper-denoise")
+SHOWN += ("paper-klt", "paper-deep", "r4", "r8", "r16", "r24", "r32", "linear", "threshold0.25")
+SHOWN += ("threshold0.5", "paper-default", "lm-random", "r8-random", "r16-random")
 POSITIONS = ("r8", "r16", "paper-max", "paper-denoise", "mean")
 FROZEN_OR_RESET = ("paper-default", "unfrozen-reset")  # they differ in phase 1 alone
 SYSTEMS = {  # row: its name in the paper's tables
@@ -183,7 +182,7 @@ def label(runs, text, row, shown):
 
 
 def rows_table(runs, paired):
-    """Every row that was measured at weight 1: what z carries, and what it costs.
+    """The systems: what z carries at KL weight 1, and what it costs.
 
     A row is compared with the language model of as many layers. On the right stand the paper's
     numbers, corrected, on the most similar text; its -ELBO is in units of its "Max pool", where z
@@ -193,8 +192,7 @@ def rows_table(runs, paired):
     heads += ["swap cost", "exact, %", "paper: KL, -ELBO"]
     rows = []
     for text in runs:
-        known = [row for row in ORDER if row in runs[text]]
-        for row in [*known, *sorted(runs[text].keys() - set(known))]:
+        for row in [row for row in SHOWN if row in runs[text]]:
             name = label(runs, text, row, row)
             if row.startswith("lm"):
                 nll = cell(number(runs, text, row, "rec"))
@@ -207,18 +205,6 @@ def rows_table(runs, paired):
             last.append(published(text, row))
             rows.append([name, f"{kl}, {carried}", f"{at_q}, {at_r}", cell(own, "+"), *last])
     return table(heads, rows)
-
-
-def earlier_table(runs):
-    """What holds of the second edition's rows, whose bounds were not measured at weight 1."""
-    rows = []
-    for text in runs:
-        found = [row for row in EARLIER if row in runs[text]]
-        for row in sorted(found, key=lambda row: number(runs, text, row, "kl")[0]):
-            keys = "kl", "swap_cost", "exact_match"
-            cells = [cell(number(runs, text, row, key)) for key in keys]
-            rows.append([label(runs, text, row, row), *cells])
-    return table(["text: row", "KL", "swap cost", "exact, %"], rows)
 
 
 def published(text, row):
@@ -290,15 +276,10 @@ def plateau(runs, text):
     return f"{'yes' if abs(last - before) <= 0.02 * before else 'no'}: {before:.2f}, {last:.2f}"
 
 
-def claims_table(runs, paired, bounds=True):
-    """The paper's claims, each with the two numbers that it rests on.
-
-    bounds: whether those about the NLL, a bound, are among them.
-    """
+def claims_table(runs, paired):
+    """The paper's claims, each with the two numbers that it rests on."""
     rows = []
     for claim in CLAIMS:
-        if claim.measure == "nll" and not bounds:
-            continue
         said = f"`{claim.measure}`: {claim.a} {claim.expected}"
         said += f" {claim.b}" if claim.b else " 1 nat; `kl`"
         rows.append([claim.says, said, *(verdict(claim, runs, paired, text) for text in runs)])
@@ -352,18 +333,9 @@ def refit_table(results):
 
 
 def tables(results):
-    """{name: table} in the order of RESULTS.md, those that have a row.
-
-    Rows of the second edition were not measured at weight 1: their bounds are those of another
-    posterior, and stand in no table.
-    """
+    """{name: table} in the order of RESULTS.md, those that have a row."""
     runs, paired = read(results)
-    measured = [seed for rows in runs.values() for row in rows.values() for seed in row.values()]
-    if any("kl_posterior" in seed for seed in measured):
-        found = {"weight 1": rows_table(runs, paired), "claims": claims_table(runs, paired)}
-        found |= {"frozen": frozen_table(runs, paired), "refit": refit_table(results)}
-    else:
-        found = {"earlier": earlier_table(runs)}
-        found |= {"earlier claims": claims_table(runs, paired, bounds=False)}
-        found |= {"positions": positions_table(runs)}
+    found = {"systems": rows_table(runs, paired), "refit": refit_table(results)}
+    found |= {"claims": claims_table(runs, paired), "frozen": frozen_table(runs, paired)}
+    found["positions"] = positions_table(runs)
     return {name: table for name, table in found.items() if table}

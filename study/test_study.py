@@ -277,7 +277,7 @@ def test_tables_say_what_the_results_hold(tmp_path):
         write_row(tmp_path, "ptb", "r8", seed, nll=nll, nll_se=0.5, **measures)
     pairs = {f"r8/{seed} - lm/{seed}": {"nll": [1.0 + 2 * seed, 0.1]} for seed in range(2)}
     data.write_json(tmp_path / "ptb" / "paired.json", pairs)
-    lines = study_tables.tables(tmp_path)["weight 1"].splitlines()
+    lines = study_tables.tables(tmp_path)["systems"].splitlines()
     assert lines[2] == "| ptb: lm, 2 seeds | - | - | NLL 100.00±0.00 | - | - | - |"
     cells = [line.split(" | ") for line in lines[2:]]
     names = ["lm, 2 seeds", "lm-deep", "paper-max", "paper-deep", "r4", "r8, 2 seeds"]
@@ -302,23 +302,6 @@ def test_frozen_or_reset(tmp_path):
     rows = study_tables.tables(tmp_path)["frozen"].splitlines()[2:]
     assert rows == ["| answers | +1.50±0.25 | +0.00 | +0.00 | +1.00±0.50 |"]
     assert study_tables.FROZEN_OR_RESET in study_tables.pairs([])
-
-
-def test_of_earlier_rows_only_what_needs_no_bound_is_shown(tmp_path):
-    write_row(tmp_path, "ptb", "threshold0.25", kl=8.5, kl_se=0.1, swap_cost=20.0, exact_match=1.5)
-    write_row(tmp_path, "ptb", "r4", kl=9.0)
-    write_row(tmp_path, "ptb", "paper-denoise", swap_cost=6.0, nll=100.0, kl=30.0)
-    write_row(tmp_path, "ptb", "paper-max", swap_cost=7.0, nll=105.0, kl=40.0)
-    tables = study_tables.tables(tmp_path)
-    lines = tables["earlier"].splitlines()
-    assert lines[2:] == [
-        "| ptb: threshold0.25 | 8.50±0.10 | 20.00 | 1.50 |",
-        "| ptb: r4 | 9.00 | - | - |",
-    ]
-    assert "`swap_cost`: paper-denoise > paper-max" in tables["earlier claims"]
-    assert "`nll`" not in tables["earlier claims"]
-    runs, paired = study_tables.read(tmp_path)
-    assert "`nll`" in study_tables.claims_table(runs, paired), "the control"
 
 
 @pytest.mark.parametrize(
@@ -372,7 +355,7 @@ def test_a_verdict_needs_every_seed(tmp_path):
 def test_a_claim_of_one_row_shows_its_swap_cost_and_kl(tmp_path, cost, lost, kept):
     write_row(tmp_path, "ptb", "cold", swap_cost=cost, kl=7.0)
     assert verdict(tmp_path, "ptb", "swap_cost", "cold", ">") == f"{kept}: {cost:.2f}, 7.00"
-    table = study_tables.tables(tmp_path)["earlier claims"]
+    table = study_tables.tables(tmp_path)["claims"]
     assert f"| `swap_cost`: cold < 1 nat; `kl` | {lost}: {cost:.2f}, 7.00 |" in table
 
 
@@ -389,7 +372,7 @@ def test_claims_and_pairs_name_rows_of_the_study():
     rows = {row.name for row in study.ROWS}
     for a, b in study_tables.pairs(rows):
         assert {a, b} <= rows
-    assert {*study_tables.SYSTEMS, *study_tables.ORDER, *study_tables.EARLIER} <= rows
+    assert {*study_tables.SYSTEMS, *study_tables.SHOWN} <= rows
 
 
 # ---------------------------------------- figures
@@ -478,9 +461,9 @@ def test_figures_are_written_and_mistakes_are_one_line(results, tmp_path):
 
 # ---------------------------------------- RESULTS.md
 
-RESULTS, WEIGHT1 = ROOT / "study" / "results", ROOT / "study" / "weight1"
+RESULTS = ROOT / "study" / "results"
 TEXT = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-TABLES = study_tables.tables(RESULTS) | study_tables.tables(WEIGHT1)
+TABLES = study_tables.tables(RESULTS)
 NOT_OF_THE_STUDY = {"1.9"}  # numbers in RESULTS.md of no row: parameters
 
 
@@ -490,7 +473,7 @@ def missing(text):
 
 
 def test_tables_are_what_the_runs_measured():
-    assert {"weight 1", "claims"} <= TABLES.keys()
+    assert {"systems", "claims", "frozen", "refit"} <= TABLES.keys()
     assert missing(TEXT) == []
 
 
@@ -542,8 +525,7 @@ def stale_pairs(runs, paired):
 
 
 def test_paired_differences_are_those_of_the_rows():
-    assert stale_pairs(*study_tables.read(RESULTS)) == []
-    runs, paired = study_tables.read(WEIGHT1)
+    runs, paired = study_tables.read(RESULTS)
     assert stale_pairs(runs, paired) == []
     paired["grammar"]["r8/0 - lm/0"]["rec"][0] += 0.001
     paired["grammar"]["r9/0 - lm/0"] = {}
@@ -557,6 +539,8 @@ def hidden_rows(runs, paired):
     hidden = []
     for text, rows in runs.items():
         of_claims = set()
+        if f"\n| {text} | " in TABLES["frozen"]:
+            of_claims |= set(study_tables.FROZEN_OR_RESET)
         for claim in study_tables.CLAIMS:
             if study_tables.verdict(claim, runs, paired, text) != "-":
                 of_claims |= {claim.a, claim.b}
@@ -568,8 +552,7 @@ def hidden_rows(runs, paired):
 
 def test_results_are_two_pages_and_hold_no_row_that_is_not_shown():
     assert TEXT.count("\n") <= 160
-    for folder in RESULTS, WEIGHT1:
-        assert hidden_rows(*study_tables.read(folder)) == []
+    assert hidden_rows(*study_tables.read(RESULTS)) == []
     assert hidden_rows({"ptb": {"constant": {}}}, {}) == [("ptb", "constant")]
 
 
