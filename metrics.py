@@ -425,11 +425,9 @@ def verdict(measured, target=0.0, lm_nll=None):
     than a tenth of the KL that is paid for z.
     """
     said, kl = f"rec {measured['rec']:.2f} nats per sentence", measured["kl"]
-    if measured["latent_dim"] == 0:
-        pass
-    elif "nll" not in measured:  # phase 1
+    if measured["latent_dim"] > 0 and "nll" not in measured:
         said += f"; KL {kl:.2f}, which phase 1 does not limit"
-    elif "swap_cost" in measured:  # not of a single text
+    elif measured["latent_dim"] > 0 and "swap_cost" in measured:  # not of a single text
         said = f"{verdict_on_z(measured)}; NLL {measured['nll']:.2f}"
     if lm_nll is not None:
         said += f"; the language model's NLL is {lm_nll:.2f}"

@@ -173,7 +173,7 @@ def parse_args(argv):
     flag("--dataset", nargs="+", required=True, help="data sets, as in train.py")
     flag("--data-dir", default="data", help="where the folders of named data sets are (data)")
     flag("--tokenizer", help="folder with a vocabulary; else one is made of the training texts")
-    flag("--vocab-size", type=number(int, 1), default=4000, help="largest vocabulary (4000)")
+    flag("--vocab-size", type=number(int, 1), help="largest vocabulary (4000)")
     flag("--d-model", type=number(int, 1), default=128, help="width (128)")
     heads = "attention heads (4), which divide the width"
     flag("--heads", type=number(int, 1), default=4, help=heads)
@@ -192,6 +192,9 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.d_model % args.heads:
         parser.error(f"--d-model is {args.d_model}; it must be a multiple of --heads, {args.heads}")
+    if args.tokenizer is not None and args.vocab_size is not None:
+        parser.error(f"--vocab-size is {args.vocab_size}, which has no effect with --tokenizer")
+    args.vocab_size = args.vocab_size or 4000
     args.command = shlex.join(["python", "-m", "extras.pretrain", *argv])
     return args
 

@@ -408,14 +408,19 @@ def parse_args(argv):
     flag("--test-labels", metavar="FILE", help="their labels")
     flag("--pair", nargs=2, metavar=("A", "B"), help="the two labels to edit, of many")
     count, step = data.number(int, 1), data.number(float, 0)
-    flag("--k", type=step, nargs="+", default=[1, 2], help="lengths of the move of a label (1 2)")
+    flag("--k", type=step, nargs="+", help="lengths of the move of a label (1 2)")
     flag("--count", type=count, default=200, metavar="N", help="texts per row (200)")
     some = data.number(int, 0)
-    flag("--examples", type=some, default=3, metavar="N", help="first N test texts (3)")
+    flag("--examples", type=some, metavar="N", help="first N test texts (3)")
     args = parser.parse_args(argv)
     given = [args.texts, args.labels, args.test_texts, args.test_labels]
-    if None in given and (any(given) or args.pair):
+    if None in given and any(given):
         parser.error("--texts, --labels, --test-texts and --test-labels belong together: give all")
+    for name in "pair", "k", "examples":
+        if args.texts is None and getattr(args, name) is not None:
+            parser.error(f"--{name} is {getattr(args, name)}, which has no effect without --texts")
+    args.k = [1, 2] if args.k is None else args.k
+    args.examples = 3 if args.examples is None else args.examples
     if args.pair and args.pair[0] == args.pair[1]:
         parser.error(f"--pair names {args.pair[0]!r} twice; they must be two labels")
     return args

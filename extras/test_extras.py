@@ -441,10 +441,10 @@ def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_
     model = ["--dataset", str(home), "--model", str(tmp_path / "whole" / "model"), "--phase", "1"]
     train.main([*model, *SHORT, "--epochs", "0", "--out", str(tmp_path / "vae")])
     zero = ["--tokenizer", model[3], "--steps", "0", "--out", str(tmp_path / "zero")]
-    pretrain.main(["--dataset", str(home), *shape, *zero])
+    pretrain.main(["--dataset", str(home), *shape[:-2], *zero])
     start = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "zero" / "model")
     assert pretrain.query_growth(start) == pytest.approx(1, abs=0.2)
-    for wrong in ["--kl-target", "3"], ["--lm-share", "1"], ["--dropout", "0.1"]:
+    for wrong in ["--kl-target", "3"], ["--lm-share", "1"], ["--tokenizer", "t"], ["--heads", "3"]:
         with pytest.raises(SystemExit):
             pretrain.main([*flags, str(tmp_path / "no"), *wrong])
     capsys.readouterr()
@@ -725,7 +725,9 @@ FILES = ["--texts", "T", "--labels", "L", "--test-texts", "T2", "--test-labels",
 def test_flags_that_belong_together(capsys):
     for flags, words in (
         (["--texts", "T", "--labels", "L"], "belong together: give all"),
-        (["--pair", "x", "y"], "belong together: give all"),
+        (["--pair", "x", "y"], "--pair is ['x', 'y'], which has no effect without --texts"),
+        (["--k", "3"], "--k is [3.0], which has no effect without --texts"),
+        (["--examples", "0"], "--examples is 0, which has no effect without --texts"),
         ([*FILES, "--pair", "x", "x"], "--pair names 'x' twice"),
         (["--k", "nan"], "argument --k: 'nan' must be at least 0"),
     ):
