@@ -44,7 +44,10 @@ SPLITS = ("train", "valid", "test")
 
 
 def split_path(dataset, split, data_dir="data"):
-    """The file of a split, or the one file of a data set. Downloads a missing one of SOURCES."""
+    """The file of a split, or the one file of a data set. Downloads a missing one of SOURCES.
+
+    Raises FileNotFoundError if there is none, InputError if a file is where a folder must be.
+    """
     folder = Path(data_dir, dataset) if dataset in SOURCES else Path(dataset)
     if dataset in SOURCES and folder.is_file():
         raise InputError(f"{folder} is a file; it must be the folder with the texts of {dataset}")
@@ -52,7 +55,9 @@ def split_path(dataset, split, data_dir="data"):
         if path.is_file():
             return path
     if dataset in SOURCES:
-        return download(dataset, split, folder / f"{split}.txt")
+        path = folder / f"{split}.txt"
+        download(dataset, split, path)
+        return path
     raise FileNotFoundError(
         f"data set {dataset!r}: no {split}.txt in {folder.resolve()}; it must be a folder with "
         f"train.txt, valid.txt and test.txt, a text file, or one of {', '.join(DATASETS)}"
@@ -98,16 +103,16 @@ def read_lines(path):
         raise InputError("there are no lines: standard input is closed, or was read already")
     with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
         for i, line in enumerate(file):
+            place = f"{path}, line {i + 1}"
             # One \r in a line is text; several are ends of lines, as is one where \n is missing.
-            place, returns = f"{path}, line {i + 1}", line.strip().count(b"\r")
+            returns = line.strip().count(b"\r")
             if returns > 1 or (returns and i == 0 and not line.endswith(b"\n")):
                 raise InputError(f"{place}: has \\r in its middle; lines must end in \\n")
             try:
                 text = line.decode()
+                wrong = line.find(0)  # UTF-16's ASCII is valid UTF-8 with zeros; -1: none
             except UnicodeDecodeError as error:
                 wrong = error.start
-            else:
-                wrong = line.find(0)  # of UTF-16, whose ASCII is valid UTF-8 with zeros
             if wrong >= 0:
                 raise InputError(f"{place}, byte {wrong + 1}: not UTF-8; save it as UTF-8")
             yield (text.removeprefix("\ufeff") if i == 0 else text).strip()
@@ -223,8 +228,8 @@ def train_tokenizer(texts, vocab_size):
     # <unk> is a token, not letters to learn.
     texts = [text.replace("<unk>", " ").replace("\u2585", " ").replace("<", "< ") for text in texts]
     # It accepts as pieces only strings that occur in two different words. So it sees each word
-    # twice, bare and with a mark: whole words can become pieces. Marked pieces are dropped. The
-    # mark is a letter (the trainer would split the word at a symbol) that no text has.
+    # before a space twice, bare and with a mark: whole words can become pieces. Marked pieces are
+    # dropped. The mark is a letter (the trainer would split the word at a symbol) that no text has.
     letters = set().union(*texts)
     candidates = filter(str.isalpha, map(chr, range(0x250, sys.maxunicode)))
     mark = next(letter for letter in candidates if letter not in letters)
@@ -280,6 +285,7 @@ class Corpus:
         return np.diff(self.offsets)
 
     def row(self, i):
+        """The ids of text i, (tokens,), a view."""
         return self.ids[self.offsets[i] : self.offsets[i + 1]]
 
 
@@ -318,8 +324,9 @@ def make_corpus(texts, tokenizer, max_length=256, allow_empty=False):
     if getattr(tokenizer, "eos_token_id", None) is None:
         kind = type(tokenizer).__name__
         raise InputError(f"tokenizer is a {kind}; it must have an eos_token_id, as T5's")
-    ids, lengths, words, characters = [np.zeros(0, np.int32)], [], [], []
-    truncated, unknown, eos_id = 0, 0, tokenizer.eos_token_id
+    ids = [np.zeros(0, np.int32)]  # so that no text at all can be joined, too
+    lengths, words, characters = [], [], []
+    truncated = unknown = 0
     numbered = enumerate(texts)
     while part := list(islice(numbered, 1000)):  # lists of all ids would take ten times the memory
         for i, text in part:
@@ -332,20 +339,21 @@ def make_corpus(texts, tokenizer, max_length=256, allow_empty=False):
         for text, row in zip(part, rows, strict=True):
             if len(row) >= max_length:
                 del row[max_length - 1 :]
-                text, truncated = detokenize([row], tokenizer)[0], truncated + 1
-            row.append(eos_id)
+                (text,) = detokenize([row], tokenizer)
+                truncated += 1
+            row.append(tokenizer.eos_token_id)
             words.append(len(text.split()) + 1)
             characters.append(len(text) + 1)
         ids.append(np.fromiter(chain.from_iterable(rows), np.int32))
         lengths += map(len, rows)
     if not words and not allow_empty:
         raise InputError("texts is empty; it must have at least one text")
-    one_word = sum(count <= 2 for count in words) > len(words) / 2
+    no_spaces = sum(count <= 2 for count in words) > len(words) / 2  # in most texts
     return Corpus(
         ids=np.concatenate(ids),
         offsets=np.cumsum([0, *lengths]),
-        words=np.array(characters if one_word else words),
-        word="character" if one_word else "word",
+        words=np.array(characters if no_spaces else words),
+        word="character" if no_spaces else "word",
         truncated=truncated,
         unknown=unknown,
         pad_id=tokenizer.pad_token_id,
@@ -417,6 +425,7 @@ def stratified_noise(latent_dim, seed, epoch, index, use, draws):
         rng = generator(seed, epoch, use, i)
         strata = np.arange(draws)[:, None].repeat(latent_dim, 1)  # (draws, Z)
         places = rng.permuted(strata, axis=0)
+        # At 0 and 1 ndtri is infinite.
         noise.append((places + rng.uniform(1e-9, 1 - 1e-9, places.shape)) / draws)
     return torch.special.ndtri(torch.from_numpy(np.stack(noise, 1)))
 
@@ -425,6 +434,8 @@ def stratified_noise(latent_dim, seed, epoch, index, use, draws):
 
 
 class Batch(NamedTuple):
+    """Texts of a corpus, padded, with their noise."""
+
     ids: torch.Tensor  # (B, T') encoder input, noisy in training
     mask: torch.Tensor  # (B, T') 1 on real tokens
     labels: torch.Tensor  # (B, T) targets, whole
@@ -527,7 +538,8 @@ def prefetch(function, items):
     with ThreadPoolExecutor(1) as thread:
         ahead = None
         for item in items:
-            ready, ahead = ahead, thread.submit(function, item)
+            ready = ahead
+            ahead = thread.submit(function, item)
             if ready is not None:
                 yield ready.result()
         if ahead is not None:
@@ -580,9 +592,10 @@ def download(name, split, path):
     try:
         with urllib.request.urlopen(url, timeout=20) as response:
             content = response.read()
-        checksum = hashlib.sha256(content).hexdigest()
         if len(expected) == 40:
             checksum = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        else:
+            checksum = hashlib.sha256(content).hexdigest()
         if checksum != expected:
             raise ValueError(f"its checksum is {checksum}, not {expected}")
     except Exception as error:  # whatever a network leads to
@@ -592,7 +605,6 @@ def download(name, split, path):
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(content))
-    return path
 
 
 # -------------------------------------------------------------------------------------- grammar
@@ -646,19 +658,24 @@ def grammar_sentence(factors):
     who, verb, tense = factors["who"], factors["verb"], factors["tense"]
     third, past = VERBS[verb]
     if factors["number"] == "many":
-        noun = who + ("es" if who.endswith(("s", "ch")) else "s")
-        present, owner = verb, "their"
+        noun, present, owner = plural(who), verb, "their"
     else:
         noun, present = who, third
         owner = "his" if who in MEN else "her"
     will = "will" if tense == "future" else None
     form = {"past": past, "present": present, "future": verb}[tense]
-    companion = factors["companion"] and f"with {owner} {factors['companion']}"
+    companion = factors["companion"]
+    if companion:
+        companion = f"with {owner} {companion}"
     parts = ["the", factors["nature"], noun, will, factors["manner"], form]
     parts += ["a", factors["colour"], factors["what"], factors["where"], companion]
     time = TENSES[tense][factors["when"]]
     parts = [time, *parts] if factors["order"] == "time first" else [*parts, time]
     return " ".join(part for part in parts if part)
+
+
+def plural(noun):
+    return noun + ("es" if noun.endswith(("s", "ch")) else "s")
 
 
 def grammar_factors(split):
@@ -685,7 +702,7 @@ def one_line(error):
 
 
 def check_texts(texts):
-    """InputError if texts are no iterable, a single str, or a table with columns."""
+    """InputError if texts are no iterable, a single str, a set, or a table with columns."""
     if isinstance(texts, str):
         raise InputError(f"texts is one str; put it into a list: [{texts!r}]")
     if not hasattr(texts, "__iter__") and not hasattr(texts, "__getitem__"):
@@ -720,8 +737,8 @@ def number(kind, low, below=math.inf):
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan  # within no limits
-        if not low <= value < below:
+            value = None
+        if value is None or not low <= value < below:
             raise argparse.ArgumentTypeError(f"{text!r} must be {limits} ({kind.__name__})")
         return value
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import distributed
 
 import data
@@ -37,6 +36,11 @@ COLUMNS += ("rec_untempered", "kl_untempered")
 SHOWN = ("rec", "kl", "neg_elbo", "nll", "kl_posterior", "ppl_word", "mi", "au")
 SHOWN += ("swap_cost", "exact_match", "entropy")  # on the screen; the rest is in metrics.json
 SHOWN_LM = ("rec", "ppl_token", "ppl_word", "entropy")
+
+
+def autocast(device, amp):
+    """The precision of matrix products: a key of HALF, of which "off" is float32."""
+    return torch.autocast(device, HALF[amp], enabled=amp != "off")
 
 
 def log_normal(z, mu, logvar):
@@ -134,11 +138,11 @@ def importance_weighted(model, batch, mu, logvar, samples, seed=0):
 
 def greedy(model, batch, mu):
     """The greedy text from mu (B, Z): hits, tokens in their place; exact_match, 0 or 100: (B,)."""
-    length = batch.labels.shape[1]
     mu = mu.nan_to_num()  # `generate` would refuse NaN; `gather` does, and names the text
-    ids = model.generate(mu, max_new_tokens=length)[:, 1:]  # without the start token
-    ids = F.pad(ids, (0, length - ids.shape[1]))
-    hits = ((ids == batch.labels) & batch.mask.bool()).sum(1)
+    ids = model.generate(mu, max_new_tokens=batch.labels.shape[1])[:, 1:]  # without the start
+    written = ids.shape[1]  # tokens of the longest text
+    same = ids == batch.labels[:, :written]
+    hits = (same & batch.mask[:, :written].bool()).sum(1)
     return {"hits": hits, "exact_match": 100.0 * (hits == batch.mask.sum(1))}
 
 
@@ -194,11 +198,13 @@ def per_text(measure_batch, model, corpus, max_tokens, what, texts=None):
     """
     rank, world = data.processes()
     lengths = corpus.lengths[:texts]
-    batches, columns = data.evaluation_order(lengths, max_tokens), {}
-    # A process without a batch measures a dummy, the first, so that it has the same columns.
-    dummy = rank >= len(batches)
+    batches = data.evaluation_order(lengths, max_tokens)
+    share, columns = batches[rank::world], {}
+    dummy = len(share) == 0
+    if dummy:
+        share = batches[:1]  # so that this process has the same columns
     with evaluating(model):
-        for index in data.progress(batches[:1] if dummy else batches[rank::world], what):
+        for index in data.progress(share, what):
             values = measure_batch(data.make_batch(corpus, index).to(model.device))
             rows = torch.from_numpy(index).to(model.device)
             for name, value in values.items():
@@ -362,10 +368,10 @@ def untempered_bounds(model, corpus, weights, texts, seed, max_tokens):
     """{weight: -ELBO of the posterior that it untempers}: means over the first texts, nats."""
 
     def measure_batch(batch):
-        mu, logvar = model.encode(batch.ids, batch.mask)
+        mu, logvar = (x.double() for x in model.encode(batch.ids, batch.mask))
         bounds = []
         for weight in weights:
-            r = untemper(mu.double(), logvar.double(), weight)
+            r = untemper(mu, logvar, weight)
             _, rec = sample_rec(model, batch, *r, seed, data.SEARCH, samples=2)
             bounds.append(rec + kl_divergence(*r).sum(1))
         return {"the untempered -ELBO": torch.stack(bounds, 1)}  # (B, weights)
@@ -378,8 +384,8 @@ def measure_run(model, phase, read, iw_samples=None, max_tokens=MOST):
     """(measures, columns) of a trained model on its test split. read(split) is a `Corpus`.
 
     For a phase 2 with a latent the weight of `untemper` is searched on the first validation texts:
-    an eighth as many as there are test texts, from 20 to 500, which takes a fifth of the time at
-    most. iw_samples: K; None: that of the phase.
+    an eighth as many as there are test texts, from 20 to 500. iw_samples: K; None: that of the
+    phase.
     """
     iw_samples = IW_SAMPLES[phase] if iw_samples is None else iw_samples
     test, weight = read("test"), 1.0
@@ -425,10 +431,11 @@ def verdict(measured, target=0.0, lm_nll=None):
     than a tenth of the KL that is paid for z.
     """
     said, kl = f"rec {measured['rec']:.2f} nats per sentence", measured["kl"]
-    if measured["latent_dim"] > 0 and "nll" not in measured:
-        said += f"; KL {kl:.2f}, which phase 1 does not limit"
-    elif measured["latent_dim"] > 0 and "swap_cost" in measured:  # not of a single text
-        said = f"{verdict_on_z(measured)}; NLL {measured['nll']:.2f}"
+    if measured["latent_dim"] > 0:
+        if "nll" not in measured:  # phase 1
+            said += f"; KL {kl:.2f}, which phase 1 does not limit"
+        elif "swap_cost" in measured:  # not of a single text
+            said = f"{verdict_on_z(measured)}; NLL {measured['nll']:.2f}"
     if lm_nll is not None:
         said += f"; the language model's NLL is {lm_nll:.2f}"
     if target:
@@ -440,6 +447,7 @@ def verdict(measured, target=0.0, lm_nll=None):
 
 
 def verdict_on_z(measured):
+    """Is z used, and what does it carry?"""
     cost, error, kl = measured["swap_cost"], measured["swap_cost_se"], measured["kl"]
     swap = f"with another sentence's z, rec is {cost:.2f}±{error:.2f} nats higher"
     if cost <= 2 * error:
@@ -484,8 +492,9 @@ def load_run(run, device="cpu", dataset=None):
 
     def read(split, limit=None):
         try:
-            rest = model.tokenizer, data_dir, config["max_length"], limit
-            corpus = data.load_corpus(name, split, *rest)
+            corpus = data.load_corpus(
+                name, split, model.tokenizer, data_dir, config["max_length"], limit
+            )
         except FileNotFoundError as error:
             raise InputError(f"{error}; --dataset says where the texts are now") from error
         if corpus.sha256 != config["data_sha256"][split]:
@@ -550,7 +559,7 @@ def measure_again(run, args):
     lm_nll = language_model_nll(run, config, before.get("words"), args.lm)
     if args.write:
         check_better(run, before, config, args)
-    with torch.autocast(args.device, HALF[args.amp], enabled=args.amp != "off"):
+    with autocast(args.device, args.amp):
         measured, columns = measure_run(model, config["phase"], read, args.iw_samples)
     measured |= {"kl_weight": before.get("kl_weight"), "precision": args.amp}
     said = verdict(measured, config.get("kl_target"), lm_nll)
@@ -564,7 +573,7 @@ def main(argv=None):
     flag = parser.add_argument
     flag("runs", nargs="+", metavar="RUN", help="run folder of train.py")
     samples = data.number(int, 1, 2**16)
-    flag("--iw-samples", type=samples, metavar="K", help="samples per text (20; phase 1, lm: none)")
+    flag("--iw-samples", type=samples, metavar="K", help="samples per text (20; phase 1: none)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flag("--device", choices=("cuda", "cpu"), default=device, help="where to compute")
     flag("--amp", choices=HALF, default="off", help="precision of matrix products (off: float32)")

@@ -35,7 +35,8 @@ import vae
 from data import InputError, say
 from vae import POOL_LAYERS, POOLINGS, T5VAE, kl_divergence
 
-# Defaults, per phase, of the flags without one of their own. Paper: appendix B and section 5.2.
+# Per phase, what the flags are that are not given and have no default of their own. Paper:
+# appendix B and section 5.2.
 PAPER = {"optimizer": "adamw", "lr_schedule": "constant", "denoise": 0.15, "freeze_decoder": True}
 PAPER |= {"kl_target": 0.0, "kl_threshold": 0.5}
 BEST = {"optimizer": "adamw-rms", "lr_schedule": "linear", "denoise": 0.0, "freeze_decoder": False}
@@ -117,8 +118,6 @@ def objective(rec, kl, weight, threshold):
 
     rec: (B,); kl: (B, Z), of which each dimension costs at least `threshold`, lambda.
     """
-    if weight == 0:  # phase 1 does not limit the KL, and 0 times infinity is NaN
-        return rec
     return rec + weight * kl.clamp(min=threshold).sum(1)
 
 
@@ -175,10 +174,11 @@ def train_step(model, optimizer, scaler, batches, weight, step, args):
     for i, batch in enumerate(batches):
         seed_dropout(args.seed, step, rank, i, args.device)
         batch = batch.to(args.device)
-        # Gradients add up here, and over processes at the last micro-batch.
-        last = i == len(batches) - 1
-        with contextlib.nullcontext() if last or world == 1 else model.no_sync():
-            with torch.autocast(args.device, metrics.HALF[args.amp], enabled=args.amp != "off"):
+        context = contextlib.nullcontext()
+        if world > 1 and i < len(batches) - 1:
+            context = model.no_sync()  # gradients add up over processes at the last one
+        with context:
+            with metrics.autocast(args.device, args.amp):
                 rec, kl = model(batch)  # (B,), (B, Z)
             loss = objective(rec, kl, weight, args.kl_threshold)
             terms = torch.stack([loss, rec, kl.sum(1)])[:, : batch.count].sum(1)  # (3,)
@@ -218,29 +218,30 @@ def seed_dropout(seed, step, rank, micro_batch, device):
         torch.default_generator.manual_seed(seed)
 
 
-def validate(model, corpora, load, controller, run, step):
-    """Records the measures of the validation split; the controller learns from them."""
+def validate(model, corpora, make_batches, controller, run, step):
+    """Records the measures of the validation split; the controller, if any, learns from them."""
     try:
         measured = metrics.evaluate(model, corpora["valid"], max_tokens=run.max_tokens)
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}; try a smaller --lr") from error
     if controller:
-        match_held_out_kl(model, corpora["train"], load, controller, measured["kl"])
+        match_held_out_kl(model, corpora["train"], make_batches, controller, measured["kl"])
     run.record(step, "valid", measured)
 
 
 @torch.no_grad()
-def match_held_out_kl(model, corpus, load, controller, held_out_kl):
+def match_held_out_kl(model, corpus, make_batches, controller, held_out_kl):
     """Tells the controller how the KL of held-out texts, in nats, compares to that in training.
 
     Overfitting and dropout raise the KL in training, deletion lowers it. corpus: the training
-    texts, of which 3,000 are taken; load(epoch, index) makes their batches.
+    texts, of which 3,000 are taken, evenly (of fewer, some several times); make_batches(epoch,
+    index) makes their batches.
     """
     some = np.linspace(0, len(corpus) - 1, 3000, dtype=int).reshape(-1, 50)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     torch.manual_seed(0)  # of dropout
     for index in some:
-        for batch in load(0, index):
+        for batch in make_batches(0, index):
             batch = batch.to(model.device)
             kl = kl_divergence(*model.encode(batch.ids, batch.mask))  # (B, Z)
             total += kl[: batch.count].sum()
@@ -261,8 +262,8 @@ def train(model, corpora, run, args):
     anneal_steps = args.kl_anneal_epochs * steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
     noise = {"denoise": args.denoise, "latent_dim": model.latent_dim, "seed": args.seed}
-    micro_batch = args.micro_batch or args.batch_size
-    load = partial(data.training_batches, corpus, micro_batch=micro_batch, **noise)
+    noise["micro_batch"] = args.micro_batch or args.batch_size
+    make_batches = partial(data.training_batches, corpus, **noise)
     # 2 model
     parallel = DistributedDataParallel(model) if world > 1 else model
     # 3 optimizer
@@ -277,10 +278,10 @@ def train(model, corpora, run, args):
     # 5 loop
     for epoch in range(step // steps_per_epoch, args.epochs):
         if step % steps_per_epoch == 0:
-            validate(model, corpora, load, controller, run, step)
+            validate(model, corpora, make_batches, controller, run, step)
         order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)
         order = order[step % steps_per_epoch :]
-        for batches in data.prefetch(partial(load, epoch), order):
+        for batches in data.prefetch(partial(make_batches, epoch), order):
             if args.phase == 1:
                 weight = 0.0
             elif controller:
@@ -299,7 +300,7 @@ def train(model, corpora, run, args):
                 run.record(step, "train", means)
             if step % steps_per_epoch == 0 or run.minutes_since_save() > args.save_every:
                 run.save(parts, step)
-    validate(model, corpora, load, controller, run, step)
+    validate(model, corpora, make_batches, None, run, step)  # no step follows
 
 
 # ------------------------------------------------------------------------------- run on disk
@@ -363,7 +364,7 @@ class Run:
 
     def save(self, parts, step):
         """Write checkpoint.pt; a kill or a full disk leaves the one before."""
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
         if self.first:
             os.fsync(self.log.fileno())
             state = {name: part.state_dict() if part else {} for name, part in parts.items()}
@@ -372,12 +373,12 @@ class Run:
 
     def begin(self, step, steps_per_epoch, total_steps):
         """Start the clock."""
-        self.begun = self.saved = time.monotonic()
+        self.begun_at = self.saved_at = time.monotonic()
         self.first_step, self.steps_per_epoch = step, steps_per_epoch
         self.total_steps = total_steps
 
     def minutes_since_save(self):
-        return (time.monotonic() - self.saved) / 60
+        return (time.monotonic() - self.saved_at) / 60
 
     def record(self, step, split, values):
         """A line of log.jsonl, and its main numbers on the screen."""
@@ -394,7 +395,7 @@ class Run:
         """The pace, and the minutes until training ends at this pace."""
         if step == self.first_step:
             return ""
-        pace = (step - self.first_step) / (time.monotonic() - self.begun)
+        pace = (step - self.first_step) / (time.monotonic() - self.begun_at)
         minutes = (self.total_steps - step) / pace / 60
         return f"; {pace:.1f} steps/s, about {minutes:.0f} min to the test"
 
@@ -510,10 +511,12 @@ def check_start(model, saved, given, args):
         if value != getattr(model, name):
             has = getattr(model, name)
             raise InputError(f"{flag_name(name)} is {value}, but {start} has {has}")
-    known = saved.get("model")  # what --model is, unless it says something else
-    if args.model and not known and not args.reset_decoder:
-        raise InputError(f"--model is {args.model}, which has no effect: {start} is a VAE")
-    elsewhere = known and Path(known).resolve() != Path(args.model).resolve()  # has it moved?
+    known = saved.get("model")  # the T5 that it was made of
+    if known is None:
+        if args.model and not args.reset_decoder:
+            raise InputError(f"--model is {args.model}, which has no effect: {start} is a VAE")
+        return
+    elsewhere = Path(known).resolve() != Path(args.model).resolve()  # has it moved?
     if elsewhere and checksum(made_again(model, saved, args)) != saved.get("start_sha256"):
         raise InputError(f"--model is {args.model}, but {start} was made of {known}")
 
@@ -552,23 +555,23 @@ def reset_decoder(model, saved, args):
         raise InputError(f"--reset-decoder needs --model: {args.start} does not name its T5")
     fresh = made_again(model, saved, args)
     kept = ("t5.shared.", "t5.encoder.", "w_mu.", "w_logvar.")
-    weights = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     began_from_t5 = saved.get("phase") == 1 and saved.get("init") is None
     if began_from_t5 and checksum(fresh) != saved["start_sha256"]:
         raise InputError(f"{args.model} no longer has the weights that {args.start} started from")
-    if [w.shape for w in fresh.parameters()] != [w.shape for w in weights.values()]:
+    if [p.shape for p in fresh.parameters()] != [p.shape for p in parameters.values()]:
         raise InputError(f"--reset-decoder: --model {args.model} is not the T5 of {args.start}")
-    for name, weight in fresh.named_parameters():
+    for name, parameter in fresh.named_parameters():
         if not name.startswith(kept):
-            weights[name].data.copy_(weight.data)
+            parameters[name].data.copy_(parameter.data)
 
 
 def checksum(model):
     """SHA-256 of all weights, and of the dropout rate."""
     digest = hashlib.sha256(str(model.t5.config.dropout_rate).encode())
-    for name, weight in model.named_parameters():
+    for name, parameter in model.named_parameters():
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().numpy().data)
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -663,7 +666,7 @@ def write_samples(model, corpus, mu, out):
             lines += [f"text           {text}", f"reconstructed  {output}"]
     torch.manual_seed(0)
     z = torch.randn(3, model.latent_dim)
-    sampling = model.latent_dim == 0
+    sampling = model.latent_dim == 0  # greedy texts would all be one
     for text in model.decode_texts(z, do_sample=sampling, max_new_tokens=longest):
         lines.append(f"sampled        {text}")
     (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -677,8 +680,8 @@ def make_parser():
     """The flags. Those without a default get it in `settings`."""
     usage = "python train.py --dataset NAME|DIR|FILE [flags]"
     about = f"{__doc__.splitlines()[0]} Without flags: a demonstration."
-    parser = argparse.ArgumentParser("train.py", usage, about)
-    flag, optional = parser.add_argument, argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser("train.py", usage=usage, description=about)
+    flag, yes_or_no = parser.add_argument, argparse.BooleanOptionalAction
     count, amount, share = data.number(int, 1), data.number(float, 0), data.number(float, 0, 1)
     size = data.number(int, 1, 2**16)  # of what must fit into memory
     flag("--dataset", help=f"{', '.join(data.DATASETS)}, or a folder or file of your own")
@@ -701,11 +704,14 @@ def make_parser():
     flag("--lr", type=amount, help="learning rate (adamw: 1e-3; adamw-rms: tiny 2e-2, else 5e-3)")
     flag("--lr-schedule", choices=("constant", "linear"), help="linear: falls to 0 at the end")
     flag("--init", help="run or model to start from (phase 2: the run of phase 1)")
-    flag(
-        "--freeze-decoder", action=optional, help="decoder fixed in phase 1 (paper: yes; best: no)"
-    )
+    about = "decoder fixed in phase 1 (paper: yes; best: no)"
+    flag("--freeze-decoder", action=yes_or_no, help=about)
     flag("--reset-decoder", action="store_true", default=None, help="of phase 1 keep what encodes")
-    flag("--kl-target", type=amount, help="KL to end with, nats per text; 0: follow a schedule")
+    flag(
+        "--kl-target",
+        type=amount,
+        help="KL to end with, nats per text (0, or with the next two: none)",
+    )
     flag("--kl-threshold", type=amount, help="lambda: the least that a dimension costs, nats")
     flag("--kl-schedule", choices=("linear", "cyclical", "constant"), help="of the KL weight")
     flag("--kl-anneal-epochs", type=amount, help="until the KL weight may be 1 (paper: 50)")
@@ -786,7 +792,8 @@ def parse(argv):
         if changed - {"resume", "out", "seed"}:
             parser.error("--dataset is missing (the demonstration takes --resume, --out, --seed)")
         args.dataset, args.model, args.recipe = "grammar", "tiny", "demo"
-        say("The demonstration: --dataset grammar --model tiny --recipe demo")
+        if os.environ.get("RANK", "0") == "0":
+            say("The demonstration: --dataset grammar --model tiny --recipe demo")
     check_args(parser, args)
     check_effects(parser, args)
     args.command = shlex.join(["python", "train.py", *argv])
@@ -831,9 +838,10 @@ def set_start(args):
     elif args.phase == 2 and not args.no_latent:
         args.start = str(run_folder(args, 1))
     else:
-        args.start = args.model = "t5-small" if args.model is None else args.model
-    saved = start_config(args.start)
+        args.model = "t5-small" if args.model is None else args.model
+        args.start = args.model
     if args.model is None:
+        saved = start_config(args.start)
         is_t5 = args.start == "tiny" or saved.get("model_type") in vae.FAMILY
         args.model = args.start if is_t5 else saved.get("model")
 

@@ -132,10 +132,10 @@ class Float32Output(nn.Linear):
         self.weight = wo.weight
 
     def forward(self, x):
-        if not in_float16(x):
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+        if in_float16(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x.float())
+        return super().forward(x)
 
 
 class Float32Activation(nn.Module):
@@ -165,7 +165,7 @@ def kl_divergence(mu, logvar):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Without dropout and gradients; then the whole model is in its root's mode again."""
+    """Without dropout and gradients; then every module gets the mode that the model had."""
     training = model.training
     model.eval()
     try:
@@ -368,27 +368,38 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
     def rec(self, z, labels):
         """-log p(x|z) (Eq. 1): (B,), nats, positive, summed over a sentence's tokens.
 
-        </s> counts, padding does not. Arguments: see `decode`. Where the logits of all tokens would
-        take more than MOST_LOGITS, they are made a slice at a time, and again in the backward pass.
+        </s> counts, padding does not. Arguments: see `decode`.
         """
-        targets, pad_id = labels.flatten(), self.t5.config.pad_token_id  # (B*T,)
+        return self.rec_of_tokens(z, labels).sum(1)
+
+    def rec_of_tokens(self, z, labels):
+        """The same, of each token: (B, T), 0 for padding.
+
+        Where the logits of all tokens would take more than MOST_LOGITS, they are made a slice at a
+        time, and again in the backward pass.
+        """
+        targets = labels.flatten()  # (B*T,)
+        pad_id = self.t5.config.pad_token_id
         token_bytes = 4 * self.t5.config.vocab_size  # of its logits, in float32
         if targets.numel() * token_bytes <= MOST_LOGITS:
             logits = self.decode(z, labels).flatten(0, 1)  # (B*T, V)
             nats = self.token_nats(logits, targets, pad_id)
         else:
-            nats = self._nats_in_slices(z, labels, max(1, SLICE // token_bytes))
-        return nats.view(labels.shape).sum(1)
+            rows = max(1, SLICE // token_bytes)
+            nats = self._nats_in_slices(z, labels, targets, pad_id, rows)
+        return nats.view(labels.shape)
 
-    def _nats_in_slices(self, z, labels, rows):
-        """-log p of each token of `labels`: (B*T,), nats, from the logits of `rows` at a time."""
+    def _nats_in_slices(self, z, labels, targets, pad_id, rows):
+        """-log p of each of `targets`: (B*T,), nats, from the logits of `rows` of them at a time.
+
+        targets: `labels`, flat.
+        """
         # T5's own forward, without its head: it returns what the head reads, scaled as it does.
         head, self.t5.lm_head = self.t5.lm_head, nn.Identity()
         try:
             states = self.decode(z, labels).flatten(0, 1)  # (B*T, D)
         finally:
             self.t5.lm_head = head
-        targets, pad_id = labels.flatten(), self.t5.config.pad_token_id
         if torch.is_grad_enabled() and isinstance(head, nn.Linear):
             device = states.device.type
             if torch.is_autocast_enabled(device):
@@ -417,6 +428,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
     def generate(self, z, max_new_tokens=None, **kwargs):
         """Token ids decoded from z (B, Z): (B, <= tokens + 1): the start token, a text, padding.
 
+        In the model's mode: dropout is on while it trains (`decode_texts` turns it off).
         Greedy, up to 256 tokens, unless told otherwise: the arguments are those of T5's own
         `generate` (max_length, do_sample, num_beams, ...). With do_sample=True top_k is off unless
         it is given: samples are of p(x|z) itself. Raises InputError for what would replace z, and
@@ -432,14 +444,16 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         if not isinstance(config, transformers.GenerationConfig):
             raise InputError(f"generation_config is {config!r}; it must be a GenerationConfig")
         has_length = kwargs.get("max_length") or config.max_new_tokens or config.max_length
-        if max_new_tokens is None and not has_length:
-            max_new_tokens = 256
         if max_new_tokens is not None:
             kwargs["max_new_tokens"] = max_new_tokens
-        # Samples are of p(x|z) itself; transformers would take the 50 likeliest tokens alone.
+        elif not has_length:
+            kwargs["max_new_tokens"] = 256
+        # Off, unless it is given: transformers would draw from the 50 likeliest tokens alone.
         if kwargs.get("do_sample", config.do_sample) and config.top_k is None:
             kwargs.setdefault("top_k", 0)
-        if kwargs.get("use_cache", True):  # T5's own cache has as many layers as the encoder
+        if (
+            kwargs.get("use_cache", config.use_cache) is not False
+        ):  # T5's own cache has as many layers as the encoder
             own, of_memory = transformers.DynamicCache(), transformers.DynamicCache()
             kwargs[CACHE] = transformers.EncoderDecoderCache(own, of_memory)
         return self.t5.generate(encoder_outputs=BaseModelOutput(self.memory(z)), **kwargs)
@@ -454,14 +468,15 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         """
         data.check_at_least("batch_size", batch_size, 1)
         corpus = data.make_corpus(texts, self._get_tokenizer(), max_length, allow_empty=True)
-        mu, logvar = torch.zeros(2, len(corpus), self.latent_dim)
+        mu = torch.zeros(len(corpus), self.latent_dim)
+        logvar = torch.zeros_like(mu)
         order = data.evaluation_order(corpus.lengths, batch_size * max_length // 2)
         with evaluating(self):
             for index in data.progress(order, "encoding"):
                 batch = data.make_batch(corpus, index).to(self.device)
                 posterior = self.encode(batch.ids, batch.mask)
                 rows = torch.from_numpy(index)
-                mu[rows], logvar[rows] = (tensor.cpu().float() for tensor in posterior)
+                mu[rows], logvar[rows] = (tensor.cpu() for tensor in posterior)
         if corpus.truncated:
             said = f"{corpus.truncated} of {len(corpus)} texts are cut at {max_length} tokens"
             warnings.warn(said, stacklevel=2)
@@ -583,7 +598,8 @@ def load(kind, name_or_path, **settings):
 
 
 def check_tokenizer(name_or_path, config, tokenizer):
-    """InputError if a tokenizer is missing, or is not that of a T5Config, or if that is no T5's."""
+    """InputError if a tokenizer is missing, or is not that of a T5Config, or if the config does not
+    name the token that a decoder starts with."""
     said = f"{name_or_path} cannot be used: its tokenizer"
     if len(tokenizer) < len(tokenizer.all_special_ids) + 2:  # transformers invents an empty one
         raise InputError(f"{said} is missing, or has no vocabulary")

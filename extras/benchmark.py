@@ -15,7 +15,7 @@ t5-small's 117 weights, of one element each, beside one of AdamW; and reading th
 
 --fits prints how many texts fit into one training step, by the formula in docs/speed.md.
 
-The other flags are those of train.py.
+The other flags are those of train.py that say which model, texts, batches and precision.
 """
 
 import argparse
@@ -50,6 +50,9 @@ KEPT = {  # by precision, and whether there is dropout
     ("off", False): (24, 4, 28, 16, 4),
     ("bf16", False): (24, 4, 14, 14, 4),
 }
+# Flags of train.py that change nothing that is measured here.
+UNREAD = ("phase", "epochs", "micro_batch", "dropout", "freeze_decoder", "optimizer", "lr")
+UNREAD += ("lr_schedule", "out", "resume", "save_every", "log_every", "iw_samples")
 SHAPES = {  # of what --fits shows
     "t5-small": {},
     "t5-base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
@@ -186,10 +189,11 @@ def spread(values):
 def compare_steps(phase, model, batches, tokens, args):
     """Prints tokens per second of a phase, in turns: transformers, core, core with quicken."""
     models = {"transformers": PlainT5(model.t5.config), "core": copy.deepcopy(model)}
-    models["quicken"] = quicken(copy.deepcopy(model))
+    if args.amp != "fp16":  # quicken takes the float32 layers away that it needs
+        models["quicken"] = quicken(copy.deepcopy(model))
     if phase == 1:
-        models["core"].freeze_decoder()
-        models["quicken"].freeze_decoder()
+        for name in models.keys() - {"transformers"}:
+            models[name].freeze_decoder()
     longest = max(batch.labels.shape[1] for batch in batches)
     amp = "off" if args.amp == "off" else "bf16"  # fp16 has the same sizes
     needs = step_bytes(models["core"], args.batch_size, longest, amp) / 1e9
@@ -217,7 +221,7 @@ def benchmark(model, corpora, args, repeats):
     for phase in (1, 2):
         compare_steps(phase, model, batches, tokens, args)
     part = corpora["valid"]
-    with torch.autocast(args.device, metrics.HALF[args.amp], enabled=args.amp != "off"):
+    with metrics.autocast(args.device, args.amp):
         rate = part.ids.size / clock(lambda: metrics.evaluate(model, part))
     print(f"evaluation {rate:,.0f} tokens/s (one pass of the encoder and of the decoder)")
     length = round(corpus.lengths.mean())
@@ -236,29 +240,45 @@ def benchmark(model, corpora, args, repeats):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     own = argparse.ArgumentParser("benchmark.py", description=__doc__.splitlines()[0])
-    flag, count = own.add_argument, data.number(int, 1)
-    flag("--repeats", type=count, default=7, metavar="N", help="steps after a warm-up (7)")
+    flag = own.add_argument
+    flag("--repeats", type=data.number(int, 1), metavar="N", help="steps after a warm-up (7)")
     flag("--overhead", action="store_true", help="only what a step costs beside the model")
     flag("--fits", action="store_true", help="only how many texts fit into the memory of a GPU")
     mine, rest = own.parse_known_args(argv)
+    if (mine.overhead or mine.fits) and len(argv) > 1:
+        own.error(f"{' '.join(argv)}: --overhead and --fits stand alone")
     transformers.utils.logging.set_verbosity_error()
     with data.command("benchmark.py"):
         if mine.overhead:
-            return print(*overhead(), sep="\n")
-        if mine.fits:
-            return print(*fits(), sep="\n")
-        args, _ = train.parse([*rest, "--phase", "1"])
-        args = train.settings(args, 1)
-        torch.manual_seed(args.seed)
-        model, _ = train.load_start(args)
-        corpora = {}
-        for split, limit in ("train", args.limit or 5000), ("valid", 256):
-            rest = model.tokenizer, args.data_dir, args.max_length, limit
-            corpora[split] = data.load_corpus(args.dataset, split, *rest)
-        if (count := len(corpora["train"])) <= args.batch_size:
-            size = f"--batch-size {args.batch_size}"
-            raise data.InputError(f"{count} training texts; there must be more than {size}")
-        return benchmark(model.to(args.device), corpora, args, mine.repeats)
+            print(*overhead(), sep="\n")
+        elif mine.fits:
+            print(*fits(), sep="\n")
+        else:
+            run(own, rest, mine.repeats or 7)
+
+
+def run(own, rest, repeats):
+    """The benchmark of a command line; own: the parser; rest: the flags of train.py in it."""
+    parser = train.make_parser()
+    given = parser.parse_args(rest)
+    for name in UNREAD:
+        value = getattr(given, name)
+        if value != parser.get_default(name):
+            own.error(f"{train.flag_name(name)} is {value}, which has no effect here")
+    args, _ = train.parse([*rest, "--phase", "1"])
+    args = train.settings(args, 1)
+    torch.manual_seed(args.seed)
+    model, _ = train.load_start(args)
+    corpora = {}
+    for split, limit in ("train", args.limit or 5000), ("valid", 256):
+        corpora[split] = data.load_corpus(
+            args.dataset, split, model.tokenizer, args.data_dir, args.max_length, limit
+        )
+    count, size = len(corpora["train"]), args.batch_size
+    if count <= size:
+        said = f"there must be more than --batch-size {size}"
+        raise data.InputError(f"{count} training texts; {said}")
+    benchmark(model.to(args.device), corpora, args, repeats)
 
 
 if __name__ == "__main__":

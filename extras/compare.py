@@ -78,9 +78,11 @@ def format_lines(found):
             yield f"{name:20}{'-':>12}"
             continue
         mean, error = found[name]
-        shown = "?" if error is None else f"{error:.3f}"
-        beyond = "yes" if error is not None and abs(mean) > 2 * error else "no"
-        yield f"{name:20}{mean:>+12.3f}{shown:>8}  {beyond}"
+        if error is None:  # of a single text
+            yield f"{name:20}{mean:>+12.3f}{'?':>8}  ?"
+        else:
+            beyond = "yes" if abs(mean) > 2 * error else "no"
+            yield f"{name:20}{mean:>+12.3f}{error:>8.3f}  {beyond}"
 
 
 def main(argv=None):

@@ -205,6 +205,7 @@ def main(argv=None):
     def quick_start(args):
         if args.amp == "fp16":
             raise InputError("--amp is fp16; extras.fast_cpu takes bf16 or off")
+        args.command = args.command.replace("train.py", "-m extras.fast_cpu", 1)
         model, saved = load_start(args)
         return quicken(model), saved
 

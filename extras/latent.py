@@ -127,7 +127,7 @@ def decode(model, args, z):
     if args.temperature is not None:
         kwargs |= {"do_sample": True, "temperature": args.temperature}
     texts = model.decode_texts(z, **kwargs)
-    return [text.translate(dict.fromkeys(b"\n\r", " ")) for text in texts]
+    return [text.replace("\n", " ").replace("\r", " ") for text in texts]
 
 
 def run_reconstruct(model, args):
@@ -208,7 +208,7 @@ def run_map(model, args):
         place = TSNE(perplexity=min(30, (len(mu) - 1) / 3), random_state=0).fit_transform(mu)
         names = "t-SNE 1 (no unit)", "t-SNE 2 (no unit)"
     else:
-        pca = PCA(2)
+        pca = PCA(2, svd_solver="full")  # the other one draws random numbers
         place = pca.fit_transform(mu)
         shares = enumerate(100 * pca.explained_variance_ratio_, 1)
         names = [f"component {i}: {share:.0f} % of the variance" for i, share in shares]
@@ -287,7 +287,7 @@ def parse_args(argv):
     def add_decoding(name, run, summary):
         """The same for a command that writes texts."""
         flag = add(name, run, summary)
-        flag("--seed", type=number(int, 0, 2**32), default=0, help="of everything random (0)")
+        flag("--seed", type=number(int, 0, 2**32), default=0, help="of all that is drawn (0)")
         flag("--temperature", type=number(float, 1e-3), metavar="T", help="draw tokens, at T")
         return flag
 

@@ -71,12 +71,12 @@ def pretraining_batch(corpus, epoch, index, *, sentinels, eos_id, seed, lm_share
     With probability `lm_share`, drawn for its first text, it is a batch of language modelling
     instead: the encoder reads </s> alone, and the decoder writes the whole texts.
     """
-    if np.random.default_rng([seed, epoch, LM, index[0]]).random() < lm_share:
+    if data.generator(seed, epoch, LM, index[0]).random() < lm_share:
         pairs = [(np.array([eos_id]), corpus.row(i)) for i in index]
     else:
         pairs = []
-        for i in index.tolist():
-            rng = np.random.default_rng([seed, epoch, SPANS, i])
+        for i in index:
+            rng = data.generator(seed, epoch, SPANS, i)
             pairs.append(corrupt_spans(corpus.row(i)[:-1], sentinels, eos_id, rng))
     ids, mask = data.pad([inputs for inputs, _ in pairs], corpus.pad_id)
     labels, _ = data.pad([targets for _, targets in pairs], corpus.pad_id)
@@ -132,7 +132,7 @@ def pretrain(t5, corpora, make_batch, args, run):
     optimizer = train.make_optimizer(t5, rates)
     parts = {"model": t5, "optimizer": optimizer}
     step = run.load(parts)
-    run.begin(step, min(steps_per_epoch, max(1, total_steps)), total_steps)
+    run.begin(step, steps_per_epoch, total_steps)
     while step < total_steps:
         epoch, begun = divmod(step, steps_per_epoch)
         if begun == 0:
@@ -161,7 +161,9 @@ def train_step(t5, optimizer, batch, step, args):
     norm = nn.utils.clip_grad_norm_(t5.parameters(), train.MAX_GRADIENT_NORM).item()
     loss, per_target = nats.mean().item(), (nats.sum() / targets).item()
     if not math.isfinite(loss + norm):
-        raise FloatingPointError(f"step {step}: the loss is {loss}, its norm {norm}")
+        raise FloatingPointError(
+            f"step {step}: the loss is {loss}, the norm of its gradient {norm}"
+        )
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": loss, "grad_norm": norm, "nats_per_target": per_target}
@@ -206,6 +208,9 @@ def load_corpora(args):
         for name in args.dataset:
             of_split += filter(None, data.read_texts(name, split, args.data_dir))
     if args.tokenizer:
+        if not Path(args.tokenizer).is_dir():
+            said = "it must be a folder with a vocabulary"
+            raise data.InputError(f"--tokenizer is {args.tokenizer}; {said}")
         tokenizer = vae.load(transformers.AutoTokenizer, args.tokenizer)
     else:
         tokenizer = data.train_tokenizer(texts["train"], args.vocab_size)
@@ -230,10 +235,11 @@ def make(args):
     if run.folder.exists() and any(run.folder.iterdir()) and not args.resume:
         advice = "--resume its run, give another --out, or remove it"
         raise data.InputError(f"{run.folder} is not empty: {advice}")
+    config = vars(args).copy()
+    del config["tokenizer"]  # it may have moved: its ids of the texts are compared instead
     if run.finished:
-        before, now = data.read_json(run.folder / "config.json"), vars(args).copy()
-        del now["tokenizer"]  # it may have moved
-        train.check_same(run.folder, before, now)
+        train.check_same(run.folder, data.read_json(run.folder / "config.json"), config)
+        (run.folder / "checkpoint.pt").unlink(missing_ok=True)  # a kill may have left it
         say(f"{run.folder} is finished")
         return
     corpora, tokenizer = load_corpora(args)
@@ -248,8 +254,6 @@ def make(args):
     task = {"sentinels": sentinels, "eos_id": tokenizer.eos_token_id}
     task |= {"seed": args.seed, "lm_share": args.lm_share}
     make_batch = partial(pretraining_batch, **task)
-    config = vars(args).copy()
-    del config["tokenizer"]  # its ids of the texts are compared instead
     for split, corpus in corpora.items():
         config[f"{split}_ids_sha256"] = hashlib.sha256(corpus.ids.tobytes()).hexdigest()
     run.claim(config)

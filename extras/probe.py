@@ -47,7 +47,6 @@ import functools
 import itertools
 import math
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,6 +56,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import data
+import metrics
 from data import InputError
 from extras.latent import align, command, fit_gaussian, load_vae, without_spaces
 
@@ -65,8 +65,7 @@ GRAMMAR_TEXTS = 10_000  # of a split, at most
 TIMES = {time: tense for tense, times in data.TENSES.items() for time in times}
 NOUNS = {}  # who and number by the form of a noun
 for who in data.MEN + data.WOMEN:
-    plural = who + ("es" if who.endswith(("s", "ch")) else "s")
-    NOUNS |= {who: (who, "one"), plural: (who, "many")}
+    NOUNS |= {who: (who, "one"), data.plural(who): (who, "many")}
 FACTORS = tuple("time" if name == "when" else name for name in data.FACTORS)
 
 
@@ -155,8 +154,10 @@ def check_labels(train, test, pair=None):
 
 def edited_labels(labels, pair=None):
     """The labels between which texts are moved: those of `pair`, else the most frequent first."""
+    if pair:
+        return list(pair)
     names = most_frequent(labels)
-    return list(pair) if pair else names if len(names) <= MOST_EDITED else names[:2]
+    return names[:2] if len(names) > MOST_EDITED else names
 
 
 def share(hits):
@@ -200,7 +201,8 @@ def edit_table(decode, judge, parts, names, ks, count):
             edited = decode(test.mu[index] + k * (means[new] - means[old])) if k else plain
             rows.append(edit_row(judge, (old, new, k), plain, edited))
             for i, text in zip(index, edited, strict=True):
-                shown[i] += [(f"{new}, k = {k:g}", text)] if k else []
+                if k:
+                    shown[i].append((f"{new}, k = {k:g}", text))
         if len(plain) > 1:
             kept = judge.kept(plain, plain[1:] + plain[:1])
             row = dict.fromkeys(rows[-1], "-") | {"from": old, "to": "another text"}
@@ -252,7 +254,8 @@ def probe_labels(model, parts, args):
     yield f"{len(train.texts):,} training texts, {len(test.texts):,} test texts, {labels} labels\n"
     if judge.unit == "characters":
         yield "most texts have no spaces: what judges and compares texts takes characters\n"
-    if both := sum(map(set(train.texts).__contains__, test.texts)):
+    known = set(train.texts)
+    if both := sum(text in known for text in test.texts):
         yield f"{both:,} of the test texts are training texts too\n"
     yield format_rows(read_table(judge, train, test))
     if labels > MOST_EDITED and not args.pair:
@@ -430,7 +433,7 @@ def main(argv=None):
     args = parse_args(argv)
     with command("probe.py"):
         if args.texts is None:
-            dataset = data.read_json(Path(args.run, "config.json")).get("dataset")
+            dataset = metrics.read_config(args.run)["dataset"]
             if dataset != "grammar":
                 said = f"{args.run} is no run on grammar, but on {dataset}"
                 raise InputError(f"{said}; without --texts it must be one")

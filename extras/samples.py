@@ -25,7 +25,6 @@ texts of that file. Writes RUN-samples.json beside RUN.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import sacrebleu
 import torch
 
@@ -46,17 +45,10 @@ def distinct(texts, n, split=str.split):
     return 100 * len(set(grams)) / max(1, len(grams))
 
 
-@torch.no_grad()
 def lm_nats(lm, texts):
-    """Mean of -log p per token, </s> included, of texts under a T5VAE without latent."""
-    eos_id = lm.tokenizer.eos_token_id
-    rows = [[*row, eos_id] for row in data.tokenize(texts, lm.tokenizer)]
-    nats = 0.0
-    batches = data.evaluation_order(np.array(list(map(len, rows))), metrics.MOST)
-    for index in data.progress(batches, "judging"):
-        ids, _ = data.pad([rows[i] for i in index], lm.tokenizer.pad_token_id)
-        nats += lm.rec(torch.zeros(len(ids), 0, device=lm.device), ids.to(lm.device)).sum().item()
-    return nats / sum(map(len, rows))
+    """Mean of -log p per token, </s> included, of whole texts under a T5VAE without latent."""
+    corpus = data.make_corpus(texts, lm.tokenizer, max_length=2**30, allow_empty=True)
+    return metrics.evaluate(lm, corpus)["rec"] * len(corpus) / corpus.ids.size
 
 
 def measure(texts, lm, split=str.split):
@@ -77,7 +69,7 @@ def judge(model, lm, corpus, count, like=None):
     count, longest = min(count, len(corpus)), int(corpus.lengths.max())
     rows = [corpus.row(i).tolist() for i in torch.randperm(len(corpus))[:count]]
     texts = {"test sentences": data.detokenize(rows, model.tokenizer)}
-    mu, _ = model.encode_texts(texts["test sentences"])
+    mu, _ = model.encode_texts(texts["test sentences"], max_length=max(256, longest))
     latents = {"reconstructions": mu, "prior, greedy": torch.randn(count, model.latent_dim)}
     latents["prior, sampled"] = latents["prior, greedy"]
     pairs = max(1, count // 10)
@@ -85,7 +77,7 @@ def judge(model, lm, corpus, count, like=None):
     for step, z in enumerate(torch.stack(paths, 1)):  # (pairs, Z)
         latents[f"interpolation {step / (STEPS - 1):.2f}"] = z
     if like:
-        gaussian = fit_gaussian(*model.encode_texts(like))
+        gaussian = fit_gaussian(*model.encode_texts(like, max_length=max(256, longest)))
         latents["like, greedy"] = gaussian.sample((count,)).float()
         latents["like, sampled"] = latents["like, greedy"]
     for kind, z in latents.items():
@@ -145,10 +137,11 @@ def main(argv=None):
     count = data.number(int, 3)
     flag("--count", type=count, default=1000, metavar="N", help="texts of each kind (1000)")
     flag("--like", metavar="FILE", help="texts, one per line: also write texts of their kind")
+    flag("--dataset", help="where the texts are, if they have moved")
     args = parser.parse_args(argv)
     run = Path(args.run).resolve()
     with command("samples.py"):
-        _, model, read = metrics.load_run(args.run)
+        _, model, read = metrics.load_run(args.run, dataset=args.dataset)
         if model.latent_dim == 0:
             raise data.InputError(f"{args.run} is a language model; it must be the run of a VAE")
         lm, corpus = load_lm(args.run, args.lm), read("test")

@@ -73,8 +73,8 @@ def grammar_texts(split, count):
     return list(itertools.islice(data.read_texts("grammar", split), count))
 
 
-def read_json(run, name):
-    return json.loads(Path(run, name).read_text())
+def read_json(*path):
+    return json.loads(Path(*path).read_text())
 
 
 def write_files(folder, **files):
@@ -270,6 +270,7 @@ def test_compare_pairs_what_metrics_json_has(run):
         ("config.json", None, "other has no config.json of a run"),
         ("metrics.json", {"words": 3}, "different texts"),
         ("sentences.npz", None, "python metrics.py"),
+        ("sentences.npz", b"no arrays", "sentences.npz is damaged"),
     ],
 )
 def test_runs_that_cannot_be_compared(run, tmp_path, name, change, words):
@@ -277,12 +278,11 @@ def test_runs_that_cannot_be_compared(run, tmp_path, name, change, words):
     compare.main([run, str(other)])  # the control
     if change is None:
         (other / name).unlink()
+    elif isinstance(change, bytes):
+        (other / name).write_bytes(change)
     else:
         data.write_json(other / name, read_json(other, name) | change)
     with pytest.raises(SystemExit, match=f"^compare.py: .*{words}"):
-        compare.main([run, str(other)])
-    (other / "sentences.npz").write_text("no arrays")
-    with pytest.raises(SystemExit, match="^compare.py: .*"):
         compare.main([run, str(other)])
 
 
@@ -316,14 +316,14 @@ def test_texts_are_judged_beside_test_sentences(run, language_model, capsys):
     assert samples.distinct(["a a b", "b c"], 2) == 100, "no pair crosses from one text to the next"
     samples.main([run, "--lm", language_model, "--count", "7"])
     assert "prior, sampled" in capsys.readouterr().out
-    measured = read_json(f"{run}-samples.json", "")["measures"]
+    measured = read_json(f"{run}-samples.json")["measures"]
     judge = read_json(language_model, "metrics.json")
     nats = {kind: values["lm_nats"] for kind, values in measured.items()}
     assert nats["test sentences"] == pytest.approx(judge["rec"] * 7 / judge["tokens"], rel=1e-5)
     assert nats["test sentences"] != pytest.approx(nats["prior, sampled"], rel=1e-3)
     _, perfect, read = metrics.load_run(run)
     written = []
-    perfect.encode_texts = lambda texts: (torch.zeros(len(texts), 4), written.extend(texts))
+    perfect.encode_texts = lambda texts, **_: (torch.zeros(len(texts), 4), written.extend(texts))
 
     def bleu(places):  # of each text and the one so many places after it
         perfect.decode_texts = lambda z, **_: [written[(i + places) % 7] for i in range(len(z))]
@@ -345,10 +345,10 @@ def test_samples_like_a_file_are_measured_beside_it(run, tmp_path, language_mode
     write_files(tmp_path, like=texts)
     flags = [str(own), "--lm", language_model, "--count", "4"]
     samples.main(flags)
-    plain = read_json(f"{own}-samples.json", "")["measures"]
+    plain = read_json(f"{own}-samples.json")["measures"]
     assert "like" not in capsys.readouterr().out
     samples.main([*flags, "--like", str(tmp_path / "like")])
-    measured = read_json(f"{own}-samples.json", "")["measures"]
+    measured = read_json(f"{own}-samples.json")["measures"]
     assert plain == {kind: measured[kind] for kind in plain}, "the other rows are as without it"
     assert set(measured) - set(plain) == {"like: the texts", "like, greedy", "like, sampled"}
     lm = T5VAE.from_pretrained(language_model)
@@ -573,13 +573,25 @@ def test_activations_take_what_the_formula_says(amp, dropout, feed_forward):
 
 def test_the_benchmark_compares_and_writes_nothing(home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    benchmark.main(["--dataset", home, *TINY, *SHORT, "--repeats", 1])
+    flags = ["--dataset", home, *TINY, "--batch-size", 5, "--max-length", 12]
+    benchmark.main([*flags, "--repeats", 1])
     out = capsys.readouterr().out
     for words in "phase 1  core", "phase 2  quicken", "times transformers", "evaluation":
         assert words in out
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="benchmark.py: "):
         benchmark.main(["--dataset", "no/such", *TINY])
+    for wrong, said in (
+        ([*flags, "--dropout", 0.5], "--dropout is 0.5, which has no effect here"),
+        ([*flags, "--phase", 2], "--phase is 2, which has no effect here"),
+        ([*flags, "--no-freeze-decoder"], "--freeze-decoder is False, which has no effect here"),
+        ([*flags, "--kl-target", 8], "--kl-target is 8.0, which has no effect with --phase 1"),
+        (["--fits", "--no-such-flag"], "--overhead and --fits stand alone"),
+        (["--overhead", "--repeats", 3], "--overhead and --fits stand alone"),
+    ):
+        with pytest.raises(SystemExit):
+            benchmark.main(wrong)
+        assert said in capsys.readouterr().err
 
 
 def test_what_a_step_costs_beside_the_model():

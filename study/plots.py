@@ -224,18 +224,19 @@ def main(argv=None):
     flag("kind", choices=("curves", "price"))
     flag("runs", nargs="*", metavar="RUN", help="of curves: run folders of train.py")
     flag("--out", required=True, metavar="PNG", help="file to write")
-    results = str(Path("study", "results"))
-    flag("--results", default=results, metavar="DIR", help="the study's runs (study/results)")
+    flag("--results", metavar="DIR", help="of price: the study's runs (study/results)")
     args = parser.parse_args(argv)
     if Path(args.out).suffix != ".png":
         parser.error(f"--out is {args.out}; it must end in .png")
     if (args.kind == "curves") != bool(args.runs):
         parser.error(f"RUN is {args.runs}; curves needs run folders, price takes none")
+    if args.kind == "curves" and args.results is not None:
+        parser.error(f"--results is {args.results}, which has no effect with curves")
     with data.command("plots.py"):
         if args.kind == "curves":
             figure = draw_curves(args.runs)
         else:
-            figure = draw_price(*study_tables.read(args.results))
+            figure = draw_price(*study_tables.read(args.results or Path("study", "results")))
         figure.savefig(args.out, dpi=150)
         print(f"wrote {args.out}")
 

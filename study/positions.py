@@ -8,12 +8,12 @@ beginning alone, or to the end. Late positions are those of long texts only.
 """
 
 import argparse
+import itertools
 
 import torch
 
 import data
 import metrics
-import vae
 
 EDGES = (0, 5, 10, 20, 40, 80, 160, 320, 640, 10**9)  # of the rows, in tokens
 
@@ -33,11 +33,10 @@ def by_position(model, corpus):
         length = batch.labels.shape[1]
         counts[:length] += batch.mask.sum(0).cpu()
         for i, rows in enumerate((index, other[index])):
-            logits = model.decode(z[rows].to(model.device), batch.labels).flatten(0, 1)  # (B T, V)
-            of_tokens = vae.token_nats(logits, batch.labels.flatten(), corpus.pad_id)
-            nats[i, :length] += of_tokens.view(batch.labels.shape).double().sum(0).cpu()
+            of_tokens = model.rec_of_tokens(z[rows].to(model.device), batch.labels)  # (B, T)
+            nats[i, :length] += of_tokens.double().sum(0).cpu()
     found = []
-    for start, stop in zip(EDGES, EDGES[1:], strict=False):
+    for start, stop in itertools.pairwise(EDGES):
         tokens = int(counts[start:stop].sum())
         if tokens:
             own, others = (nats[:, start:stop].sum(1) / tokens).tolist()
@@ -46,9 +45,9 @@ def by_position(model, corpus):
     return found
 
 
-def of_run(run):
-    """`by_position` of a run's test split."""
-    _, model, read = metrics.load_run(run)
+def of_run(run, dataset=None):
+    """`by_position` of a run's test split. dataset: where its texts are, if they have moved."""
+    _, model, read = metrics.load_run(run, dataset=dataset)
     if model.latent_dim == 0:
         raise data.InputError(f"{run} is a language model: it has no z")
     return by_position(model, read("test"))
@@ -57,9 +56,10 @@ def of_run(run):
 def main(argv=None):
     parser = argparse.ArgumentParser("positions.py", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="finished run folder of train.py")
+    parser.add_argument("--dataset", help="where the texts are, if they have moved")
     args = parser.parse_args(argv)
     with data.command("positions.py"):
-        found = of_run(args.run)
+        found = of_run(args.run, args.dataset)
         print("tokens of a text    number     rec  rec_other  swap cost")
         for row in found:
             place = f"{row['start'] + 1} to {row['stop']}"

@@ -87,10 +87,13 @@ def main(argv=None):
     flag = parser.add_argument
     flag("run", metavar="RUN", help="finished run folder of phase 2")
     flag("--limit", type=data.number(int, 1), help="measure the first N test texts only")
+    flag("--dataset", help="where the texts are, if they have moved")
     flag("--out", metavar="FILE", type=Path, help="also write the columns there, as JSON")
     args = parser.parse_args(argv)
     with data.command("refit.py"):
-        config, model, read = metrics.load_run(args.run)
+        if args.out:  # before hours are spent
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+        config, model, read = metrics.load_run(args.run, dataset=args.dataset)
         if model.latent_dim == 0 or config["phase"] == 1:
             raise data.InputError(f"{args.run} is no phase 2 with a latent")
         valid, test = read("valid"), read("test", args.limit)

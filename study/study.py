@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -145,7 +146,6 @@ ROWS = [  # the systems of the paper's tables and two targets first, then the cl
     Row("linear", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-schedule linear"),
     Row("r4", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 4"),
     Row("r24", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 24", special=True),
-    Row("r32", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 32", special=True),
     Row("paper-default", "paper-default", f"{PAPER_FLAGS} --denoise 0.15", several=True),
     Row("unfrozen-reset", "unfrozen", f"{PAPER_FLAGS} --denoise 0.15 --reset-decoder"),
     Row("threshold0.25", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-threshold 0.25"),
@@ -288,7 +288,9 @@ def runs_on(row, text, args):
         return False
     if text.dataset == "grammar" and start == "random":
         return False  # all its rows start from random weights
-    return not args.model or start == "small" or start == "deep" and bool(args.deep)
+    if not args.model or start == "small":
+        return True
+    return start == "deep" and bool(args.deep)
 
 
 def study_jobs(args):
@@ -299,7 +301,8 @@ def study_jobs(args):
             for row, name in itertools.product(rows, args.texts):
                 text = find_text(name, args)
                 seeds = args.seeds or (text.seeds if row.several or text.rows else 1)
-                if runs_on(row, text, args) and seed < seeds and bool(text.rows) == long:
+                has_long_runs = bool(text.rows)
+                if runs_on(row, text, args) and seed < seeds and has_long_runs == long:
                     jobs.append(row_job(row, name, seed, args))
     return jobs
 
@@ -328,10 +331,8 @@ def keep(job):
     """Copy a finished run's settings and measures into results/, with the commit and the machine
     of this moment. Its minutes include pauses."""
     config = read_dict(job.out / "config.json")
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     begun, ended = ((job.out / f"{name}.json").stat().st_mtime for name in ("config", "metrics"))
-    config |= {"machine": machine(), "minutes": round((ended - begun) / 60, 1)}
+    config |= {"commit": commit(), "machine": machine(), "minutes": round((ended - begun) / 60, 1)}
     if job.needs and job.needs.out.name == "phase1":  # how its KL went, epoch by epoch: claim (j)
         records = map(json.loads, (job.needs.out / "log.jsonl").read_text().splitlines())
         config["phase1_kl"] = [r["kl"] for r in records if r["split"] == "valid"]
@@ -355,6 +356,15 @@ def forget_pairs(job):
             data.write_json(path, pairs)
         else:
             path.unlink()
+
+
+def commit():
+    """The commit of this folder, None without git."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    describe = [git, "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
 
 
 def machine():
@@ -477,7 +487,7 @@ def parse_args(argv):
     seeds = "so many of each row (1; of some 2, on grammar 3)"
     flag("--seeds", type=data.number(int, 1), help=seeds)
     flag("--model", help="start of all rows: a T5 of the hub, or a folder (pretrained here)")
-    flag("--deep", help="that of the row paper-deep, with --model; without it the row is left out")
+    flag("--deep", help="that of rows with 4 + 4 layers, with --model; else they are left out")
     flag("--data-dir", default="data", help="where the folders of the texts are (data)")
     flag("--runs", default="runs/study", help="where run folders are written (runs/study)")
     flag("--results", help="where results are kept (study/results; --model: study/results/<model>)")
@@ -514,6 +524,10 @@ def main(argv=None):
             print("\n\n".join(study_tables.tables(args.results).values()))
             return
         jobs = study_jobs(args)
+        if not jobs:
+            raise data.InputError(
+                f"--rows {' '.join(args.rows)}: no text of --texts has such a row"
+            )
         print(time_left(jobs, args))
         if args.list:
             for job in commands_left(jobs):

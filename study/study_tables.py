@@ -175,10 +175,10 @@ def table(heads, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def label(runs, text, row, shown):
+def label(runs, text, row):
     """The first cell of a row, which says how many seeds it has, if several."""
     seeds = len(runs[text][row])
-    return f"{text}: {shown}" + (f", {seeds} seeds" if seeds > 1 else "")
+    return f"{text}: {row}" + (f", {seeds} seeds" if seeds > 1 else "")
 
 
 def rows_table(runs, paired):
@@ -193,7 +193,7 @@ def rows_table(runs, paired):
     rows = []
     for text in runs:
         for row in [row for row in SHOWN if row in runs[text]]:
-            name = label(runs, text, row, row)
+            name = label(runs, text, row)
             if row.startswith("lm"):
                 nll = cell(number(runs, text, row, "rec"))
                 rows.append([name, "-", "-", f"NLL {nll}", "-", "-", "-"])
