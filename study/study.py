@@ -496,6 +496,8 @@ def parse_args(argv):
     flag("--list", action="store_true", help="print what is missing, and run nothing")
     flag("--tables", action="store_true", help="print the tables of RESULTS.md, and run nothing")
     args = parser.parse_args(argv)
+    if args.tables and (args.texts or args.rows or args.seeds or args.list):
+        parser.error("--tables prints all that --results has: it takes no other flags")
     if args.texts is None:
         args.texts = ["captions", "ptb", "answers"] if args.model else list(TEXTS)
     args.texts = list(dict.fromkeys(args.texts))

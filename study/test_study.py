@@ -114,10 +114,13 @@ def test_mistakes_are_refused(capsys):
         (["--model", "t5-small", "--deep", ""], "--deep is ''"),
         (["--deep", "t5-base"], "--deep is t5-base; it needs --model"),
         (["--rows", "r5"], "r5"),
+        (["--tables", "--rows", "r8"], "--tables prints all that --results has"),
     ):
         with pytest.raises(SystemExit):
             settings(*flags)
         assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--rows r24: no text of --texts has such a row"):
+        study.main(["--rows", "r24", "--texts", "ptb"])
 
 
 # ---------------------------------------- runs
