@@ -18,6 +18,7 @@ TEXT_ORDER = ("grammar", "captions", "captions-all", "ptb", "ptb-256", "answers"
 SHOWN = ("lm", "lm-paper", "lm-deep", "optimus", "li2019", "paper-max", "paper-denoise")
 SHOWN += ("paper-klt", "paper-deep", "r4", "r8", "r16", "r24", "r32", "linear", "threshold0.25")
 SHOWN += ("threshold0.5", "paper-default", "lm-random", "r8-random", "r16-random")
+SUMMARY = ("r8", "r16", "linear", "li2019", "optimus", "paper-denoise", "paper-max")
 POSITIONS = ("r8", "r16", "paper-max", "paper-denoise", "mean")
 FROZEN_OR_RESET = ("paper-default", "unfrozen-reset")  # they differ in phase 1 alone
 SYSTEMS = {  # row: its name in the paper's tables
@@ -181,6 +182,23 @@ def label(runs, text, row):
     return f"{text}: {row}" + (f", {seeds} seeds" if seeds > 1 else "")
 
 
+def summary_table(runs, paired):
+    """What z costs in NLL, and what it carries of the KL that is paid: a row of the study per line,
+    a text per column."""
+    columns = {text: {} for text in runs}
+    for text, cells in columns.items():
+        for row in SUMMARY:
+            price = difference(runs, paired, text, row, "lm", "nll") if row in runs[text] else None
+            carried = number(runs, text, row, "kl_posterior")
+            if price and carried:
+                kl, _ = number(runs, text, row, "kl")
+                cells[row] = f"{price[0]:+.2f}, {carried[0]:.2f} of {kl:.2f}"
+    columns = {text: cells for text, cells in columns.items() if cells}
+    found = [row for row in SUMMARY if any(row in cells for cells in columns.values())]
+    lines = [[row, *(cells.get(row, "-") for cells in columns.values())] for row in found]
+    return table(["price, carried of paid", *columns], lines)
+
+
 def rows_table(runs, paired):
     """The systems: what z carries at KL weight 1, and what it costs.
 
@@ -335,7 +353,8 @@ def refit_table(results):
 def tables(results):
     """{name: table} in the order of RESULTS.md, those that have a row."""
     runs, paired = read(results)
-    found = {"systems": rows_table(runs, paired), "refit": refit_table(results)}
+    found = {"summary": summary_table(runs, paired), "systems": rows_table(runs, paired)}
+    found["refit"] = refit_table(results)
     found |= {"claims": claims_table(runs, paired), "frozen": frozen_table(runs, paired)}
     found["positions"] = positions_table(runs)
     return {name: table for name, table in found.items() if table}
