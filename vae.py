@@ -451,9 +451,10 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         # Off, unless it is given: transformers would draw from the 50 likeliest tokens alone.
         if kwargs.get("do_sample", config.do_sample) and config.top_k is None:
             kwargs.setdefault("top_k", 0)
-        if (
-            kwargs.get("use_cache", config.use_cache) is not False
-        ):  # T5's own cache has as many layers as the encoder
+        # T5's own cache has as many layers as the encoder. If caches are off, none may be given:
+        # it would still be read.
+        said = kwargs.get("use_cache"), config.use_cache, self.t5.generation_config.use_cache, True
+        if next(use_cache for use_cache in said if use_cache is not None):
             own, of_memory = transformers.DynamicCache(), transformers.DynamicCache()
             kwargs[CACHE] = transformers.EncoderDecoderCache(own, of_memory)
         return self.t5.generate(encoder_outputs=BaseModelOutput(self.memory(z)), **kwargs)

@@ -174,7 +174,7 @@ def parse_args(argv):
     flag, share = parser.add_argument, number(float, 0, 1)
     flag("--dataset", nargs="+", required=True, help="data sets, as in train.py")
     flag("--data-dir", default="data", help="where the folders of named data sets are (data)")
-    flag("--tokenizer", help="folder with a vocabulary; else one is made of the training texts")
+    flag("--tokenizer", help="T5 whose vocabulary to take; else one is made of the training texts")
     flag("--vocab-size", type=number(int, 1), help="largest vocabulary (4000)")
     flag("--d-model", type=number(int, 1), default=128, help="width (128)")
     heads = "attention heads (4), which divide the width"
@@ -208,9 +208,7 @@ def load_corpora(args):
         for name in args.dataset:
             of_split += filter(None, data.read_texts(name, split, args.data_dir))
     if args.tokenizer:
-        if not Path(args.tokenizer).is_dir():
-            said = "it must be a folder with a vocabulary"
-            raise data.InputError(f"--tokenizer is {args.tokenizer}; {said}")
+        vae.check_place(args.tokenizer)
         tokenizer = vae.load(transformers.AutoTokenizer, args.tokenizer)
     else:
         tokenizer = data.train_tokenizer(texts["train"], args.vocab_size)

@@ -649,13 +649,17 @@ def test_the_cache_may_be_off_wherever_that_is_said():
         nn.init.normal_(weight, std=0.5)
     z, off = torch.randn(9, 8), {"use_cache": False}
     greedy = model.generate(z, 20)
-    assert torch.equal(model.generate(z, 20, **off), greedy)
-    assert torch.equal(model.generate(z, 20, generation_config=GenerationConfig(**off)), greedy)
+    of_config = {"generation_config": GenerationConfig(**off)}
+    for flags in off, of_config, of_config | {"use_cache": True}:
+        assert torch.equal(model.generate(z, 20, **flags), greedy), flags
     own, of_memory = transformers.DynamicCache(), transformers.DynamicCache()
     cache = {vae.CACHE: transformers.EncoderDecoderCache(own, of_memory)}
     memory = vae.BaseModelOutput(model.memory(z))
     wrong = model.t5.generate(encoder_outputs=memory, max_new_tokens=20, **cache, **off)
     assert wrong.shape != greedy.shape or not torch.equal(wrong, greedy), "the control"
+    model.t5.generation_config.use_cache = False  # that of a checkpoint
+    for flags in {}, {"use_cache": True}:
+        assert torch.equal(model.generate(z, 20, **flags), greedy), flags
 
 
 def test_sampling_draws_from_the_whole_distribution(hub):
@@ -1486,6 +1490,7 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
 # ---------------------------------------------------------------------------------------- mistakes
 
 MISTAKES = [
+    ("train.py --phase 1", "--dataset is missing"),
     ("train.py --dataset no/folder --model no/such/t5 --phase 1", "no/such/t5: no such run or fol"),
     ("train.py --dataset no/such/folder --model tiny", "no train.txt in"),
     ("train.py --dataset grammar --phase 2", "runs/grammar/phase1: no such run; run phase 1 first"),

@@ -526,6 +526,8 @@ def test_the_quick_layer_norm_has_the_gradient_of_t5s():
 def test_training_with_quick_layers_saves_a_model_of_the_core(home, tmp_path):
     flags = ["--dataset", home, *TINY, *SHORT, "--epochs", 1, "--phase", 1, "--out", tmp_path]
     fast_cpu.main(flags)
+    command = read_json(tmp_path / "phase1", "config.json")["command"]
+    assert command.startswith("python -m extras.fast_cpu --dataset ")
     mu, _ = T5VAE.from_pretrained(tmp_path / "phase1").encode_texts(["a king"])
     assert mu.isfinite().all()
     for amp in "off", "bf16":  # a language model, whose W_proj has no elements

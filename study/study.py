@@ -497,7 +497,7 @@ def parse_args(argv):
     flag("--tables", action="store_true", help="print the tables of RESULTS.md, and run nothing")
     args = parser.parse_args(argv)
     if args.tables and (args.texts or args.rows or args.seeds or args.list):
-        parser.error("--tables prints all that --results has: it takes no other flags")
+        parser.error("--tables prints all: it takes no --texts, --rows, --seeds, --list")
     if args.texts is None:
         args.texts = ["captions", "ptb", "answers"] if args.model else list(TEXTS)
     args.texts = list(dict.fromkeys(args.texts))
@@ -527,9 +527,8 @@ def main(argv=None):
             return
         jobs = study_jobs(args)
         if not jobs:
-            raise data.InputError(
-                f"--rows {' '.join(args.rows)}: no text of --texts has such a row"
-            )
+            said = "no text of --texts has such a row, or it needs --deep"
+            raise data.InputError(f"--rows {' '.join(args.rows)}: {said}")
         print(time_left(jobs, args))
         if args.list:
             for job in commands_left(jobs):

@@ -114,7 +114,7 @@ def test_mistakes_are_refused(capsys):
         (["--model", "t5-small", "--deep", ""], "--deep is ''"),
         (["--deep", "t5-base"], "--deep is t5-base; it needs --model"),
         (["--rows", "r5"], "r5"),
-        (["--tables", "--rows", "r8"], "--tables prints all that --results has"),
+        (["--tables", "--rows", "r8"], "--tables prints all"),
     ):
         with pytest.raises(SystemExit):
             settings(*flags)
@@ -478,7 +478,7 @@ def missing(text):
 
 
 def test_tables_are_what_the_runs_measured():
-    assert {"systems", "claims", "frozen", "refit"} <= TABLES.keys()
+    assert {"summary", "systems", "refit", "claims", "frozen", "positions"} <= TABLES.keys()
     assert missing(TEXT) == []
 
 
@@ -526,7 +526,8 @@ def stale_pairs(runs, paired):
             names = [name.split("/") for name in pair.split(" - ")]
             a, b = (runs[text].get(row, {}).get(seed, {}) for row, seed in names)
             for key, (mean, _) in measures.items():
-                if key in a and key in b and abs(a[key] - b[key] - mean) > 5e-4:
+                tolerance = 5e-4 if text == "grammar" else 1e-4
+                if key in a and key in b and abs(a[key] - b[key] - mean) > tolerance:
                     found.append((text, pair, key))
             if not a or not b:
                 found.append((text, pair, "no row"))
