@@ -208,7 +208,7 @@ def rows_table(runs, paired):
     is ignored.
     """
     heads = ["text: row", "KL, of which z carries", "-ELBO at q, untempered", "NLL - LM's"]
-    heads += ["swap cost", "exact, %", "paper: KL, -ELBO"]
+    heads += ["swap cost", "exact, %", "paper: KL, ratio of -ELBO"]
     rows = []
     for text in runs:
         for row in [row for row in SHOWN if row in runs[text]]:
