@@ -707,11 +707,7 @@ def make_parser():
     about = "decoder fixed in phase 1 (paper: yes; best: no)"
     flag("--freeze-decoder", action=yes_or_no, help=about)
     flag("--reset-decoder", action="store_true", default=None, help="of phase 1 keep what encodes")
-    flag(
-        "--kl-target",
-        type=amount,
-        help="KL to end with, nats per text (0, or with the next two: none)",
-    )
+    flag("--kl-target", type=amount, help="final KL, nats per text (0, or with the next two: none)")
     flag("--kl-threshold", type=amount, help="lambda: the least that a dimension costs, nats")
     flag("--kl-schedule", choices=("linear", "cyclical", "constant"), help="of the KL weight")
     flag("--kl-anneal-epochs", type=amount, help="until the KL weight may be 1 (paper: 50)")

@@ -69,7 +69,8 @@ def judge(model, lm, corpus, count, like=None):
     count, longest = min(count, len(corpus)), int(corpus.lengths.max())
     rows = [corpus.row(i).tolist() for i in torch.randperm(len(corpus))[:count]]
     texts = {"test sentences": data.detokenize(rows, model.tokenizer)}
-    mu, _ = model.encode_texts(texts["test sentences"], max_length=max(256, longest))
+    most = max(256, longest)  # tokens that are read of a text
+    mu, _ = model.encode_texts(texts["test sentences"], max_length=most)
     latents = {"reconstructions": mu, "prior, greedy": torch.randn(count, model.latent_dim)}
     latents["prior, sampled"] = latents["prior, greedy"]
     pairs = max(1, count // 10)
@@ -77,7 +78,7 @@ def judge(model, lm, corpus, count, like=None):
     for step, z in enumerate(torch.stack(paths, 1)):  # (pairs, Z)
         latents[f"interpolation {step / (STEPS - 1):.2f}"] = z
     if like:
-        gaussian = fit_gaussian(*model.encode_texts(like, max_length=max(256, longest)))
+        gaussian = fit_gaussian(*model.encode_texts(like, max_length=most))
         latents["like, greedy"] = gaussian.sample((count,)).float()
         latents["like, sampled"] = latents["like, greedy"]
     for kind, z in latents.items():

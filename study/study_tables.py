@@ -189,7 +189,7 @@ def summary_table(runs, paired):
     columns = {text: {} for text in runs}
     for text, cells in columns.items():
         for row in SUMMARY:
-            price = difference(runs, paired, text, row, "lm", "nll") if row in runs[text] else None
+            price = difference(runs, paired, text, row, language_model(row), "nll")
             carried = number(runs, text, row, "kl_posterior")
             if price and carried:
                 kl, _ = number(runs, text, row, "kl")
@@ -211,7 +211,8 @@ def rows_table(runs, paired):
     heads += ["swap cost", "exact, %", "paper: KL, ratio of -ELBO"]
     rows = []
     for text in runs:
-        for row in [row for row in SHOWN if row in runs[text]]:
+        shown = [row for row in SHOWN if row in runs[text]]
+        for row in shown:
             name = label(runs, text, row)
             if row.startswith("lm"):
                 nll = cell(number(runs, text, row, "rec"))
