@@ -15,9 +15,10 @@ from extras import paper_tables
 
 TEXT_ORDER = ("grammar", "captions", "captions-all", "ptb", "ptb-256", "answers")
 # The rows of the systems' table, in its order. The others stand in that of the claims.
-SHOWN = ("lm", "lm-paper", "lm-deep", "optimus", "li2019", "paper-max", "paper-denoise")
-SHOWN += ("paper-klt", "paper-deep", "r4", "r8", "r16", "r24", "r32", "linear", "threshold0.25")
-SHOWN += ("threshold0.5", "paper-default", "lm-random", "r8-random", "r16-random")
+SHOWN = ("optimus", "li2019", "paper-max", "paper-denoise", "paper-klt", "paper-deep", "r4", "r8")
+SHOWN += ("r16", "r24", "r32", "linear", "threshold0.25", "threshold0.5", "paper-default")
+SHOWN += ("r8-random", "r16-random")
+LANGUAGE_MODELS = ("lm", "lm-paper", "lm-deep", "lm-random")
 SUMMARY = ("r8", "r16", "linear", "li2019", "optimus", "paper-max", "paper-denoise")
 SUMMARY += ("paper-klt",)
 POSITIONS = ("r8", "r16", "paper-max", "paper-denoise", "mean")
@@ -185,17 +186,25 @@ def label(runs, text, row):
 
 def summary_table(runs, paired):
     """What z costs in NLL, and what it carries of the KL that is paid: a row of the study per line,
-    a text per column."""
+    a text per column. First the language models: the NLL of `lm`, and by how much others exceed it.
+    """
     columns = {text: {} for text in runs}
     for text, cells in columns.items():
+        if "lm" in runs[text]:
+            cells["lm"] = f"NLL {cell(number(runs, text, 'lm', 'nll'))}"
+        for row in LANGUAGE_MODELS[1:]:
+            more = difference(runs, paired, text, row, "lm", "nll")
+            if more:
+                cells[row] = f"{more[0]:+.2f}"
         for row in SUMMARY:
-            price = difference(runs, paired, text, row, language_model(row), "nll")
+            price = difference(runs, paired, text, row, "lm", "nll")
             carried = number(runs, text, row, "kl_posterior")
             if price and carried:
                 kl, _ = number(runs, text, row, "kl")
                 cells[row] = f"{price[0]:+.2f}, {carried[0]:.2f} of {kl:.2f}"
     columns = {text: cells for text, cells in columns.items() if cells}
-    found = [row for row in SUMMARY if any(row in cells for cells in columns.values())]
+    rows = [*LANGUAGE_MODELS, *SUMMARY]
+    found = [row for row in rows if any(row in cells for cells in columns.values())]
     lines = [[row, *(cells.get(row, "-") for cells in columns.values())] for row in found]
     return table(["price, carried of paid", *columns], lines)
 
@@ -214,10 +223,6 @@ def rows_table(runs, paired):
         shown = [row for row in SHOWN if row in runs[text]]
         for row in shown:
             name = label(runs, text, row)
-            if row.startswith("lm"):
-                nll = cell(number(runs, text, row, "rec"))
-                rows.append([name, "-", "-", f"NLL {nll}", "-", "-", "-"])
-                continue
             keys = "kl", "kl_posterior", "neg_elbo", "neg_elbo_untempered"
             kl, carried, at_q, at_r = (cell(number(runs, text, row, key)) for key in keys)
             own = difference(runs, paired, text, row, language_model(row), "nll")
