@@ -325,7 +325,7 @@ def positions_table(runs):
     found = {row: seeds[min(seeds)].get("positions") for row, seeds in rows.items() if seeds}
     found = {row: places for row, places in found.items() if places}
     lines = []
-    for places in list(zip(*found.values(), strict=False))[::3]:  # three parts of a text
+    for places in list(zip(*found.values(), strict=False))[::3]:  # every third part of a text
         cells = [f"{place['rec_other'] - place['rec']:z.3f}" for place in places]
         lines.append([f"{places[0]['start'] + 1} to {places[0]['stop']}", *cells])
     return table(["tokens of a text", *found], lines)
