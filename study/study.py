@@ -50,16 +50,15 @@ ROOT = Path(__file__).resolve().parent.parent
 class Text:
     """A data set, and how much of it is used.
 
-    width: d_model of the T5s made for it. rows: those that run on it; empty: all but the special
-    ones. epochs: of phases 1 and 2 of `best`, and their sum for a language model; empty: those of
-    the row. lr: the learning rate of the rows of `best`; lm_lr: of the language model, whichever of
-    5e-3 and 2e-2 had the lower rec on validation texts, from the pretrained start.
+    rows: those that run on it; empty: all. epochs: of phases 1 and 2 of `best`, and their sum for a
+    language model; empty: those of the row. lr: the learning rate of the rows of `best`; lm_lr: of
+    the language model, whichever of 5e-3 and 2e-2 had the lower rec on validation texts, from the
+    pretrained start.
     """
 
     dataset: str
     limit: int | None = None  # of training texts; here about 0.3 million tokens per epoch
     iw_samples: int = 20
-    width: int = 128
     seeds: int = 2  # of the rows with more than one
     rows: tuple = ()
     epochs: tuple = ()
@@ -73,21 +72,15 @@ TEXTS = {
     "ptb": Text("ptb", 10_000, lm_lr="5e-3"),
     "answers": Text("answers", 3_500, positions=True),
     "grammar": Text("grammar", iw_samples=100, seeds=3),
-    "captions-all": Text("captions", seeds=1, rows=("lm", "r8", "r16", "r24"), epochs=(2, 3)),
-    "ptb-256": Text(
-        "ptb",
-        width=256,
-        lm_lr="5e-3",
-        rows=("lm", "r8", "r16", "lm-random", "r8-random", "r16-random"),
-    ),
+    "captions-all": Text("captions", seeds=1, rows=("lm", "r16"), epochs=(2, 3)),
 }
 
 MOST_SEEDS = max(text.seeds for text in TEXTS.values())
-OWN_STARTS = ("grammar", "captions-all", "ptb-256")  # texts that are not for --model
+OWN_STARTS = ("grammar", "captions-all")  # texts that are not for --model
 
 # What rows start from: flags of extras.pretrain. On `grammar` all start from random weights.
 PRETRAINING_TEXTS = ("general", "captions", "ptb", "answers")
-PRETRAINING = "--lm-share 0.5 --batch-size 64"
+PRETRAINING = "--lm-share 0.5 --batch-size 64 --d-model 128"
 STARTS = {
     "small": "--vocab-size 8000 --steps 4800",
     "deep": "--layers 4 --steps 4800",
@@ -122,7 +115,6 @@ class Row:
     flags: str
     start: str = "small"
     several: bool = False  # seeds
-    special: bool = False  # only for texts that name it
 
 
 # Li et al. 2019: an autoencoder, then its encoder with the T5's own decoder; 3 nats are free.
@@ -145,7 +137,6 @@ ROWS = [  # the systems of the paper's tables and two targets first, then the cl
     Row("lm-deep", None, f"{BEST_FLAGS} --no-latent --epochs 8", "deep"),
     Row("linear", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-schedule linear"),
     Row("r4", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 4"),
-    Row("r24", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 24", special=True),
     Row("paper-default", "paper-default", f"{PAPER_FLAGS} --denoise 0.15", several=True),
     Row("unfrozen-reset", "unfrozen", f"{PAPER_FLAGS} --denoise 0.15 --reset-decoder"),
     Row("threshold0.25", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-threshold 0.25"),
@@ -163,9 +154,6 @@ ROWS = [  # the systems of the paper's tables and two targets first, then the cl
     Row("all-layers", "all-layers", f"{PAPER_FLAGS} --denoise 0.15"),
     Row("lm-random", None, f"{BEST_FLAGS} --no-latent --epochs 8", "random"),
     Row("r8-random", "autoencoder-random", f"{BEST_FLAGS} --epochs 5 --kl-target 8"),
-    Row(
-        "r16-random", "autoencoder-random", f"{BEST_FLAGS} --epochs 5 --kl-target 16", special=True
-    ),
     Row("z64", "z64", f"{PAPER_FLAGS} --denoise 0.15"),
     Row("z128", "z128", f"{PAPER_FLAGS} --denoise 0.15"),
 ]
@@ -212,16 +200,14 @@ def start_job(start, text, args):
         out = Path(args.runs, "t5-grammar-deep")
         flags = ["--dataset", "grammar", "--layers", "4", "--steps", "0", "--out", str(out)]
         return str(out / "model"), Job(out, ["-m", "extras.pretrain", *flags, "--resume"])
-    out, small = (Path(args.runs, f"t5-{name}-{text.width}") for name in (start, "small"))
+    out, small = (Path(args.runs, f"t5-{name}-128") for name in (start, "small"))
     datasets = [dataset_path(name, args) for name in PRETRAINING_TEXTS]
     flags = ["--dataset", *datasets, *shlex.split(f"{PRETRAINING} {STARTS[start]}")]
-    if text.width != 128 and "--layers" not in flags:
-        flags += ["--layers", "4"]
     needs = None
     if start != "small":  # one vocabulary for all
         flags += ["--tokenizer", str(small / "model")]
         _, needs = start_job("small", text, args)
-    flags += ["--d-model", str(text.width), "--data-dir", args.data_dir, "--out", str(out)]
+    flags += ["--data-dir", args.data_dir, "--out", str(out)]
     return str(out / "model"), Job(out, ["-m", "extras.pretrain", *flags, "--resume"], needs)
 
 
@@ -284,8 +270,6 @@ def runs_on(row, text, args):
     start = WARM_UPS[row.warm_up][0] if row.warm_up else row.start
     if text.rows:
         return row.name in text.rows
-    if row.special:
-        return False
     if text.dataset == "grammar" and start == "random":
         return False  # all its rows start from random weights
     if not args.model or start == "small":
