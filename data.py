@@ -6,8 +6,8 @@ A data set is three files with one text per line, one file that is split by a ha
 The noise of a text is drawn from a generator of its own, of (seed, epoch, use, text); the order of
 the texts from one of (seed, epoch). So a text gets the same noise in an epoch whatever its batch
 and process, evaluation never shifts the noise of training, and there is no random state to save. If
-two uses shared a stream, deletion and z would be correlated; if noise depended on the batch, a
-resumed run would differ from one that was not interrupted.
+two uses shared a stream, deletion and z would be correlated; if noise depended on the batch, it
+would change with the number of processes.
 """
 
 import argparse
@@ -418,7 +418,8 @@ def stratified_noise(latent_dim, seed, epoch, index, use, draws):
     """(draws, B, Z), float64, N(0, 1), the draws of a text spread evenly (McKay et al. 1979).
 
     In each dimension there is one draw from each of `draws` equally likely parts of N(0, 1). Each
-    draw for itself is one of N(0, I), so means over them are unbiased, and their errors smaller.
+    draw for itself is one of N(0, I), so means over them are unbiased; being spread, they usually
+    have smaller errors.
     """
     noise = []
     for i in index:
@@ -611,9 +612,9 @@ def download(name, split, path):
 
 
 # `grammar`, whose entropy is known: factors are drawn independently, values equally likely, those
-# in OPTIONAL absent half of the time, and each sentence has one derivation. No valid bound on
-# -log p(x) can be below the entropy. Two ties span the sentence: the verb's tense with the time,
-# and his/her/their with who it was.
+# in OPTIONAL absent half of the time, and each sentence has one derivation. In expectation no valid
+# bound on -log p(x) is below the entropy; its mean over 2,000 sentences scatters by 0.05. Two ties
+# span the sentence: the verb's tense with the time, and his/her/their with who it was.
 MEN = ("king", "prince", "monk", "uncle", "waiter", "wizard", "grandfather", "knight")
 WOMEN = ("queen", "princess", "nun", "aunt", "waitress", "witch", "grandmother", "actress")
 TENSES = {  # tense: the times that go with it

@@ -8,7 +8,7 @@ sentences. No number depends on the batch size.
 Two posteriors are measured. q(z|x) is the encoder's, as trained: at a KL weight below 1 it is more
 certain than p(z|x) and pays more KL than z carries. r(z|x) is q untempered, brought to weight 1
 (`untemper`): what the generative model itself says about x. Both give upper bounds of -log p(x);
-r gives the tight ones.
+r usually gives the tighter ones.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from vae import T5VAE, check_no_parent, evaluating, kl_divergence
 
 REC_SAMPLES = 4  # of q, for rec beside an NLL
 IW_SAMPLES = {1: 0, 2: 20}  # default K, by phase: phase 1 trains no density to be measured
-# The weights that `find_weight` tries.
+# The weights that `find_weight` tries. After a KL weight above 1 (`KLController`) q is too
+# wide, and none of them makes it narrower: the bounds are less tight.
 GRID = (1.0, 0.8, 0.64, 0.5, 0.35, 0.25, 0.15, 0.1, 0.06, 0.04, 0.02, 0.01, 0.005, 0.0)
 MOST = 16_384  # tokens of a batch, padding included, if it has more than one text
 HALF = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: of matrix products
@@ -111,8 +112,9 @@ def importance_weighted(model, batch, mu, logvar, samples, seed=0):
     With the weights p(x|z_k) p(z_k) / r(z_k), functions of (seed, text): {name: (B,)},
 
         nll_iw         -log of their mean (Burda et al. 2016, eq. 8): in expectation above
-                       -log p(x), nats; it falls towards it with K
-        nll_iw_half    the same of the first half of the samples: how far from settled?
+                       -log p(x), nats; it tends to it with K
+        nll_iw_half    the same of the first half of the samples: how far from settled, at most?
+                       (Only all samples together are spread evenly.)
         rec_posterior  the mean of rec_k weighted by them: in the limit its mean under p(z|x)
         iw_ess         how many samples the weights amount to: 1 / the sum of their squared shares
         rec_untempered, kl_untempered    rec and KL of r itself
@@ -421,7 +423,7 @@ def format_table(runs):
     end = "Nats per sentence; ±: standard error over sentences, ±?: none."
     if any(measured["word"] == "character" for measured in runs.values()):
         end += " A word of ppl_word is a character."
-    return "\n".join([*lines, f"{end} All measures are in metrics.json."])
+    return "\n".join([*lines, end])
 
 
 def verdict(measured, target=0.0, lm_nll=None):
@@ -453,7 +455,7 @@ def verdict_on_z(measured):
     if cost <= 2 * error:
         return f"z is ignored: {swap}; its KL of {kl:.2f} nats buys nothing"
     used = "used" if cost > 0.1 * kl else "hardly used"
-    carried = f"of which z carries {measured['kl_posterior']:.2f} in the model"
+    carried = f"in the model z carries {measured['kl_posterior']:.2f}"
     return f"z is {used}: {swap}; its KL is {kl:.2f} nats, {carried}"
 
 
@@ -593,7 +595,10 @@ def main(argv=None):
                 said.append(f"{run}: {its_verdict}")
         finally:  # what one run has told is printed, whatever happens to the next
             if results:
-                print(format_table(results), *said, sep="\n", flush=True)
+                table = format_table(results)
+                if args.write:
+                    table += " All measures are in metrics.json."
+                print(table, *said, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,8 @@ def test_pooling_by_hand():
     assert pool(hidden, mask, "max").tolist() == [[3.0, -5.0]]
     assert pool(hidden, mask, "mean").tolist() == [[2.0, -6.0]]
     assert pool(hidden, mask, "last").tolist() == [[3.0, -7.0]]
+    with pytest.raises(data.InputError, match="pooling is 'sum'"):
+        pool(hidden, mask, "sum")
 
 
 def test_reparameterize():
@@ -1268,6 +1270,7 @@ def test_what_sets_a_target_and_what_switches_it_off():
     (two,) = settings("--dataset grammar --kl-target 6 --phase 2")
     assert (two.kl_target, two.kl_threshold, two.kl_anneal_epochs) == (6, 0, pytest.approx(0.9))
     assert settings("--dataset grammar --kl-schedule cyclical")[1].kl_anneal_epochs == 3
+    assert settings("--dataset grammar --kl-schedule cyclical --kl-rise 1")[1].kl_rise == 1
 
 
 REFUSED = """--no-latent --kl-target 8, --no-latent --denoise 0.4, --no-latent --pool mean,

@@ -35,8 +35,7 @@ import vae
 from data import InputError, say
 from vae import POOL_LAYERS, POOLINGS, T5VAE, kl_divergence
 
-# Per phase, what the flags are that are not given and have no default of their own. Paper:
-# appendix B and section 5.2.
+# Defaults of flags that depend on the recipe and the phase. Paper: appendix B and section 5.2.
 PAPER = {"optimizer": "adamw", "lr_schedule": "constant", "denoise": 0.15, "freeze_decoder": True}
 PAPER |= {"kl_target": 0.0, "kl_threshold": 0.5}
 BEST = {"optimizer": "adamw-rms", "lr_schedule": "linear", "denoise": 0.0, "freeze_decoder": False}
@@ -89,10 +88,10 @@ class KLController:
         integral = clip(integral + clip(2 error, -1, 1) / anneal_steps, 0, 2)
         weight   = max(0, integral - 0.2 (1 - error))
 
-    The integral remembers: it is the weight that has turned out to be needed. Far above R it rises
-    by 1 / anneal_steps per step, as linear annealing does; from 1.5 R down it slows (hence the 2),
-    and at R it rests. KL follows the weight hundreds of steps late, so the weight brakes early: the
-    nearer KL is to R, the further it stays below the integral, by 0.2 at R.
+    The integral remembers what weight has turned out to be needed. Far above R it rises by
+    1 / anneal_steps per step, as linear annealing does; from 1.5 R down it slows (hence the 2), and
+    at R it rests. KL follows the weight hundreds of steps late, so the weight brakes early: the
+    lower KL is, the further it stays below the integral, by 0 from 2 R up, by 0.2 at R.
     """
 
     def __init__(self, target, anneal_steps):
@@ -650,7 +649,7 @@ def run_phase(args, corpora=None):
         verdict = metrics.verdict(measured, args.kl_target, lm_nll)
         metrics.write_measures(run.folder, measured, columns, verdict)
         (run.folder / "checkpoint.pt").unlink(missing_ok=True)
-        say(f"{run.folder}:", table, verdict, *samples)
+        say(f"{run.folder}, all measures in metrics.json:", table, verdict, *samples)
     barrier()  # the next phase reads what the first process wrote
     return corpora
 
@@ -695,7 +694,7 @@ def make_parser():
     flag("--dropout", type=share, help="dropout rate (that of the T5; best: 0, then 0.1)")
     flag("--pool", dest="pooling", choices=POOLINGS, help="how a text's states are pooled (max)")
     flag("--pool-layers", choices=POOL_LAYERS, help="the encoder's output, or all layers (last)")
-    flag("--recipe", choices=RECIPES, default="paper", help="defaults that depend on the phase")
+    flag("--recipe", choices=RECIPES, help="defaults that depend on the phase (paper)")
     flag("--phase", type=int, choices=(1, 2), help="which phase to run (both, in order)")
     flag("--epochs", type=data.number(int, 0), help="epochs (paper: 5 and 3; best: 4 and 10)")
     flag("--batch-size", type=count, default=32, help="texts per step, of all processes (32)")
@@ -706,14 +705,15 @@ def make_parser():
     flag("--init", help="run or model to start from (phase 2: the run of phase 1)")
     about = "decoder fixed in phase 1 (paper: yes; best: no)"
     flag("--freeze-decoder", action=yes_or_no, help=about)
-    flag("--reset-decoder", action="store_true", default=None, help="of phase 1 keep what encodes")
-    flag("--kl-target", type=amount, help="final KL, nats per text (0, or with the next two: none)")
+    about = "keep only the encoder of phase 1"
+    flag("--reset-decoder", action="store_true", default=None, help=about)
+    flag("--kl-target", type=amount, help="KL at the end, nats per text (best: 8; 0: not held)")
     flag("--kl-threshold", type=amount, help="lambda: the least that a dimension costs, nats")
     flag("--kl-schedule", choices=("linear", "cyclical", "constant"), help="of the KL weight")
     flag("--kl-anneal-epochs", type=amount, help="until the KL weight may be 1 (paper: 50)")
     flag("--kl-cycles", type=count, help="cycles of the cyclical schedule (4)")
     flag("--kl-zero", type=share, help="share of a cycle in which the KL weight is 0 (0)")
-    flag("--kl-rise", type=share, help="share of a cycle in which it rises to 1 (0.5)")
+    flag("--kl-rise", type=amount, help="share of a cycle in which it rises to 1 (0.5)")
     flag("--amp", choices=metrics.HALF, help="precision (GPU: bf16, else fp16; CPU: off, float32)")
     flag("--out", help="parent of phase1/, phase2/ and lm/ (runs/<dataset>)")
     flag("--resume", action="store_true", help="resume from the last checkpoint, if there is one")
@@ -790,6 +790,7 @@ def parse(argv):
         args.dataset, args.model, args.recipe = "grammar", "tiny", "demo"
         if os.environ.get("RANK", "0") == "0":
             say("The demonstration: --dataset grammar --model tiny --recipe demo")
+    args.recipe = args.recipe or "paper"
     check_args(parser, args)
     check_effects(parser, args)
     args.command = shlex.join(["python", "train.py", *argv])

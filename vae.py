@@ -80,8 +80,10 @@ def pool(hidden, attention_mask, pooling="max"):
     """One vector per sentence from the states of its real tokens (section 2.2.5).
 
     hidden: (B, T, D); attention_mask: (B, T), 1 on real tokens, at least one per row; pooling:
-    "max", "mean", or "last", the last token's state. Returns: (B, D).
+    "max", "mean", or "last", the last token's state. Returns: (B, D). Raises InputError for others.
     """
+    if pooling not in POOLINGS:
+        raise InputError(f"pooling is {pooling!r}; it must be one of {POOLINGS}")
     real = attention_mask.bool()[:, :, None]  # (B, T, 1)
     if pooling == "max":
         return hidden.masked_fill(~real, -torch.inf).amax(1)
@@ -123,7 +125,7 @@ def in_float16(tensor):
 class Float32Output(nn.Linear):
     """`wo` of a feed-forward layer, with its weight, in float32 where autocast has float16.
 
-    All pretrained T5s but t5-small exceed the largest float16, 65,504, in this place.
+    T5s larger than t5-small are reported to exceed the largest float16, 65,504, in this place.
     """
 
     def __init__(self, wo):
@@ -150,8 +152,9 @@ class Float32Activation(nn.Module):
 
 
 class Float32Linear(nn.Linear):
-    """W_mu or W_logvar, in float32 whatever the dtype of its weight: what is exponentiated needs
-    all bits. `quantize_dynamic`, which replaces each `nn.Linear`, leaves other types alone.
+    """W_mu or W_logvar, in float32 whatever the dtype of its weight (and outside autocast): what is
+    exponentiated needs all bits. `quantize_dynamic`, which replaces each `nn.Linear`, leaves other
+    types alone.
     """
 
     def forward(self, x):

@@ -1491,6 +1491,7 @@ def test_the_backend_reduces_on_the_gpu_and_on_the_cpu(monkeypatch):
 
 MISTAKES = [
     ("train.py --phase 1", "--dataset is missing"),
+    ("train.py --recipe paper", "--dataset is missing"),
     ("train.py --dataset no/folder --model no/such/t5 --phase 1", "no/such/t5: no such run or fol"),
     ("train.py --dataset no/such/folder --model tiny", "no train.txt in"),
     ("train.py --dataset grammar --phase 2", "runs/grammar/phase1: no such run; run phase 1 first"),

@@ -216,7 +216,7 @@ def rows_table(runs, paired):
     numbers, corrected, on the most similar text; its -ELBO is in units of its "Max pool", where z
     is ignored.
     """
-    heads = ["text: row", "KL, of which z carries", "-ELBO at q, untempered", "NLL - LM's"]
+    heads = ["text: row", "KL, carried by z", "-ELBO at q, untempered", "NLL - LM's"]
     heads += ["swap cost", "exact, %", "paper: KL, ratio of -ELBO"]
     rows = []
     for text in runs:
