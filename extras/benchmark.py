@@ -226,7 +226,8 @@ def benchmark(model, corpora, args, repeats):
     print(f"evaluation {rate:,.0f} tokens/s (one pass of the encoder and of the decoder)")
     length = round(corpus.lengths.mean())
     z = torch.randn(64, model.latent_dim, device=args.device)
-    seconds = clock(lambda: model.eval().generate(z, length, min_new_tokens=length).cpu())
+    with metrics.autocast(args.device, args.amp):
+        seconds = clock(lambda: model.eval().generate(z, length, min_new_tokens=length).cpu())
     print(f"generation {64 * length / seconds:,.0f} tokens/s (64 texts of {length}, greedy)")
     if args.device == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")

@@ -195,7 +195,8 @@ def quicken(module):
             part.act = part.act.activation
         if isinstance(getattr(part, "act", None), nn.ReLU):  # a feed-forward layer
             part.act, part.dropout = DropoutOfReLU(part.dropout.p), nn.Identity()
-    module.token_nats = token_nats  # of a T5VAE
+    if isinstance(module, vae.T5VAE):
+        module.token_nats = token_nats
     return module
 
 

@@ -73,14 +73,16 @@ def align(rows):
 def interpolate(a, b, steps, spherical=False):
     """`steps` latents from a to b (Z,), both included, evenly spaced: (steps, Z).
 
-    On a straight line, or `spherical`, at an even pace of the angle between a and b, in which the
-    norm does not shrink on the way (White 2016).
+    On a straight line, or `spherical`: the direction turns, and the norm changes, at an even pace
+    (White 2016), so z does not come nearer to the origin on the way.
     """
     t = torch.linspace(0, 1, steps)[:, None]
     angle = torch.arccos(F.cosine_similarity(a, b, 0).clamp(-1, 1))
     if not spherical or angle.sin() < 1e-4:  # no arc between parallel latents
         return torch.lerp(a, b, t)
-    return (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+    norm = torch.lerp(a.norm(), b.norm(), t)
+    a, b = F.normalize(a, dim=0), F.normalize(b, dim=0)
+    return norm * (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
 
 
 def fit_gaussian(mu, logvar):

@@ -35,6 +35,7 @@ from data import number, say
 from extras.fast_cpu import quicken
 from metrics import MOST
 
+MAX_LENGTH = 256  # tokens of a text, as in train.py
 EPOCHS = 10  # passes over the texts, without --steps
 SPANS, LM = 11, 12  # what its random numbers are for, beside the uses in data.py
 
@@ -155,7 +156,6 @@ def pretrain(t5, corpora, make_batch, args, run):
 
 def train_step(t5, optimizer, batch, step, args):
     """One step of the optimizer. Returns its loss, the norm of its gradient, nats per target."""
-    train.seed_dropout(args.seed, step, 0, 0, args.device)
     nats, targets = target_nats(t5, batch.to(args.device))
     nats.mean().backward()
     norm = nn.utils.clip_grad_norm_(t5.parameters(), train.MAX_GRADIENT_NORM).item()
@@ -213,8 +213,9 @@ def load_corpora(args):
     else:
         tokenizer = data.train_tokenizer(texts["train"], args.vocab_size)
     for split, of_split in texts.items():
-        corpora[split] = data.make_corpus(of_split, tokenizer)
-        say(f"{split}: {len(of_split):,} texts, {corpora[split].ids.size:,} tokens")
+        corpora[split] = c = data.make_corpus(of_split, tokenizer, MAX_LENGTH)
+        lost = f"{c.truncated:,} cut at {MAX_LENGTH}, {c.unknown:,} with unknown characters"
+        say(f"{split}: {len(c):,} texts, {c.ids.size:,} tokens; {lost}")
     return corpora, tokenizer
 
 

@@ -119,6 +119,9 @@ def test_interpolations_end_in_the_reconstructions():
     for path in straight, arc:
         torch.testing.assert_close(path[[0, 2]], torch.stack([a, b]))
     torch.testing.assert_close(latent.interpolate(a, 2 * a, 3, spherical=True)[1], 1.5 * a)
+    uneven = latent.interpolate(a, 4 * b, 3, spherical=True)
+    torch.testing.assert_close(uneven[1], 2.5 * arc[1])  # half of the angle, the mean of the norms
+    torch.testing.assert_close(uneven[[0, 2]], torch.stack([a, 4 * b]))
 
 
 def test_arithmetic_neighbors_and_encoding(ask, run, tmp_path):
@@ -393,6 +396,18 @@ def test_span_corruption_loses_nothing():
     assert lost / total == pytest.approx(0.15, abs=0.03)
 
 
+def test_pretraining_says_which_texts_it_does_not_see_whole(home, tmp_path, capsys):
+    texts = tmp_path / "texts"
+    shutil.copytree(home, texts)
+    with open(texts / "valid.txt", "a") as file:
+        file.write("the king " * 300 + "\n" + "\u4e2d\n")
+    flags = ["--dataset", str(texts), "--vocab-size", "60", "--steps", "0", "--d-model", "16"]
+    pretrain.main([*flags, "--out", str(tmp_path / "t5")])
+    said = capsys.readouterr().out
+    assert re.search(r"train: .* 0 cut at 256, 0 with unknown characters", said)
+    assert re.search(r"valid: 9 texts, .* 1 cut at 256, 1 with unknown characters", said)
+
+
 def test_a_share_of_the_batches_is_language_modelling(home, run):
     """In these the encoder reads </s> alone, and the decoder writes the whole texts."""
     model = T5VAE.from_pretrained(run)
@@ -423,9 +438,9 @@ def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_
     assert log[-1]["step"] == 12
     assert log[-1]["nats_per_target"] < log[0]["nats_per_target"]
     assert log[0]["query_growth"] == pytest.approx(1, abs=0.2)
-    code = "import sys, os, train; from extras import pretrain\nseed, n = train.seed_dropout, 0\n"
-    code += "def cut(*a):\n    global n; n += 1\n    return os._exit(9) if n == 8 else seed(*a)\n"
-    code += "train.seed_dropout = cut; pretrain.main(sys.argv[1:])"
+    code = "import sys, os; from extras import pretrain\nstep, n = pretrain.train_step, 0\n"
+    code += "def cut(*a):\n    global n; n += 1\n    return os._exit(9) if n == 8 else step(*a)\n"
+    code += "pretrain.train_step = cut; pretrain.main(sys.argv[1:])"
     command = [sys.executable, "-c", code, *flags, str(tmp_path / "cut"), "--save-every", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # other threads round sums otherwise
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)

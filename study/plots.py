@@ -125,7 +125,7 @@ def set_scales(axes, points):
     axes.set_yscale("symlog", linthresh=0.1, linscale=0.3)
     low = min(point.gap - point.error for point in points)
     high = max(point.gap + point.error for point in points)
-    axes.set_ylim(min(-0.15, 1.5 * low), max(1, 2 * high))
+    axes.set_ylim(min(-0.15, 1.5 * low), max(1, 3 * high))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
 
@@ -142,14 +142,16 @@ def legend_handles(points):
 
 
 def name_points(axes, points):
-    """Write the row beside its first point, where the name covers neither a point nor another name.
-    One for which there is no room is left out."""
+    """Write the row beside its first point, where the name covers neither a point, its error, nor
+    another name, and is nearer to no other point. One for which there is no room is left out."""
     axes.figure.draw_without_rendering()  # only now it is known what lies where
     reach = 4 * axes.figure.dpi / 72
-    taken = [
-        Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
-        for x, y in axes.transData.transform([(point.carried, point.gap) for point in points])
-    ]
+    at = axes.transData.transform([(point.carried, point.gap) for point in points])
+    taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in at]
+    for point in points:
+        ends = [(point.carried, point.gap + side * point.error) for side in (-1, 1)]
+        (x, low), (_, high) = axes.transData.transform(ends)
+        taken.append(Bbox.from_extents(x - reach / 2, low, x + reach / 2, high))
     inside = axes.bbox.padded(-reach)
     sides = ((0, 1), (0, -1), (-1, 0), (1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
     places = [(away * dx, away * dy) for away in (6, 10, 15, 21) for dx, dy in sides]
@@ -163,7 +165,10 @@ def name_points(axes, points):
             place = {"xy": (point.carried, point.gap), "xytext": (dx, dy)}
             text = axes.annotate(name, **place, textcoords="offset points", **style)
             box = text.get_window_extent()
-            if inside.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
+            distances = [math.dist(box.get_points().mean(0), place) for place in at]
+            nearest = points[distances.index(min(distances))]
+            free = inside.count_contains(box.corners()) == 4 and not box.count_overlaps(taken)
+            if free and nearest.row == row:
                 taken.append(box.padded(reach / 2))
                 break
             text.remove()

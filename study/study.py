@@ -510,9 +510,10 @@ def main(argv=None):
             print("\n\n".join(study_tables.tables(args.results).values()))
             return
         jobs = study_jobs(args)
-        if not jobs:
+        found = {job.result.parent.name for job in jobs}
+        if missing := [row for row in args.rows or () if row not in found]:
             said = "no text of --texts has such a row, or it needs --deep"
-            raise data.InputError(f"--rows {' '.join(args.rows)}: {said}")
+            raise data.InputError(f"--rows {' '.join(missing)}: {said}")
         print(time_left(jobs, args))
         if args.list:
             for job in commands_left(jobs):

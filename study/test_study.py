@@ -119,7 +119,7 @@ def test_mistakes_are_refused(capsys):
             settings(*flags)
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit, match="--rows r8: no text of --texts has such a row"):
-        study.main(["--rows", "r8", "--texts", "captions-all"])
+        study.main(["--rows", "lm", "r8", "--texts", "captions-all"])
 
 
 # ---------------------------------------- runs
@@ -270,29 +270,37 @@ def test_tables_say_what_the_results_hold(tmp_path):
         write_row(tmp_path, "ptb", "lm", seed, rec=100.0, nll=100.0, latent_dim=0)
     at_1 = {"kl_posterior": 6.0, "kl_posterior_se": 0.02, "neg_elbo_untempered": 102.0}
     write_row(tmp_path, "ptb", "r4", kl=9.0, **at_1)
-    write_row(tmp_path, "ptb", "paper-max", kl=50.0, neg_elbo=130.0, nll=109.0, **at_1)
+    measures = {"kl": 50.0, "neg_elbo": 130.0, "nll": 109.0, "iw_ess": 3.52, **at_1}
+    write_row(tmp_path, "ptb", "paper-max", **measures)
+    write_row(tmp_path, "ptb", "lm-paper", nll=107.0, latent_dim=0)
     write_row(tmp_path, "ptb", "lm-deep", rec=90.0, nll=90.0, latent_dim=0)
     write_row(tmp_path, "ptb", "paper-deep", kl=50.0, nll=91.0, **at_1)
     for seed, nll in enumerate((101.0, 103.0)):
         measures = {"kl": 8.0 + seed / 50, "kl_se": 0.04, **at_1}
         write_row(tmp_path, "ptb", "r8", seed, nll=nll, nll_se=0.5, **measures)
     pairs = {f"r8/{seed} - lm/{seed}": {"nll": [1.0 + 2 * seed, 0.1]} for seed in range(2)}
+    pairs["paper-max/0 - lm-paper/0"] = {"nll": [2.0, 0.25]}
     data.write_json(tmp_path / "ptb" / "paired.json", pairs)
     lines = study_tables.tables(tmp_path)["systems"].splitlines()
     cells = [line.split(" | ") for line in lines[2:]]
     names = ["paper-max", "paper-deep", "r4", "r8, 2 seeds"]
     assert [line[0].removeprefix("| ptb: ") for line in cells] == names
     of = dict(zip(names, cells, strict=True))
-    assert of["paper-max"][1:4] == ["50.00, 6.00±0.02", "130.00, 102.00", "+9.00"]
+    of_z = "+9.00, +2.00±0.25"  # beside lm and lm-paper
+    assert of["paper-max"][1:5] == ["50.00, 6.00±0.02", "3.5", "130.00, 102.00", of_z]
     assert of["paper-max"][-1] == "0.09, 1.00 |", "the paper's, in units of its Max pool"
-    assert of["paper-deep"][3] == "+1.00", "beside the language model of as many layers"
+    assert of["paper-deep"][4] == "+1.00", "beside the language model of as many layers"
     # Several seeds: the mean, and the standard deviation over them, if it is the larger error.
     assert of["r8, 2 seeds"][1] == "8.01±0.04, 6.00±0.02"
-    assert of["r8, 2 seeds"][3] == "+2.00±1.41"
+    assert of["r8, 2 seeds"][4] == "+2.00±1.41"
     first = study_tables.tables(tmp_path)["summary"].splitlines()
     assert first[0] == "| price, carried of paid | ptb |"
-    assert first[2:4] == ["| lm | NLL 100.00±0.00 |", "| lm-deep | -10.00 |"]
-    assert first[4:] == ["| r8 | +2.00, 6.00 of 8.01 |", "| paper-max | +9.00, 6.00 of 50.00 |"]
+    assert first[2:5] == [
+        "| lm | NLL 100.00±0.00 |",
+        "| lm-paper | +7.00 |",
+        "| lm-deep | -10.00 |",
+    ]
+    assert first[5:] == ["| r8 | +2.00, 6.00 of 8.01 |", "| paper-max | +9.00, 6.00 of 50.00 |"]
 
 
 def test_frozen_or_reset(tmp_path):
@@ -334,12 +342,14 @@ def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
 @pytest.mark.parametrize(("apart", "said"), [(1.9, "yes"), (2.1, "unclear")])
 @pytest.mark.parametrize("row", ["mean", "paper-default"])
 def test_a_verdict_needs_more_than_the_difference_of_two_seeds(tmp_path, row, apart, said):
-    """Of one of the rows, else of `paper-default`: the errors over sentences do not have it."""
+    """Of one of the rows, else of grammar's `paper-default`: the errors over sentences lack it."""
     write_row(tmp_path, "ptb", "mean", swap_cost=3.0)
     write_row(tmp_path, "ptb", "last", swap_cost=5.0)
+    text = "ptb"
     if row != "mean":
-        write_row(tmp_path, "ptb", row, swap_cost=3.0)
-    write_row(tmp_path, "ptb", row, 1, swap_cost=3.0 - apart)
+        text = "grammar"
+        write_row(tmp_path, text, row, swap_cost=3.0)
+    write_row(tmp_path, text, row, 1, swap_cost=3.0 - apart)
     pairs = {"last/0 - mean/0": {"swap_cost": [2.0, 0.1]}}
     data.write_json(tmp_path / "ptb" / "paired.json", pairs)
     assert verdict(tmp_path, "ptb", "swap_cost", "last", ">", "mean") == f"{said}: 5.00, 3.00"
