@@ -113,8 +113,8 @@ def importance_weighted(model, batch, mu, logvar, samples, seed=0):
 
         nll_iw         -log of their mean (Burda et al. 2016, eq. 8): in expectation above
                        -log p(x), nats; it tends to it with K
-        nll_iw_half    the same of the first half of the samples: how far from settled, at most?
-                       (Only all samples together are spread evenly.)
+        nll_iw_half    the same of the first half of the samples: how far from settled?
+                       (Only all samples together are spread evenly: K / 2 would do better.)
         rec_posterior  the mean of rec_k weighted by them: in the limit its mean under p(z|x)
         iw_ess         how many samples the weights amount to: 1 / the sum of their squared shares
         rec_untempered, kl_untempered    rec and KL of r itself
