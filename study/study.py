@@ -133,6 +133,7 @@ ROWS = [  # the systems of the paper's tables and two targets first, then the cl
     Row("optimus", None, f"{PAPER_FLAGS} {OPTIMUS}"),
     Row("r16", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-target 16"),
     Row("lm-paper", None, f"{PAPER_FLAGS} --no-latent"),  # the paper's phase 2 without z
+    Row("lm-li2019", None, f"{PAPER_FLAGS} --no-latent --epochs 10"),  # that of Li et al.
     Row("paper-deep", "deletion0.4-deep", f"{PAPER_FLAGS} --denoise 0.4 --kl-threshold 3"),
     Row("lm-deep", None, f"{BEST_FLAGS} --no-latent --epochs 8", "deep"),
     Row("linear", "autoencoder", f"{BEST_FLAGS} --epochs 5 --kl-schedule linear"),
