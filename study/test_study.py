@@ -527,7 +527,7 @@ def stale_pairs(runs, paired):
     """The paired differences that are not those of the two rows' measures.
 
     On `grammar`, some rows were run on another CPU than the stored `lm`, and paired with one that
-    was run there, whose NLL is 0.0004 nats higher.
+    was run there, whose NLL is 0.0004 nats lower.
     """
     found = []
     for text, pairs in paired.items():
