@@ -221,7 +221,7 @@ def rows_table(runs, paired):
     text; its -ELBO is in units of its "Max pool", where z is ignored.
     """
     heads = ["text: row", "KL, carried by z", "ESS", "-ELBO at q, untempered"]
-    heads += ["NLL - LM's, less one trained alike", "swap cost", "exact, %"]
+    heads += ["NLL - LM's, - its own LM's", "swap cost", "exact, %"]
     heads += ["paper: KL, ratio of -ELBO"]
     rows = []
     for text in runs:
