@@ -147,11 +147,9 @@ def name_points(axes, points):
     axes.figure.draw_without_rendering()  # only now it is known what lies where
     reach = 4 * axes.figure.dpi / 72
     at = axes.transData.transform([(point.carried, point.gap) for point in points])
-    taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in at]
-    for point in points:
-        ends = [(point.carried, point.gap + side * point.error) for side in (-1, 1)]
-        (x, low), (_, high) = axes.transData.transform(ends)
-        taken.append(Bbox.from_extents(x - reach / 2, low, x + reach / 2, high))
+    ends = [[(p.carried, p.gap + side * p.error) for p in points] for side in (-1, 1)]
+    low, high = map(axes.transData.transform, ends)
+    taken = [Bbox([a, b]).padded(reach) for a, b in zip(low, high, strict=True)]
     inside = axes.bbox.padded(-reach)
     sides = ((0, 1), (0, -1), (-1, 0), (1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
     places = [(away * dx, away * dy) for away in (6, 10, 15, 21) for dx, dy in sides]
@@ -165,7 +163,7 @@ def name_points(axes, points):
             place = {"xy": (point.carried, point.gap), "xytext": (dx, dy)}
             text = axes.annotate(name, **place, textcoords="offset points", **style)
             box = text.get_window_extent()
-            distances = [math.dist(box.get_points().mean(0), place) for place in at]
+            distances = [math.dist(box.get_points().mean(0), center) for center in at]
             nearest = points[distances.index(min(distances))]
             free = inside.count_contains(box.corners()) == 4 and not box.count_overlaps(taken)
             if free and nearest.row == row:

@@ -25,7 +25,7 @@ POSITIONS = ("r8", "r16", "paper-max", "paper-denoise", "mean")
 FROZEN_OR_RESET = ("paper-default", "unfrozen-reset")  # they differ in phase 1 alone
 SEEDS_DIFFER = ("grammar", "paper-default")  # by how much, if neither row of a claim has several
 # A row: the language model that was trained as its phase 2 was, but without z.
-TRAINED_ALIKE = dict.fromkeys(("paper-max", "paper-denoise", "paper-klt"), "lm-paper")
+TRAINED_ALIKE = {"paper-max": "lm-paper", "paper-denoise": "lm-paper", "paper-klt": "lm-paper"}
 TRAINED_ALIKE |= {"li2019": "lm-li2019"}
 SYSTEMS = {  # row: its name in the paper's tables
     "optimus": "Optimus (lambda 0.5)",
