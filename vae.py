@@ -457,7 +457,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         # T5's own cache has as many layers as the encoder. If caches are off, none may be given:
         # it would still be read.
         said = kwargs.get("use_cache"), config.use_cache, self.t5.generation_config.use_cache, True
-        if next(use_cache for use_cache in said if use_cache is not None):
+        kwargs["use_cache"] = bool(next(value for value in said if value is not None))
+        if kwargs["use_cache"]:
             own, of_memory = transformers.DynamicCache(), transformers.DynamicCache()
             kwargs[CACHE] = transformers.EncoderDecoderCache(own, of_memory)
         return self.t5.generate(encoder_outputs=BaseModelOutput(self.memory(z)), **kwargs)

@@ -650,7 +650,8 @@ def test_the_cache_may_be_off_wherever_that_is_said():
     z, off = torch.randn(9, 8), {"use_cache": False}
     greedy = model.generate(z, 20)
     of_config = {"generation_config": GenerationConfig(**off)}
-    for flags in off, of_config, of_config | {"use_cache": True}:
+    others = {"use_cache": 0}, {"use_cache": None}, of_config, of_config | {"use_cache": True}
+    for flags in off, *others:
         assert torch.equal(model.generate(z, 20, **flags), greedy), flags
     own, of_memory = transformers.DynamicCache(), transformers.DynamicCache()
     cache = {vae.CACHE: transformers.EncoderDecoderCache(own, of_memory)}
