@@ -7,7 +7,8 @@ Needs `pip install -r extras/requirements.txt`.
 
 curves: rec, KL, KL weight and -ELBO over the steps of any runs, with the NLL and the KL of the
 posterior at the end. price: for each text and row, what z costs in NLL beside a language model,
-over the nats that it carries in the model; a line leads to the KL that the encoder pays.
+over the nats that it carries in the model; a line leads to the KL that the encoder pays. Language
+models that were trained as some rows were are dotted lines.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
@@ -29,12 +31,13 @@ from study import study_tables
 
 # The study's rows by method, with the color and the marker of each. Other rows are not drawn.
 METHODS = {
-    "KL target": (r"r\d+", "#0072B2", "o"),
-    "the paper's recipe": (r"paper-.+", "#D55E00", "^"),
+    "KL target (r8: 8 nats)": (r"r\d+", "#0072B2", "o"),
+    "the paper's recipe": (r"paper-(max|denoise|klt|deep)", "#D55E00", "^"),
     "Optimus, Li et al.": (r"optimus|li2019", "#56B4E9", "v"),
-    "KL threshold": (r"threshold[\d.]+", "#009E73", "s"),
+    "KL threshold (λ)": (r"threshold[\d.]+", "#009E73", "s"),
     "linear annealing": ("linear", "#CC79A7", "D"),
 }
+LANGUAGE_MODELS = {"lm-paper": "the paper's recipe", "lm-li2019": "Optimus, Li et al."}
 RUN_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 KL_TICKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)
 # Linear up to 4 nats, logarithmic beyond: 0, 8 and 96 nats must all be seen. The two parts have the
@@ -92,6 +95,7 @@ def draw_price(results, paired):
         axes.set_xlabel("nats that z carries")
         axes.tick_params(labelbottom=True)
         draw_points(axes, points)
+        draw_language_models(axes, results, paired, text)
     for row in grid:
         row[0].set_ylabel("NLL above the language model's, nats")
     points = sum(panels.values(), [])
@@ -117,6 +121,14 @@ def draw_points(axes, points):
     axes.grid(alpha=0.25)
 
 
+def draw_language_models(axes, results, paired, text):
+    """A dotted line at each language model that was trained as rows of a method were."""
+    for row, method in LANGUAGE_MODELS.items():
+        gap = study_tables.difference(results, paired, text, row, "lm", "nll")
+        if gap:
+            axes.axhline(gap[0], color=METHODS[method][1], linestyle=":", linewidth=1.2, zorder=1)
+
+
 def set_scales(axes, points):
     """Of all panels, which share their axes: from 0 to beyond the highest KL, and all errors."""
     axes.set_xscale("symlog", **KL_SCALE)
@@ -131,14 +143,16 @@ def set_scales(axes, points):
 
 
 def legend_handles(points):
-    """A handle for each method that is drawn, and one for the lines."""
+    """A handle for each method that is drawn, and for the lines."""
     handles = []
     for method, (_, color, marker) in METHODS.items():
         if any(point.method == method for point in points):
             style = {"marker": marker, "color": color, "linestyle": ""}
             handles.append(Line2D([], [], label=method, **style))
     style = {"marker": "|", "color": "0.3", "linewidth": 0.8}
-    return [*handles, Line2D([], [], label="to the KL that the encoder pays", **style)]
+    handles.append(Line2D([], [], label="to the KL that the encoder pays", **style))
+    label = "a language model trained alike"
+    return [*handles, Line2D([], [], label=label, color="0.3", linestyle=":", linewidth=1.2)]
 
 
 def name_points(axes, points):
@@ -151,7 +165,7 @@ def name_points(axes, points):
     low, high = map(axes.transData.transform, ends)
     taken = [Bbox([a, b]).padded(reach) for a, b in zip(low, high, strict=True)]
     inside = axes.bbox.padded(-reach)
-    sides = ((0, 1), (0, -1), (-1, 0), (1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
+    sides = ((0, 1), (-1, 0), (0, -1), (1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
     places = [(away * dx, away * dy) for away in (6, 10, 15, 21) for dx, dy in sides]
     for row, (point, *_) in itertools.groupby(points, key=lambda point: point.row):
         name = re.sub(r"^threshold", "λ ", row.removeprefix("paper-"))
@@ -163,10 +177,11 @@ def name_points(axes, points):
             place = {"xy": (point.carried, point.gap), "xytext": (dx, dy)}
             text = axes.annotate(name, **place, textcoords="offset points", **style)
             box = text.get_window_extent()
-            distances = [math.dist(box.get_points().mean(0), center) for center in at]
-            nearest = points[distances.index(min(distances))]
+            beside = np.clip(at, box.min, box.max)  # the place in the box that is nearest to each
+            distances = np.linalg.norm(at - beside, axis=1)
+            near = distances[points.index(point)] < distances.min() + 1  # pixel
             free = inside.count_contains(box.corners()) == 4 and not box.count_overlaps(taken)
-            if free and nearest.row == row:
+            if free and near:
                 taken.append(box.padded(reach / 2))
                 break
             text.remove()

@@ -318,7 +318,7 @@ def keep(job):
     config = read_dict(job.out / "config.json")
     begun, ended = ((job.out / f"{name}.json").stat().st_mtime for name in ("config", "metrics"))
     config |= {"commit": commit(), "machine": machine(), "minutes": round((ended - begun) / 60, 1)}
-    if job.needs and job.needs.out.name == "phase1":  # how its KL went, epoch by epoch: claim (j)
+    if job.needs and job.needs.out.name == "phase1":  # how its KL went, epoch by epoch: claim (k)
         records = map(json.loads, (job.needs.out / "log.jsonl").read_text().splitlines())
         config["phase1_kl"] = [r["kl"] for r in records if r["split"] == "valid"]
     forget_pairs(job)

@@ -55,8 +55,8 @@ class Claim:
 
 CLAIMS = (
     Claim("(a) without phase 1 z is lost", "swap_cost", "cold", "<"),
-    Claim("(a) the same, trained at weight 1", "swap_cost", "cold-constant", "<"),
-    Claim("(a) phase 1 keeps z, trained at weight 1", "swap_cost", "constant", ">"),
+    Claim("(a) ours: the same at weight 1", "swap_cost", "cold-constant", "<"),
+    Claim("(a) ours: phase 1 keeps z at weight 1", "swap_cost", "constant", ">"),
     Claim("(a) phase 1 makes z say more", "swap_cost", "no-threshold", ">", "cold"),
     Claim("(b) phase 1 needs a frozen decoder", "swap_cost", "paper-default", ">", "unfrozen"),
     Claim("(b) phase 1 needs a frozen decoder", "nll", "paper-default", "<", "unfrozen"),
@@ -72,8 +72,8 @@ CLAIMS = (
     Claim("(g) of 128 dimensions fewer are active", "active", "z128", "<", "paper-default"),
     Claim("(h) a deeper T5 is better", "nll", "paper-deep", "<", "paper-klt"),
     Claim("(i) all layers inform more", "swap_cost", "all-layers", ">", "paper-default"),
-    Claim("(k) deletion raises the KL", "kl", "paper-denoise", ">", "paper-max"),
-    Claim("(k) a threshold raises the KL", "kl", "paper-klt", ">", "paper-denoise"),
+    Claim("(j) deletion raises the KL", "kl", "paper-denoise", ">", "paper-max"),
+    Claim("(j) a threshold raises the KL", "kl", "paper-klt", ">", "paper-denoise"),
     Claim("pretraining helps a language model", "rec", "lm-random", ">", "lm"),
     Claim("pretraining helps a VAE", "nll", "r8-random", ">", "r8"),
 )
@@ -221,7 +221,7 @@ def rows_table(runs, paired):
     text; its -ELBO is in units of its "Max pool", where z is ignored.
     """
     heads = ["text: row", "KL, carried by z", "ESS", "-ELBO at q, untempered"]
-    heads += ["NLL - LM's, - its own LM's", "swap cost", "exact, %"]
+    heads += ["price, beside its own LM", "swap cost", "exact, %"]
     heads += ["paper: KL, ratio of -ELBO"]
     rows = []
     for text in runs:
@@ -304,7 +304,7 @@ def verdict(claim, runs, paired, text):
 
 
 def plateau(runs, text):
-    """Claim (j), of phase 1 of the row `paper-default`: its KL after the last two epochs."""
+    """Claim (k), of phase 1 of the row `paper-default`: its KL after the last two epochs."""
     found = [measured["phase1_kl"] for measured in runs[text].get("paper-default", {}).values()]
     if not found or not all(found):
         return "-"
@@ -320,7 +320,7 @@ def claims_table(runs, paired):
         said += f" {claim.b}" if claim.b else " 1 nat; `kl`"
         rows.append([claim.says, said, *(verdict(claim, runs, paired, text) for text in runs)])
     said = "`kl`: paper-default, epoch 4 = epoch 5 (2 %)"
-    rows.append(["(j) phase 1's KL plateaus", said, *(plateau(runs, text) for text in runs)])
+    rows.append(["(k) phase 1's KL plateaus", said, *(plateau(runs, text) for text in runs)])
     rows = [row for row in rows if set(row[2:]) - {"-"}]
     if not rows:
         return None
@@ -350,7 +350,7 @@ def frozen_table(runs, paired):
         found = [difference(runs, paired, text, *FROZEN_OR_RESET, key) for key in keys]
         if None not in found:
             rows.append([text, *(cell(pair, "+") for pair in found)])
-    return table(["frozen less reset", "NLL", "z carries", "swap cost", "KL"], rows)
+    return table(["frozen minus reset", "NLL", "z carries", "swap cost", "KL"], rows)
 
 
 def refit_table(results):

@@ -407,6 +407,7 @@ def results(tmp_path):
     write_row(tmp_path, "ptb", "optimus", kl=2.0, kl_posterior=1.0, nll=108.0)
     write_row(tmp_path, "ptb", "linear", kl=170.0, nll=120.0)
     write_row(tmp_path, "ptb", "z128", kl_posterior=7.0, nll=111.0)
+    write_row(tmp_path, "ptb", "lm-paper", latent_dim=0, rec=112.0, nll=112.0)
     (tmp_path / "ptb" / "r16" / "0").mkdir(parents=True)
     write_row(tmp_path, "answers", "r4", kl_posterior=4.0, nll=333.0)
     return tmp_path
@@ -436,6 +437,8 @@ def test_the_price_is_nll_above_the_language_model(results):
     assert bars(ptb) == {"optimus/0": pytest.approx((1, -2, 0))}
     paid = [tuple(line.get_xdata()) for line in captions.get_lines() if line.get_alpha() == 0.6]
     assert paid == [(6, 8), (6, 8)], "from what z carries to what the encoder pays"
+    dotted = [line.get_ydata()[0] for line in ptb.get_lines() if line.get_linestyle() == ":"]
+    assert dotted == [2.0], "the paper's language model"
     for axes in captions, ptb:
         (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
         assert low < -2.5 < 0.8 < high, "below zero is seen"
