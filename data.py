@@ -294,6 +294,8 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
 
     Texts are cut at `max_length` tokens, </s> included; empty lines are skipped and counted.
     """
+    if limit is not None:
+        check_at_least("limit", limit, 1)
     digest, skipped, kept = hashlib.sha256(), 0, 0
 
     def texts():
@@ -327,6 +329,7 @@ def make_corpus(texts, tokenizer, max_length=256, allow_empty=False):
     ids = [np.zeros(0, np.int32)]  # so that no text at all can be joined, too
     lengths, words, characters = [], [], []
     truncated = unknown = 0
+    unk, unk_id, eos_id = tokenizer.unk_token, tokenizer.unk_token_id, tokenizer.eos_token_id
     numbered = enumerate(texts)
     while part := list(islice(numbered, 1000)):  # lists of all ids would take ten times the memory
         for i, text in part:
@@ -335,15 +338,18 @@ def make_corpus(texts, tokenizer, max_length=256, allow_empty=False):
                 raise InputError(f"texts[{i}] is empty")
         part = [text for _, text in part]
         rows = tokenize(part, tokenizer)
-        unknown += count_unknown(part, rows, tokenizer)
         for text, row in zip(part, rows, strict=True):
             if len(row) >= max_length:
                 del row[max_length - 1 :]
-                (text,) = detokenize([row], tokenizer)
+                (cut,) = detokenize([row], tokenizer)
                 truncated += 1
-            row.append(tokenizer.eos_token_id)
-            words.append(len(text.split()) + 1)
-            characters.append(len(text) + 1)
+            else:
+                cut = text
+            # An <unk> that the text does not write. (unk is None in a vocabulary of bytes.)
+            unknown += unk is not None and row.count(unk_id) > text.count(unk)
+            row.append(eos_id)
+            words.append(len(cut.split()) + 1)
+            characters.append(len(cut) + 1)
         ids.append(np.fromiter(chain.from_iterable(rows), np.int32))
         lengths += map(len, rows)
     if not words and not allow_empty:
@@ -360,25 +366,17 @@ def make_corpus(texts, tokenizer, max_length=256, allow_empty=False):
     )
 
 
-def count_unknown(texts, rows, tokenizer):
-    """How many texts have characters outside the vocabulary: an <unk> that they do not write."""
-    unk_id, unk = tokenizer.unk_token_id, tokenizer.unk_token
-    if unk is None:  # a vocabulary of bytes
-        return 0
-    pairs = zip(texts, rows, strict=True)
-    return sum(row.count(unk_id) > text.count(unk) for text, row in pairs)
-
-
 # ---------------------------------------------------------------------------------------- noise
 
 
-# What random numbers are used for.
-DELETION = 0  # of tokens, in training
+# What random numbers are used for. None is 0: numpy pads seeds with zeros, so that the stream of
+# text 0 would be that of `epoch_order`.
 LATENT = 1  # eps of Eq. 4, in training
 POSTERIOR = 2  # samples of q, in evaluation
 UNTEMPERED = 3  # samples of the untempered posterior
 SEARCH = 4  # the same, while its weight is sought
 PRIOR = 5  # samples of N(0, I)
+DELETION = 6  # of tokens, in training
 
 
 def generator(seed, epoch, use, index):

@@ -537,7 +537,7 @@ def check_better(run, before, config, args):
 
 
 def language_model_nll(run, config, words, named=None):
-    """NLL of a language model of the same texts, cut alike, or None.
+    """NLL of a language model of the same texts, cut alike, or None; None, too, if it is the run.
 
     words: of the run's test texts as cut (another tokenizer cuts elsewhere), or None. named: the
     language model's run, else it is lm/ beside `run`. Raises InputError if it is no such run.
@@ -545,22 +545,31 @@ def language_model_nll(run, config, words, named=None):
     folder = Path(named or Path(run).resolve().parent / "lm")
     measured = data.read_json(folder / "metrics.json")
     its = data.read_json(folder / "config.json")
-    same = all(its.get(name) == config[name] for name in ("data_sha256", "max_length"))
+    if folder.resolve() == Path(run).resolve():
+        return None
+    same = all(its.get(name) == config.get(name) for name in ("data_sha256", "max_length", "limit"))
     same = same and words in (None, measured.get("words"))
-    if same and measured.get("latent_dim") == 0 and folder.resolve() != Path(run).resolve():
+    if same and measured.get("latent_dim") == 0:
         return measured["rec"]
     if named:
         raise InputError(f"--lm is {named}; it must be another --no-latent run on these texts")
     return None
 
 
-def measure_again(run, args):
-    """(measures, verdict) of a run folder, which gets them with --write; args: those of `main`."""
-    config, model, read = load_run(run, args.device, args.dataset)
-    before = data.read_json(Path(run, "metrics.json"))
-    lm_nll = language_model_nll(run, config, before.get("words"), args.lm)
+def check_run(run, args):
+    """The NLL of its language model, or None. InputError if a run cannot be measured as `main`'s
+    args say."""
+    config, before = read_config(run), data.read_json(Path(run, "metrics.json"))
     if args.write:
         check_better(run, before, config, args)
+    return language_model_nll(run, config, before.get("words"), args.lm)
+
+
+def measure_again(run, args):
+    """(measures, verdict) of a run folder, which gets them with --write; args: those of `main`."""
+    lm_nll = check_run(run, args)
+    config, model, read = load_run(run, args.device, args.dataset)
+    before = data.read_json(Path(run, "metrics.json"))
     with autocast(args.device, args.amp):
         measured, columns = measure_run(model, config["phase"], read, args.iw_samples)
     measured |= {"kl_weight": before.get("kl_weight"), "precision": args.amp}
@@ -588,7 +597,7 @@ def main(argv=None):
     results, said = {}, []
     with data.command("metrics.py"):
         for run in args.runs:  # before hours are spent on the first
-            read_config(run)
+            check_run(run, args)
         try:
             for run in args.runs:
                 results[run], its_verdict = measure_again(run, args)

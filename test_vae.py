@@ -348,9 +348,14 @@ def test_noise_depends_on_seed_epoch_and_text_alone(grammar_corpus):
         alone |= noisy(share[:3]) | noisy(share[3:])
     assert alone == together
     assert noisy(index, epoch=1) != together != noisy(index, seed=1)
-    for use in range(6):  # a use does not read what another has read
+    uses = {data.LATENT, data.POSTERIOR, data.UNTEMPERED, data.SEARCH, data.PRIOR, data.DELETION}
+    order = np.random.default_rng([0, 0]).random()
+    assert data.generator(0, 0, 0, 0).random() == order, "the control: 0 is no use"
+    for use in uses:  # a use does not read what another has read, nor what orders the texts
+        assert data.generator(0, 0, use, 0).random() != order
         eps = data.latent_noise(3, 0, 0, index, use, draws=2)
-        others = [data.latent_noise(3, 0, 0, index, other) for other in range(6) if other != use]
+        others = [data.latent_noise(3, 0, 0, index, other) for other in uses if other != use]
+        assert len(others) == 5
         assert all(not torch.equal(eps[:1], other) for other in others)
         assert torch.equal(eps[:1], data.latent_noise(3, 0, 0, index, use))
 
@@ -1050,7 +1055,7 @@ def test_the_language_model_beside_a_run(whole_run, tmp_path, capsys):
     config = json.loads((run / "config.json").read_text())
     words = json.loads((run / "metrics.json").read_text())["words"]
     other = {"max_length": 13}, {"data_sha256": {"test": "other"}}, {"data_sha256": None}
-    other += ({"words": words - 1},)  # cut elsewhere, by another tokenizer
+    other += ({"limit": 5}, {"words": words - 1})  # the last: cut by another tokenizer
     for latent_dim, change in [(0, {}), (3, {}), *[(0, change) for change in other]]:
         lm.mkdir(exist_ok=True)
         data.write_json(lm / "config.json", config | change)
@@ -1085,12 +1090,17 @@ def test_killed_anywhere(tmp_path, command, whole_run, where, calls):
     assert files(tmp_path / "phase2")["metrics.json"] == files(whole_run)["metrics.json"]
 
 
-def test_tiny_makes_phase_2_alone_and_language_models(tmp_path, home):
+def test_tiny_makes_phase_2_alone_and_language_models(tmp_path, home, capsys):
     flags = ["--dataset", home, *TINY, *SHORT_LM, "--epochs", 1, "--out", tmp_path]
     assert train_run(main, *flags, "--iw-samples", 2, "--phase", 2, "--init", "tiny") == 0
     assert train_run(main, *flags, "--no-latent") == 0
     result = json.loads((tmp_path / "lm" / "metrics.json").read_text())
     assert (result["latent_dim"], result["kl"]) == (0, 0)
+    metrics.main([*map(str, (tmp_path / "phase2", tmp_path / "lm", "--lm", tmp_path / "lm"))])
+    said = capsys.readouterr().out.splitlines()[-2:]
+    assert ["language model's NLL" in line for line in said] == [True, False], (
+        "it is among the runs"
+    )
     lines = (tmp_path / "phase2" / "samples.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["text", "reconstructed"] * 3 + ["sampled"] * 3
 
@@ -1287,7 +1297,7 @@ REFUSED = """--no-latent --kl-target 8, --no-latent --denoise 0.4, --no-latent -
     --iw-samples 65536, --iw-samples 0, --log-every 0, --seed -1, --seed 1.5,
     --seed 9223372036854775808, --save-every nan, --kl-target=-1, --kl-threshold inf, --kl-zero 1,
     --kl-schedule sine, --kl-anneal-epochs nan, --pool sum, --recipe worst, --amp fp8,
-    --optimizer sgd"""
+    --optimizer sgd, --data-dir texts"""
 
 
 @pytest.mark.parametrize("flags", [flags.strip() for flags in REFUSED.split(",")])

@@ -233,10 +233,13 @@ def match_held_out_kl(model, corpus, make_batches, controller, held_out_kl):
     """Tells the controller how the KL of held-out texts, in nats, compares to that in training.
 
     Overfitting and dropout raise the KL in training, deletion lowers it. corpus: the training
-    texts, of which 3,000 are taken, evenly (of fewer, some several times); make_batches(epoch,
+    texts, of which 3,000 are taken, evenly (of fewer, each several times); make_batches(epoch,
     index) makes their batches.
     """
-    some = np.linspace(0, len(corpus) - 1, 3000, dtype=int).reshape(-1, 50)
+    some = np.arange(3000) % len(corpus)
+    if len(corpus) > 3000:
+        some = np.linspace(0, len(corpus) - 1, 3000, dtype=int)
+    some = some.reshape(-1, 50)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     torch.manual_seed(0)  # of dropout
     for index in some:
@@ -422,6 +425,8 @@ def check_same(folder, before, now):
             change = f"{now['start']} no longer has the weights that it started from"
         elif name == "data_sha256":
             change = f"the texts of {now['dataset']} are not those that it was trained on"
+        elif name == "ids_sha256":
+            change = f"the tokenizer of {now['start']} makes other tokens of the texts"
         raise InputError(f"--resume needs the command of {folder}: {change}")
 
 
@@ -515,9 +520,13 @@ def check_start(model, saved, given, args):
         if args.model and not args.reset_decoder:
             raise InputError(f"--model is {args.model}, which has no effect: {start} is a VAE")
         return
-    elsewhere = Path(known).resolve() != Path(args.model).resolve()  # has it moved?
-    if elsewhere and checksum(made_again(model, saved, args)) != saved.get("start_sha256"):
-        raise InputError(f"--model is {args.model}, but {start} was made of {known}")
+    if Path(known).resolve() == Path(args.model).resolve():
+        return
+    made = f"--model is {args.model}, but {start} was made of {known}"  # has it moved?
+    if not began_from_t5(saved):
+        raise InputError(f"{made}; if they are the same, leave --model out")
+    if checksum(made_again(model, saved, args)) != saved.get("start_sha256"):
+        raise InputError(made)
 
 
 def start_config(start):
@@ -539,6 +548,11 @@ def is_vae(args, saved):
     return "t5_config" in config
 
 
+def began_from_t5(saved):
+    """Whether the run of a config.json started from a T5, so that its start_sha256 is of that."""
+    return saved.get("init") is None and (saved.get("phase") == 1 or saved.get("no_latent", False))
+
+
 def made_again(model, saved, args):
     """A saved VAE as it was before phase 1, if --model is what it was made of."""
     shape = {name: getattr(model, name) for name in FIXED}
@@ -555,8 +569,7 @@ def reset_decoder(model, saved, args):
     fresh = made_again(model, saved, args)
     kept = ("t5.shared.", "t5.encoder.", "w_mu.", "w_logvar.")
     parameters = dict(model.named_parameters())
-    began_from_t5 = saved.get("phase") == 1 and saved.get("init") is None
-    if began_from_t5 and checksum(fresh) != saved["start_sha256"]:
+    if began_from_t5(saved) and checksum(fresh) != saved["start_sha256"]:
         raise InputError(f"{args.model} no longer has the weights that {args.start} started from")
     if [p.shape for p in fresh.parameters()] != [p.shape for p in parameters.values()]:
         raise InputError(f"--reset-decoder: --model {args.model} is not the T5 of {args.start}")
@@ -620,6 +633,8 @@ def run_phase(args, corpora=None):
         raise InputError(f"{args.start} was trained on other texts; to start from it, give --init")
     config = vars(args) | {name: getattr(model, name) for name in FIXED}
     config |= {"data_sha256": checksums, "start_sha256": checksum(model)}
+    ids = {split: hashlib.sha256(corpus.ids).hexdigest() for split, corpus in corpora.items()}
+    config["ids_sha256"] = ids
     config["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     config["processes"] = data.processes()[1]
     run = Run(run_folder(args, args.phase), args, corpora)
@@ -684,7 +699,7 @@ def make_parser():
     count, amount, share = data.number(int, 1), data.number(float, 0), data.number(float, 0, 1)
     size = data.number(int, 1, 2**16)  # of what must fit into memory
     flag("--dataset", help=f"{', '.join(data.DATASETS)}, or a folder or file of your own")
-    flag("--data-dir", default="data", help="where the folders of named data sets are (data)")
+    flag("--data-dir", help=f"where the folders of {', '.join(data.SOURCES)} are (data)")
     flag("--limit", type=count, help="train on the first N texts only")
     flag("--max-length", type=data.number(int, 2), default=256, help="tokens of a text (256)")
     flag("--denoise", type=share, help="share of input tokens deleted (paper: 0.15; best: 0)")
@@ -746,6 +761,8 @@ def check_args(parser, args):
 
 def check_effects(parser, args):
     """Refuse flags that have no effect in this command."""
+    if args.dataset not in data.SOURCES:
+        refuse(parser, args, ("data_dir",), f"--dataset {args.dataset}")
     if args.no_latent:
         names = ("denoise", "freeze_decoder", "iw_samples", *FIXED, *KL_FLAGS)
         refuse(parser, args, names, "--no-latent")
@@ -793,6 +810,7 @@ def parse(argv):
     args.recipe = args.recipe or "paper"
     check_args(parser, args)
     check_effects(parser, args)
+    args.data_dir = args.data_dir or "data"
     args.command = shlex.join(["python", "train.py", *argv])
     if args.no_latent:
         args.latent_dim = 0

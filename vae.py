@@ -71,9 +71,10 @@ SLICE = 2**28  # bytes of a slice, at most
 # The key-value cache as an argument of T5: "cache" since transformers 5.24.
 T5_ARGUMENTS = inspect.signature(transformers.T5ForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in T5_ARGUMENTS else "past_key_values"
-# What would take the place of z in `generate`.
+# What would take the place of z, or of the cache, in `generate`.
 REPLACING = {"inputs", "input_ids", "inputs_embeds", "encoder_outputs", "decoder_input_ids"}
-REPLACING |= {"decoder_inputs_embeds", "encoder_hidden_states", "past_key_values", "cache"}
+REPLACING |= {"decoder_inputs_embeds", "encoder_hidden_states"}
+REPLACING |= {"past_key_values", "cache", "cache_implementation"}
 
 
 def pool(hidden, attention_mask, pooling="max"):
@@ -256,7 +257,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         self.latent_dim, self.pooling, self.pool_layers = latent_dim, pooling, pool_layers
         self.tokenizer = None
         config = AutoConfig.for_model(**t5_config)
-        self.t5 = AutoModelForSeq2SeqLM.from_config(config)
+        # Not in the half precision that a configuration may name, and in which it was saved.
+        self.t5 = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
         # Dropout right before max pooling would bias the maximum upwards, so that mu in training
         # would not be mu in evaluation. (T5 uses this module after the embeddings, too.)
         self.t5.encoder.dropout = nn.Identity()
@@ -441,24 +443,29 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         if len(z) == 0:
             raise InputError("z has no row; it must have at least one")
         if replacing := REPLACING & kwargs.keys():
-            raise InputError(f"generate takes no {min(replacing)}: it decodes z")
-        # The length is that of the arguments, else of the generation_config, else 256 tokens.
+            raise InputError(f"generate takes no {min(replacing)}: it decodes z, in its own cache")
         config = kwargs.get("generation_config") or transformers.GenerationConfig()
         if not isinstance(config, transformers.GenerationConfig):
             raise InputError(f"generation_config is {config!r}; it must be a GenerationConfig")
-        has_length = kwargs.get("max_length") or config.max_new_tokens or config.max_length
         if max_new_tokens is not None:
             kwargs["max_new_tokens"] = max_new_tokens
-        elif not has_length:
+
+        def setting(name):
+            """What the arguments say, else the generation_config, else the T5's own, else None."""
+            said = kwargs.get(name), getattr(config, name), getattr(self.t5.generation_config, name)
+            return next((value for value in said if value is not None), None)
+
+        if setting("max_new_tokens") is None and setting("max_length") is None:
             kwargs["max_new_tokens"] = 256
         # Off, unless it is given: transformers would draw from the 50 likeliest tokens alone.
-        if kwargs.get("do_sample", config.do_sample) and config.top_k is None:
-            kwargs.setdefault("top_k", 0)
+        if setting("do_sample") and setting("top_k") is None:
+            kwargs["top_k"] = 0
         # T5's own cache has as many layers as the encoder. If caches are off, none may be given:
         # it would still be read.
-        said = kwargs.get("use_cache"), config.use_cache, self.t5.generation_config.use_cache, True
-        kwargs["use_cache"] = bool(next(value for value in said if value is not None))
-        if kwargs["use_cache"]:
+        use_cache = setting("use_cache") in (True, None)
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = use_cache  # which may be None, or 0
+        if use_cache:
             own, of_memory = transformers.DynamicCache(), transformers.DynamicCache()
             kwargs[CACHE] = transformers.EncoderDecoderCache(own, of_memory)
         return self.t5.generate(encoder_outputs=BaseModelOutput(self.memory(z)), **kwargs)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -234,6 +235,20 @@ def break_weights(folder, change):
 def break_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     data.write_json(folder / "config.json", config | changes)
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_weights_are_float32_whatever_the_config_says(name, half, hub, tmp_path):
+    """A T5 that was saved in half precision says so; its weights are read as they are."""
+    folder, t5 = shutil.copytree(hub("t5-small")[0], tmp_path / "t5"), hub("t5-small")[1]
+    break_config(folder, **{name: half})
+    vae = load(folder)
+    assert torch.equal(vae.t5.shared.weight, t5.shared.weight)
+    assert {weight.dtype for weight in vae.parameters()} == {torch.float32}
+    vae.save_pretrained(tmp_path / "vae")
+    again = dict(T5VAE.from_pretrained(tmp_path / "vae").named_parameters())
+    assert all(torch.equal(again[name], weight) for name, weight in vae.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -536,6 +551,9 @@ def test_arguments_of_other_types_are_refused_by_name(hub, saved):
     calls.append((metrics.evaluate, (vae, corpus, 1, -1), "iw_samples is -1"))
     calls.append((metrics.evaluate, (vae, corpus, 0.5), "weight is 0.5, which has no effect"))
     calls.append((metrics.find_weight, (vae, corpus, 0), "texts is 0"))
+    for wrong in 0, -3:
+        arguments = ("grammar", "train", vae.tokenizer)
+        calls.append((partial(data.load_corpus, limit=wrong), arguments, f"limit is {wrong}"))
     for wrong in "bfloat16", int, "auto":
         calls.append((T5VAE.from_pretrained, (saved, wrong), "dtype is .*torch.bfloat16"))
     for call, arguments, said in calls:
@@ -641,6 +659,11 @@ def test_generate_takes_what_transformers_documents(hub):
         assert torch.equal(vae.generate(z, **four, **flags), greedy)
     with pytest.raises(ValueError, match="max_tokens"):
         vae.generate(z, max_tokens=4)
+    with pytest.raises(data.InputError, match="generate takes no cache_implementation"):
+        vae.generate(z, cache_implementation="static")
+    vae.t5.generation_config.max_new_tokens = 4
+    assert vae.generate(z, eos_token_id=255).shape == (3, 5)
+    assert vae.generate(z, max_new_tokens=3, eos_token_id=255).shape == (3, 4)
 
 
 def test_the_cache_may_be_off_wherever_that_is_said():
@@ -675,6 +698,10 @@ def test_sampling_draws_from_the_whole_distribution(hub):
         ({"generation_config": GenerationConfig(do_sample=True, top_k=50, **one)}, 50),
     ]:
         assert most - 6 < len(vae.generate(torch.zeros(3000, 5), **flags)[:, 1].unique()) <= most
+    for top_k, most in (None, 256), (50, 50):  # of the T5's own settings
+        own = {"do_sample": True, "top_k": top_k, "decoder_start_token_id": 0}
+        vae.t5.generation_config = GenerationConfig(**own)
+        assert most - 6 < len(vae.generate(torch.zeros(3000, 5), **one)[:, 1].unique()) <= most
 
 
 @pytest.mark.parametrize("kind", ["tiny", "t5-small", "mt5", "umt5", "byt5"])
@@ -940,6 +967,9 @@ def test_overlong_lines_are_cut_and_counted(data_tokenizer, tmp_path):
     kept = data.detokenize([corpus.row(0).tolist()], data_tokenizer)[0]
     assert kept.startswith("the <unk> king paints a <unk> boat the <unk>")
     assert corpus.words[0] == len(kept.split()) + 1
+    ends_unknown = ["the old king paints a red boat " * 3 + "\u0416"]
+    cut, whole = (data.make_corpus(ends_unknown, data_tokenizer, length) for length in (16, 256))
+    assert (cut.truncated, cut.unknown, whole.unknown) == (1, 0, 1), "what is read counts"
 
 
 def test_one_file_is_split_by_its_texts(tmp_path):
@@ -986,7 +1016,7 @@ LONG = "the old king paints a red boat " * 300
 def test_a_vocabulary_has_all_letters_and_words_of_its_texts(texts, known):
     tokenizer = data.train_tokenizer(texts * 5, 400)
     rows = data.tokenize(known, tokenizer)
-    assert data.count_unknown(known, rows, tokenizer) == 0
+    assert data.make_corpus(known, tokenizer, 10_000).unknown == 0
     assert data.detokenize(rows, tokenizer) == known
     if "the old king" in texts:
         assert tokenizer.tokenize("the old king") == ["\u2581the", "\u2581old", "\u2581king"]
@@ -1163,6 +1193,13 @@ def test_places_may_be_spelled_differently_or_move(tmp_path, home, command, stop
     break_weights(tmp_path / "start" / "model", lambda weights: weights["w_mu.weight"].add_(1))
     with pytest.raises(SystemExit, match="start/ no longer has the weights that it started from"):
         train.main([*flags, "--dataset", home])
+    break_weights(tmp_path / "start" / "model", lambda weights: weights["w_mu.weight"].sub_(1))
+    tokenizer = tmp_path / "start" / "model" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["model"]["vocab"][3:20] = content["model"]["vocab"][19:2:-1]
+    tokenizer.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="the tokenizer of .*start/ makes other tokens"):
+        train.main([*flags, "--dataset", home])
 
 
 def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monkeypatch):
@@ -1179,6 +1216,9 @@ def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monk
     break_weights(tmp_path / "renamed", lambda weights: weights["shared.weight"].add_(1))
     with pytest.raises(SystemExit, match="--model is renamed, but out/phase1 was made of"):
         train.main([*flags, "--model", "renamed", "--resume", "--phase", 2])
+    on = [*flags[: flags.index("--out")], "--phase", 2, "--init", "out/phase2", "--out", "on"]
+    with pytest.raises(SystemExit, match="made of .*small; if they are the same, leave --model"):
+        train.main([*on, "--model", "renamed"])
 
 
 def test_measuring_a_named_data_set_from_elsewhere(whole_run, home, tmp_path, monkeypatch):
@@ -1320,6 +1360,21 @@ def test_the_controller_anneals_rests_and_leads_the_kl_to_its_target():
 
     assert lowest_kl(brake=True) > 6
     assert lowest_kl(brake=False) < 4
+
+
+@pytest.mark.parametrize("texts", [1, 2, 3, 49, 2999, 3000, 3001, 20_000])
+def test_the_kl_in_training_is_that_of_all_texts_alike(texts):
+    counts = Counter()
+
+    def make_batches(epoch, index):
+        counts.update(index.tolist())
+        return []
+
+    train.match_held_out_kl(tiny_vae(), range(texts), make_batches, train.KLController(8.0, 9), 1.0)
+    assert counts.total() == 3000
+    assert max(counts) < texts
+    assert len(counts) == min(3000, texts)
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_the_controller_leads_the_kl_of_held_out_texts(tmp_path, command, monkeypatch):
@@ -1536,6 +1591,8 @@ def test_what_one_run_has_told_is_printed_whatever_happens_to_the_next(whole_run
         metrics.main([str(good), str(bad), "--iw-samples", "3", "--write"])
     assert f"{good}: z is" in capsys.readouterr().out
     assert json.loads((good / "metrics.json").read_text())["iw_samples"] == 3
+    with pytest.raises(SystemExit, match="which is better"):  # before the first is measured
+        metrics.main([str(bad), str(good), "--iw-samples", "1", "--write"])
 
 
 def test_a_single_text_has_no_other_and_a_cut_one_no_known_entropy(tmp_path, home):
