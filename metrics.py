@@ -525,15 +525,13 @@ def write_measures(run, measured, columns, said):
 
 
 def check_better(run, before, config, args):
-    """InputError if a run has no measures `before`, or they have more samples or bits."""
+    """InputError if a run has no measures `before`, or they have more samples."""
     if not before:
         raise InputError(f"--write: {run} is not finished")
     samples = args.iw_samples or IW_SAMPLES[config["phase"]]
     if before.get("latent_dim") and samples < before.get("iw_samples", 0):
         has = f"{run} was measured with {before['iw_samples']}"
         raise InputError(f"--write with --iw-samples {samples}: {has}, which is better")
-    if before.get("precision", "off") == "off" and args.amp != "off":
-        raise InputError(f"--write with --amp {args.amp}: {run} was measured with off, in float32")
 
 
 def language_model_nll(run, config, words, named=None):
@@ -545,12 +543,10 @@ def language_model_nll(run, config, words, named=None):
     folder = Path(named or Path(run).resolve().parent / "lm")
     measured = data.read_json(folder / "metrics.json")
     its = data.read_json(folder / "config.json")
-    if folder.resolve() == Path(run).resolve():
-        return None
     same = all(its.get(name) == config.get(name) for name in ("data_sha256", "max_length", "limit"))
     same = same and words in (None, measured.get("words"))
     if same and measured.get("latent_dim") == 0:
-        return measured["rec"]
+        return None if folder.resolve() == Path(run).resolve() else measured["rec"]
     if named:
         raise InputError(f"--lm is {named}; it must be another --no-latent run on these texts")
     return None
@@ -594,6 +590,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.device == "cuda" and device == "cpu":
         parser.error("--device is cuda, but torch finds no GPU")
+    if args.write and args.amp != "off":
+        parser.error(f"--write keeps measures in float32 alone; --amp is {args.amp}")
     results, said = {}, []
     with data.command("metrics.py"):
         for run in args.runs:  # before hours are spent on the first

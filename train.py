@@ -427,6 +427,8 @@ def check_same(folder, before, now):
             change = f"the texts of {now['dataset']} are not those that it was trained on"
         elif name == "ids_sha256":
             change = f"the tokenizer of {now['start']} makes other tokens of the texts"
+        elif name.endswith("_ids_sha256"):  # of a pretraining
+            change = "the texts, or the vocabulary, are not those that it was trained on"
         raise InputError(f"--resume needs the command of {folder}: {change}")
 
 
@@ -436,13 +438,14 @@ def run_folder(args, phase):
     return Path(parent, "lm" if args.no_latent else f"phase{phase}")
 
 
-def check_folder(folder, resume):
-    """InputError if a run folder holds something, unless it is a run that is to be resumed."""
+def check_folder(folder, resume, key="data_sha256"):
+    """InputError if a run folder holds something, unless it is a run that is to be resumed: one
+    whose config.json has `key`."""
     found = sorted(path.name for path in folder.glob("[!.]*") if path.suffix != ".partial")
     if found and not resume:
         advice = "--resume it, give another --out, or remove it"
         raise InputError(f"{folder} is not empty (it holds {found[0]}): {advice}")
-    if found and "data_sha256" not in data.read_json(folder / "config.json"):
+    if found and key not in data.read_json(folder / "config.json"):
         advice = "but no config.json of a run: give another --out"
         raise InputError(f"{folder} holds {found[0]}, {advice}")
 

@@ -15,7 +15,8 @@ t5-small's 117 weights, of one element each, beside one of AdamW; and reading th
 
 --fits prints how many texts fit into one training step, by the formula in docs/speed.md.
 
-The other flags are those of train.py that say which model, texts, batches and precision.
+The other flags are those of train.py that say which model, texts, batches and precision. Phase 1 is
+the paper's, which trains the encoder alone; a phase that trains all costs what phase 2 does.
 """
 
 import argparse
@@ -52,7 +53,8 @@ KEPT = {  # by precision, and whether there is dropout
 }
 # Flags of train.py that change nothing that is measured here.
 UNREAD = ("phase", "epochs", "micro_batch", "dropout", "freeze_decoder", "optimizer", "lr")
-UNREAD += ("lr_schedule", "out", "resume", "save_every", "log_every", "iw_samples")
+UNREAD += ("lr_schedule", "out", "resume", "save_every", "log_every", "iw_samples", "recipe")
+UNREAD += ("no_latent", *train.KL_FLAGS, *train.CYCLE_FLAGS)
 SHAPES = {  # of what --fits shows
     "t5-small": {},
     "t5-base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},

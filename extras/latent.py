@@ -31,6 +31,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -74,7 +75,8 @@ def interpolate(a, b, steps, spherical=False):
     """`steps` latents from a to b (Z,), both included, evenly spaced: (steps, Z).
 
     On a straight line, or `spherical`: the direction turns, and the norm changes, at an even pace
-    (White 2016), so z does not come nearer to the origin on the way.
+    (White 2016), so z does not come nearer to the origin on the way. Opposite latents have no arc:
+    there, too, the line is straight.
     """
     t = torch.linspace(0, 1, steps)[:, None]
     angle = torch.arccos(F.cosine_similarity(a, b, 0).clamp(-1, 1))
@@ -148,6 +150,8 @@ def run_sample(model, args):
 
 
 def run_interpolate(model, args):
+    if args.spherical and model.latent_dim < 2:
+        raise InputError("--spherical has no effect: z has one dimension, in which nothing turns")
     mu, _ = encode(model, args, [args.a, args.b])
     return decode(model, args, interpolate(*mu, args.steps, args.spherical))
 
@@ -180,7 +184,10 @@ def labelled_texts(args):
         texts, where = list(data.read_lines(args.texts)), args.texts
     else:
         config = metrics.read_config(args.model)
-        texts = list(data.read_texts(config["dataset"], "test", config["data_dir"]))
+        try:
+            texts = list(data.read_texts(config["dataset"], "test", config["data_dir"]))
+        except FileNotFoundError as error:
+            raise InputError(f"{error}; give --texts") from error
         digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
         if digest != config["data_sha256"]["test"]:
             said = f"the test texts of {config['dataset']} are not those of {args.model}"
@@ -346,6 +353,9 @@ def main(argv=None):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # as what it reads
     with command("latent.py"):
+        out = getattr(args, "out", None)
+        if out and not Path(out).parent.is_dir():  # before all is encoded
+            raise InputError(f"-o is {out}, but there is no folder {Path(out).parent}")
         model = load_vae(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(getattr(args, "seed", 0))
         for line in args.run(model, args):

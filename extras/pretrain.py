@@ -201,16 +201,30 @@ def parse_args(argv):
     return args
 
 
+def sentinels_of(tokenizer):
+    """The ids of <extra_id_0> to <extra_id_99>."""
+    return tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
+
+
+def load_tokenizer(name_or_path):
+    """A T5's tokenizer. Raises InputError if there is none that `vae.from_t5` would take."""
+    vae.check_place(name_or_path)
+    tokenizer = vae.load(transformers.AutoTokenizer, name_or_path)
+    vae.check_tokenizer(name_or_path, t5_config(tokenizer), tokenizer)
+    if len(set(sentinels_of(tokenizer))) < 100:
+        raise data.InputError(f"{name_or_path} lacks T5's sentinels, <extra_id_0> to <extra_id_99>")
+    return tokenizer
+
+
 def load_corpora(args):
     """({split: the corpus of all data sets}, the tokenizer)."""
     texts, corpora = {"train": [], "valid": []}, {}
+    if args.tokenizer is not None:
+        tokenizer = load_tokenizer(args.tokenizer)
     for split, of_split in texts.items():
         for name in args.dataset:
             of_split += filter(None, data.read_texts(name, split, args.data_dir))
-    if args.tokenizer:
-        vae.check_place(args.tokenizer)
-        tokenizer = vae.load(transformers.AutoTokenizer, args.tokenizer)
-    else:
+    if args.tokenizer is None:
         tokenizer = data.train_tokenizer(texts["train"], args.vocab_size)
     for split, of_split in texts.items():
         corpora[split] = c = data.make_corpus(of_split, tokenizer, MAX_LENGTH)
@@ -219,43 +233,43 @@ def load_corpora(args):
     return corpora, tokenizer
 
 
+def t5_config(tokenizer, **shape):
+    """The T5Config of a vocabulary. The decoder starts with the padding token, as T5's."""
+    pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    special = {"pad_token_id": pad_id, "eos_token_id": eos_id, "decoder_start_token_id": pad_id}
+    return transformers.T5Config(**shape, **special, vocab_size=len(tokenizer), dropout_rate=0.0)
+
+
 def make_t5(tokenizer, args):
     """A T5 with random weights, of the shape that the flags ask for."""
     torch.manual_seed(args.seed)
     shape = {"d_model": args.d_model, "d_kv": args.d_model // args.heads, "d_ff": 4 * args.d_model}
-    shape |= {"num_layers": args.layers, "num_heads": args.heads, "vocab_size": len(tokenizer)}
-    config = transformers.T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0)
-    return transformers.T5ForConditionalGeneration(config)
+    shape |= {"num_layers": args.layers, "num_heads": args.heads}
+    return transformers.T5ForConditionalGeneration(t5_config(tokenizer, **shape))
 
 
 def make(args):
     """Train, and write OUT/model and OUT/metrics.json."""
     run = Run(Path(args.out))
-    if run.folder.exists() and any(run.folder.iterdir()) and not args.resume:
-        advice = "--resume its run, give another --out, or remove it"
-        raise data.InputError(f"{run.folder} is not empty: {advice}")
+    train.check_folder(run.folder, args.resume, "train_ids_sha256")
+    corpora, tokenizer = load_corpora(args)
     config = vars(args).copy()
     del config["tokenizer"]  # it may have moved: its ids of the texts are compared instead
-    if run.finished:
-        train.check_same(run.folder, data.read_json(run.folder / "config.json"), config)
-        (run.folder / "checkpoint.pt").unlink(missing_ok=True)  # a kill may have left it
-        say(f"{run.folder} is finished")
-        return
-    corpora, tokenizer = load_corpora(args)
-    t5 = make_t5(tokenizer, args).train().to(args.device)
-    if args.device == "cpu":
-        quicken(t5)
-    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
-    if len(set(sentinels)) < len(sentinels):
-        raise data.InputError(
-            f"{args.tokenizer} lacks T5's sentinels, <extra_id_0> to <extra_id_99>"
-        )
-    task = {"sentinels": sentinels, "eos_id": tokenizer.eos_token_id}
-    task |= {"seed": args.seed, "lm_share": args.lm_share}
-    make_batch = partial(pretraining_batch, **task)
     for split, corpus in corpora.items():
         config[f"{split}_ids_sha256"] = hashlib.sha256(corpus.ids.tobytes()).hexdigest()
     run.claim(config)
+    if run.finished:
+        if not (run.folder / "model").is_dir():
+            raise data.InputError(f"{run.folder} is finished, but its model/ is gone: remove it")
+        (run.folder / "checkpoint.pt").unlink(missing_ok=True)  # a kill may have left it
+        say(f"{run.folder} is finished")
+        return
+    t5 = make_t5(tokenizer, args).train().to(args.device)
+    if args.device == "cpu":
+        quicken(t5)
+    task = {"sentinels": sentinels_of(tokenizer), "eos_id": tokenizer.eos_token_id}
+    task |= {"seed": args.seed, "lm_share": args.lm_share}
+    make_batch = partial(pretraining_batch, **task)
     measured = pretrain(t5, corpora, make_batch, args, run)
     t5.save_pretrained(run.folder / "model")
     tokenizer.save_pretrained(run.folder / "model")

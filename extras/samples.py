@@ -98,7 +98,8 @@ def judge(model, lm, corpus, count, like=None):
 def bleu(texts, originals, characters=False):
     """Corpus BLEU, of words as they are, or of characters."""
     tokenize = "char" if characters else "none"
-    return sacrebleu.corpus_bleu(texts, [originals], tokenize=tokenize, force=True).score
+    settings = {"tokenize": tokenize, "force": True, "use_effective_order": True}  # of short texts
+    return sacrebleu.corpus_bleu(texts, [originals], **settings).score
 
 
 def format_lines(measured, texts):
@@ -119,21 +120,21 @@ def format_lines(measured, texts):
             yield f"{kind.removeprefix('interpolation '):16}{of_kind[0]}"
 
 
-def load_lm(run, named):
-    """The language model to judge by: `named`, else lm/ beside the run, else None."""
-    folder = Path(named or Path(run).resolve().parent / "lm")
-    if not named and not (folder / "metrics.json").exists():
+def load_lm(run, config, named):
+    """The language model to judge by, of the run's texts: `named`, else lm/ beside it, else None.
+
+    Raises InputError if `named` is no such run. It may cut the texts elsewhere.
+    """
+    if metrics.language_model_nll(run, config, None, named) is None:
         return None
-    _, lm, _ = metrics.load_run(folder)
-    if lm.latent_dim:
-        raise data.InputError(f"--lm is {folder}, a VAE; it must be a run of --no-latent")
+    _, lm, _ = metrics.load_run(named or Path(run).resolve().parent / "lm")
     return lm
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="samples.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("run", metavar="RUN", help="run folder of train.py, of phase 2")
+    flag("run", metavar="RUN", help="run folder of train.py")
     flag("--lm", metavar="RUN", help="language model of the same data (lm/ beside RUN, if any)")
     count = data.number(int, 3)
     flag("--count", type=count, default=1000, metavar="N", help="texts of each kind (1000)")
@@ -142,10 +143,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     run = Path(args.run).resolve()
     with command("samples.py"):
-        _, model, read = metrics.load_run(args.run, dataset=args.dataset)
+        config, model, read = metrics.load_run(args.run, dataset=args.dataset)
         if model.latent_dim == 0:
             raise data.InputError(f"{args.run} is a language model; it must be the run of a VAE")
-        lm, corpus = load_lm(args.run, args.lm), read("test")
+        lm, corpus = load_lm(args.run, config, args.lm), read("test")
         if len(corpus) < 3:
             raise data.InputError(f"{args.run} has {len(corpus)} test texts; there must be 3")
         like = read_group(args.like) if args.like else None

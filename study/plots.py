@@ -207,6 +207,9 @@ def read_log(run):
 
 def draw_curves(runs):
     """A panel per measure, a line per run; nats per sentence, but for the KL weight."""
+    for run in runs:
+        if not any("rec" in record for record in read_log(run)):
+            raise data.InputError(f"{run} has no rec and KL to draw: it is no run of train.py")
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2).flat
     for axes, (title, (name, split, end)) in zip(panels, CURVES.items(), strict=True):

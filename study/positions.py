@@ -50,7 +50,10 @@ def of_run(run, dataset=None):
     _, model, read = metrics.load_run(run, dataset=dataset)
     if model.latent_dim == 0:
         raise data.InputError(f"{run} is a language model: it has no z")
-    return by_position(model, read("test"))
+    corpus = read("test")
+    if len(corpus) < 2:
+        raise data.InputError(f"{run} has one test text; there must be another, whose z to take")
+    return by_position(model, corpus)
 
 
 def main(argv=None):

@@ -78,7 +78,7 @@ def column(model, corpus, weight, suffix=""):
     measured, found = metrics.evaluate(model, corpus, weight, SAMPLES), {}
     for name in ROWS:
         key = name + suffix if name in ("rec", "kl", "neg_elbo") else name
-        found[name] = [measured[key], measured[key + "_se"] or 0.0]
+        found[name] = [measured[key], measured[key + "_se"]]
     return found
 
 
@@ -86,7 +86,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("refit.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("run", metavar="RUN", help="finished run folder of phase 2")
-    flag("--limit", type=data.number(int, 1), help="measure the first N test texts only")
+    flag("--limit", type=data.number(int, 2), help="measure the first N test texts only")
     flag("--dataset", help="where the texts are, if they have moved")
     flag("--out", metavar="FILE", type=Path, help="also write the columns there, as JSON")
     args = parser.parse_args(argv)
@@ -96,9 +96,12 @@ def main(argv=None):
         config, model, read = metrics.load_run(args.run, dataset=args.dataset)
         if model.latent_dim == 0 or config["phase"] == 1:
             raise data.InputError(f"{args.run} is no phase 2 with a latent")
-        valid, test = read("valid"), read("test", args.limit)
+        corpus, valid = read("train", config["limit"]), read("valid")
+        test = read("test", args.limit)
+        if len(test) < 2:
+            raise data.InputError(f"{args.run} has one test text; an error needs at least two")
         weight = metrics.find_weight(model, valid)
-        refitted = refit(model, read("train", config["limit"]), valid)
+        refitted = refit(model, corpus, valid)
         columns = {
             "q": column(model, test, 1.0),
             "untempered": column(model, test, weight, "_untempered"),

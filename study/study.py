@@ -173,6 +173,7 @@ class Job:
     needs: "Job | None" = None
     result: Path | None = None  # of a row
     positions: bool = False
+    start: str | None = None  # the T5 of a run of train.py
 
     def finished(self):
         return ((self.result or self.out) / "metrics.json").exists()
@@ -218,7 +219,7 @@ def warm_up_job(name, text, out, rest, args):
     start, needs = start_job(start_name, text, args)
     epochs = text.epochs[0] if text.epochs else None
     command = ["train.py", "--phase", "1", "--model", start, *flags_of(flags, epochs, text.lr)]
-    return Job(out / "phase1", [*command, *rest, "--out", str(out)], needs)
+    return Job(out / "phase1", [*command, *rest, "--out", str(out)], needs, start=start)
 
 
 def run_folder(row, name, seed, args):
@@ -240,18 +241,19 @@ def row_job(row, name, seed, args):
     if text.dataset == "grammar" and row.flags.startswith(BEST_FLAGS):
         flags += ["--dropout", "0"]  # its training texts are no sample to overfit
     if row.warm_up is None:
-        start, needs = start_job(row.start, text, args)
+        t5, needs = start_job(row.start, text, args)
+        start = t5
     else:
         out = Path(args.runs, name, row.warm_up, str(seed))
         needs = warm_up_job(row.warm_up, text, out, rest, args)
-        start = str(needs.out)
+        t5, start = needs.start, str(needs.out)
     flags += ["--model", start] if no_latent else ["--phase", "2", "--init", start]
     out = run_folder(row, name, seed, args)
     command = ["train.py", *flags, *rest, "--out", str(out.parent)]
     if not no_latent:
         command += ["--iw-samples", str(text.iw_samples)]
     result = Path(args.results, name, row.name, str(seed))
-    return Job(out, command, needs, result, text.positions)
+    return Job(out, command, needs, result, text.positions, t5)
 
 
 def flags_of(text, epochs, lr):
@@ -290,6 +292,18 @@ def study_jobs(args):
                 if runs_on(row, text, args) and seed < seeds and has_long_runs == long:
                     jobs.append(row_job(row, name, seed, args))
     return jobs
+
+
+def check_starts(jobs):
+    """InputError if a run or a result that is there was made of another T5 than its job says."""
+    for job in jobs:
+        if job.needs:
+            check_starts([job.needs])
+        for folder in job.out, job.result:
+            found = data.read_json(Path(folder, "config.json")).get("model") if folder else None
+            if job.start and found and Path(found).resolve() != Path(job.start).resolve():
+                said = f"{folder} is of {found}, not of {job.start}"
+                raise data.InputError(f"{said}; give another --runs and --results")
 
 
 def commands_left(jobs):
@@ -475,7 +489,8 @@ def parse_args(argv):
     flag("--deep", help="that of rows with 4 + 4 layers, with --model; else they are left out")
     flag("--data-dir", default="data", help="where the folders of the texts are (data)")
     flag("--runs", default="runs/study", help="where run folders are written (runs/study)")
-    flag("--results", help="where results are kept (study/results; --model: study/results/<model>)")
+    about = "where results are kept (study/results), with --model in a folder of its name"
+    flag("--results", default=str(Path("study", "results")), help=about)
     cores = 1 if torch.cuda.is_available() else os.cpu_count()
     flag("--jobs", type=data.number(int, 1), default=cores, help=f"processes at a time ({cores})")
     flag("--list", action="store_true", help="print what is missing, and run nothing")
@@ -498,9 +513,7 @@ def parse_args(argv):
             parser.error(f"{flag} is {name!r}; it must have a name")
     if args.model:  # two models share neither run folders nor results
         name = Path(args.model).as_posix().strip("/").replace("/", "--")
-        args.runs = str(Path(args.runs, name))
-        args.results = args.results or str(Path("study", "results", name))
-    args.results = args.results or str(Path("study", "results"))
+        args.runs, args.results = (str(Path(parent, name)) for parent in (args.runs, args.results))
     return args
 
 
@@ -515,6 +528,8 @@ def main(argv=None):
         if missing := [row for row in args.rows or () if row not in found]:
             said = "no text of --texts has such a row, or it needs --deep"
             raise data.InputError(f"--rows {' '.join(missing)}: {said}")
+        if args.model:
+            check_starts(jobs)
         print(time_left(jobs, args))
         if args.list:
             for job in commands_left(jobs):

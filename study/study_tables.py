@@ -23,7 +23,7 @@ SUMMARY = ("r8", "r16", "linear", "li2019", "optimus", "paper-max", "paper-denoi
 SUMMARY += ("paper-klt",)
 POSITIONS = ("r8", "r16", "paper-max", "paper-denoise", "mean")
 FROZEN_OR_RESET = ("paper-default", "unfrozen-reset")  # they differ in phase 1 alone
-SEEDS_DIFFER = ("grammar", "paper-default")  # by how much, if neither row of a claim has several
+SEEDS_DIFFER = "paper-default"  # by how much, if neither row of a claim has several
 # A row: the language model that was trained as its phase 2 was, but without z.
 TRAINED_ALIKE = {"paper-max": "lm-paper", "paper-denoise": "lm-paper", "paper-klt": "lm-paper"}
 TRAINED_ALIKE |= {"li2019": "lm-li2019"}
@@ -265,8 +265,9 @@ def holds(claim, runs, paired, text, a, b):
 
     Of two rows: yes or no, if each seed's difference is beyond two standard errors of the paired
     differences, all on the same side, and their mean is more than the seeds of one of the rows
-    differ (if neither has several: those of `paper-default` on `grammar`); else unclear. The share
-    of active dimensions has no error: "=" is less than 2 % apart.
+    differ (if neither has several: those of `paper-default` on the same text, else on `grammar`; if
+    there are none, the errors decide alone); else unclear. The share of active dimensions has no
+    error: "=" is less than 2 % apart.
     """
     if claim.b is None:
         return "yes" if (a < 1) == (claim.expected == "<") else "no"
@@ -279,10 +280,11 @@ def holds(claim, runs, paired, text, a, b):
     errors = [error for _, error in found if error is not None]
     if not errors:
         return "?"
-    several = [row for row in (claim.a, claim.b) if len(runs[text][row]) > 1]
-    by_seed = [seed_range(runs, text, row, key) for row in several]
+    by_seed = max(seed_range(runs, text, row, key) for row in (claim.a, claim.b))
+    by_seed = by_seed or seed_range(runs, text, SEEDS_DIFFER, key)
+    by_seed = by_seed or seed_range(runs, "grammar", SEEDS_DIFFER, key)
     gains = [side * mean for mean, _ in found]
-    if abs(statistics.fmean(gains)) > max(by_seed or [seed_range(runs, *SEEDS_DIFFER, key)]):
+    if abs(statistics.fmean(gains)) > by_seed:
         if min(gains) > 2 * max(errors):
             return "yes"
         if max(gains) < -2 * max(errors):

@@ -77,6 +77,20 @@ def test_two_models_share_no_folder():
         assert all(".." not in folder for folder in folders)
 
 
+def test_a_run_of_another_t5_is_no_row(tmp_path):
+    """Neither a result, nor a phase 1, on the same text."""
+    text = ["--model", "t5-small", "--texts", "ptb", "--rows", "paper-deep", "--list"]
+    text += ["--results", str(tmp_path), "--runs", str(tmp_path)]
+    for place in "paper-deep/0", "deletion0.4-deep/0/phase1":
+        config = tmp_path / "t5-small" / "ptb" / place / "config.json"
+        config.parent.mkdir(parents=True)
+        data.write_json(config, {"model": "t5-base"})
+        study.main([*text, "--deep", "t5-base"])
+        with pytest.raises(SystemExit, match=f"{place} is of t5-base, not of t5-large"):
+            study.main([*text, "--deep", "t5-large"])
+        config.unlink()
+
+
 def test_a_language_model_has_the_learning_rate_of_its_text():
     jobs = study.study_jobs(settings("--texts", "ptb", "captions", "--results", "nowhere"))
     rates = {}
@@ -138,7 +152,7 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
     flags = ["--model", str(tiny_t5), "--texts", home.name, "--data-dir", str(home.parent)]
     flags += ["--results", str(results), "--runs", str(runs), "--rows", "lm", "r4", "--jobs", "2"]
     name = str(tiny_t5).strip("/").replace("/", "--")
-    kept, folder = results / home.name, runs / name / home.name
+    kept, folder = results / name / home.name, runs / name / home.name
     blocked = folder / "r4" / "0" / "phase2"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("where a folder should be")
@@ -161,7 +175,7 @@ def test_runs_what_is_missing_and_keeps_what_tables_need(home, tiny_t5, tmp_path
     expected = compare.compare(folder / "lm" / "0" / "lm", folder / "r4" / "0" / "phase2")
     assert read_json(kept, "paired.json")["r4/0 - lm/0"]["nll"] == list(expected["nll"])
     study.write_pairs(study.parse_args([*flags, "--results", str(tmp_path / "new")]))
-    assert read_json(tmp_path / "new" / home.name, "paired.json").keys() == {"r4/0 - lm/0"}
+    assert read_json(tmp_path / "new" / name / home.name, "paired.json").keys() == {"r4/0 - lm/0"}
     (folder / "lm" / "0" / "lm" / "sentences.npz").write_bytes(b"")
     study.main(flags)  # what cannot be compared stops nothing
     out, err = capsys.readouterr()
@@ -340,16 +354,16 @@ def test_verdicts_follow_the_paired_difference(tmp_path, change, said):
 
 
 @pytest.mark.parametrize(("apart", "said"), [(1.9, "yes"), (2.1, "unclear")])
-@pytest.mark.parametrize("row", ["mean", "paper-default"])
-def test_a_verdict_needs_more_than_the_difference_of_two_seeds(tmp_path, row, apart, said):
-    """Of one of the rows, else of grammar's `paper-default`: the errors over sentences lack it."""
-    write_row(tmp_path, "ptb", "mean", swap_cost=3.0)
+@pytest.mark.parametrize(
+    ("text", "row"), [("ptb", "mean"), ("ptb", "paper-default"), ("grammar", "paper-default")]
+)
+def test_a_verdict_needs_more_than_the_difference_of_two_seeds(tmp_path, text, row, apart, said):
+    """Of one of the rows, else of `paper-default`: the errors over sentences lack it."""
     write_row(tmp_path, "ptb", "last", swap_cost=5.0)
-    text = "ptb"
     if row != "mean":
-        text = "grammar"
-        write_row(tmp_path, text, row, swap_cost=3.0)
-    write_row(tmp_path, text, row, 1, swap_cost=3.0 - apart)
+        write_row(tmp_path, "ptb", "mean", swap_cost=3.0)
+    for seed, value in enumerate((3.0, 3.0 - apart)):
+        write_row(tmp_path, text, row, seed, swap_cost=value)
     pairs = {"last/0 - mean/0": {"swap_cost": [2.0, 0.1]}}
     data.write_json(tmp_path / "ptb" / "paired.json", pairs)
     assert verdict(tmp_path, "ptb", "swap_cost", "last", ">", "mean") == f"{said}: 5.00, 3.00"
@@ -597,6 +611,9 @@ def test_curves_show_the_log_and_mark_the_end(tmp_path):
     assert (kl.get_yscale(), bound.get_yscale()) == ("symlog", "linear")
     plots.main(["curves", str(run), "--out", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").stat().st_size > 1000
+    (run / "log.jsonl").write_text('{"step": 0, "split": "valid", "nats_per_target": 9.0}')
+    with pytest.raises(SystemExit, match="has no rec and KL to draw"):  # a pretraining
+        plots.main(["curves", str(run), "--out", str(tmp_path / "curves.png")])
     with pytest.raises(SystemExit, match="has no log.jsonl"):
         plots.main(["curves", str(tmp_path), "--out", str(tmp_path / "curves.png")])
     for wrong in ["curves"], ["price", str(run)]:
