@@ -421,7 +421,9 @@ def check_same(folder, before, now):
         if before.get(name) == now[name]:
             continue
         change = f"{name} was {before.get(name)!r}, not {now[name]!r}"
-        if name == "start_sha256":
+        if name not in before:
+            change = f"its config.json has no {name}, since another version made it"
+        elif name == "start_sha256":
             change = f"{now['start']} no longer has the weights that it started from"
         elif name == "data_sha256":
             change = f"the texts of {now['dataset']} are not those that it was trained on"

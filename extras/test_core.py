@@ -1200,6 +1200,11 @@ def test_places_may_be_spelled_differently_or_move(tmp_path, home, command, stop
     tokenizer.write_text(json.dumps(content))
     with pytest.raises(SystemExit, match="the tokenizer of .*start/ makes other tokens"):
         train.main([*flags, "--dataset", home])
+    config = json.loads((tmp_path / "run" / "phase2" / "config.json").read_text())
+    del config["ids_sha256"]
+    data.write_json(tmp_path / "run" / "phase2" / "config.json", config)
+    with pytest.raises(SystemExit, match="has no ids_sha256, since another version made it"):
+        train.main([*flags, "--dataset", home])
 
 
 def test_a_t5_may_be_spelled_differently_or_move(tmp_path, home, t5_folder, monkeypatch):
