@@ -58,8 +58,9 @@ def split_path(dataset, split, data_dir="data"):
         path = folder / f"{split}.txt"
         download(dataset, split, path)
         return path
+    found = f"no {split}.txt in" if folder.is_dir() else "there is no"
     raise FileNotFoundError(
-        f"data set {dataset!r}: no {split}.txt in {folder.resolve()}; it must be a folder with "
+        f"data set {dataset!r}: {found} {folder.resolve()}; it must be a folder with "
         f"train.txt, valid.txt and test.txt, a text file, or one of {', '.join(DATASETS)}"
     )
 

@@ -515,9 +515,9 @@ def write_measures(run, measured, columns, said):
     heading, card = "\n## Measures on the test split\n\n", Path(run, "model", "README.md")
     text = ""
     if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace").split(heading)[0]
+        text = card.read_text(encoding="utf-8", errors="replace").split(heading)[0].rstrip()
     table = format_table({Path(run).resolve().name: measured})
-    card.write_text(f"{text}{heading}```\n{table}\n```\n\n{said}\n", encoding="utf-8")
+    card.write_text(f"{text}\n{heading}```\n{table}\n```\n\n{said}\n", encoding="utf-8")
     values = {name: column.numpy() for name, column in columns.items() if column.dim() == 1}
     npz = Path(run, "sentences.npz")
     data.write_atomically(npz, lambda file: np.savez_compressed(file, **values))

@@ -473,7 +473,10 @@ def new_vae(name, shape, seed, args):
         if not Path(name).exists():
             say(f"fetching {name} from the hub, unless it is in the cache")
         return T5VAE.from_t5(name, **shape)
-    texts = [text for text in data.read_texts(args.dataset, "train", args.data_dir) if text]
+    try:
+        texts = [text for text in data.read_texts(args.dataset, "train", args.data_dir) if text]
+    except FileNotFoundError as error:  # not one of the start
+        raise InputError(str(error)) from error
     tokenizer = data.train_tokenizer(texts[: args.limit], TINY_VOCABULARY)
     say(f"vocabulary of tiny: {len(tokenizer):,} tokens of {TINY_VOCABULARY:,} asked for")
     rest = {"vocab_size": len(tokenizer), "dropout_rate": 0.0, "decoder_start_token_id": 0}

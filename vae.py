@@ -56,7 +56,8 @@ CARD = """---
 # A text VAE around a T5
 
 Made with T5-VAE, the reference implementation of
-[Park & Lee 2021](https://aclanthology.org/2021.insights-1.5/). With its `vae.py`:
+[Park & Lee 2021](https://aclanthology.org/2021.insights-1.5/). In a clone of it, or with its folder
+in `PYTHONPATH`:
 
 ```python
 from vae import T5VAE

@@ -1554,7 +1554,14 @@ MISTAKES = [
     ("train.py --phase 1", "--dataset is missing"),
     ("train.py --recipe paper", "--dataset is missing"),
     ("train.py --dataset no/folder --model no/such/t5 --phase 1", "no/such/t5: no such run or fol"),
-    ("train.py --dataset no/such/folder --model tiny", "no train.txt in"),
+    (
+        "train.py --dataset no/such/folder --model tiny",
+        "train.py: data set 'no/such/folder': there is",
+    ),
+    (
+        "train.py --dataset {home}/vae --model tiny",
+        "train.py: data set '{home}/vae': no train.txt in",
+    ),
     ("train.py --dataset grammar --phase 2", "runs/grammar/phase1: no such run; run phase 1 first"),
     ("train.py --dataset {home} --phase 2 --init {vae} --latent-dim 5", "--latent-dim is 5, but"),
     ("train.py --dataset {home} --phase 2 --init {vae} --pool mean", "--pool is mean, but"),
