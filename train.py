@@ -327,6 +327,15 @@ class Run:
     def finished(self):
         return bool(data.read_json(self.folder / "metrics.json"))
 
+    def check_finished(self):
+        """InputError if a finished run has lost its model; its checkpoint, if a kill has left it,
+        goes."""
+        if self.first:
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        if not (self.folder / "model").is_dir():
+            gone = f"{self.folder} is finished, but its model/ is gone"
+            raise InputError(f"{gone}: remove the folder")
+
     def claim(self, config):
         """Write config.json, or compare with it. Raises InputError if a setting has changed."""
         before, now = data.read_json(self.folder / "config.json"), json.loads(json.dumps(config))
@@ -648,10 +657,7 @@ def run_phase(args, corpora=None):
     run = Run(run_folder(args, args.phase), args, corpora)
     run.claim(config)
     if run.finished:
-        if run.first:  # a kill may have left it
-            (run.folder / "checkpoint.pt").unlink(missing_ok=True)
-        if not (run.folder / "model").is_dir():
-            raise InputError(f"{run.folder} is finished, but its model/ is gone: remove the folder")
+        run.check_finished()
         say(f"{run.folder} is finished; python metrics.py {run.folder} measures it again")
         return corpora
     prepare(model, args)

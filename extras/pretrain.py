@@ -259,9 +259,7 @@ def make(args):
         config[f"{split}_ids_sha256"] = hashlib.sha256(corpus.ids.tobytes()).hexdigest()
     run.claim(config)
     if run.finished:
-        if not (run.folder / "model").is_dir():
-            raise data.InputError(f"{run.folder} is finished, but its model/ is gone: remove it")
-        (run.folder / "checkpoint.pt").unlink(missing_ok=True)  # a kill may have left it
+        run.check_finished()
         say(f"{run.folder} is finished")
         return
     t5 = make_t5(tokenizer, args).train().to(args.device)
