@@ -251,7 +251,8 @@ def train_tokenizer(texts, vocab_size):
             bos_id=-1,  # none
         )
     except RuntimeError as error:
-        message = f"vocab_size is {vocab_size}, which these texts do not allow: {one_line(error)}"
+        texts = f"these texts, with {len(letters):,} different letters,"
+        message = f"vocab_size is {vocab_size}, which {texts} do not allow: {one_line(error)}"
         raise InputError(message) from None
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, len(pieces))]
@@ -343,6 +344,9 @@ def make_corpus(texts, tokenizer, max_length=256, allow_empty=False):
             if len(row) >= max_length:
                 del row[max_length - 1 :]
                 (cut,) = detokenize([row], tokenizer)
+                if unk_id in row and unk not in text:  # unknown letters, no words of their own
+                    cut = tokenizer.decode(row, clean_up_tokenization_spaces=False)
+                    cut = cut.replace(unk, "?")
                 truncated += 1
             else:
                 cut = text
@@ -725,7 +729,7 @@ def check_text(text, i):
 
 def check_at_least(name, value, low):
     """InputError if an argument is no whole number of at least `low`."""
-    if not isinstance(value, numbers.Integral) or value < low:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
         raise InputError(f"{name} is {value!r}; it must be a whole number, at least {low}")
 
 
@@ -790,7 +794,9 @@ def command(name, after_interrupt=""):
         # Frees a DistributedDataParallel before its process group ends.
         traceback.clear_frames(error.__traceback__)
         sys.exit(f"{name}: {error}")
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # of a GPU, of a CPU
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         sys.exit(f"{name}: {one_line(error)}; docs/speed.md says what fits")
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted{after_interrupt}", file=sys.stderr)

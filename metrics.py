@@ -455,14 +455,15 @@ def verdict_on_z(measured):
     if cost <= 2 * error:
         return f"z is ignored: {swap}; its KL of {kl:.2f} nats buys nothing"
     used = "used" if cost > 0.1 * kl else "hardly used"
-    carried = f"in the model z carries {measured['kl_posterior']:.2f}"
+    carried = f"in the model z carries {cell(measured, 'kl_posterior')}"
     return f"z is {used}: {swap}; its KL is {kl:.2f} nats, {carried}"
 
 
 def unknown_warning(share):
     return (
         f"{100 * share:.0f} % of the texts have characters outside the vocabulary, which all look "
-        "alike; take --model google/byt5-small, or --model tiny"
+        "alike; take --model google/byt5-small, or --model tiny, which has those of its training "
+        "texts"
     )
 
 
@@ -515,9 +516,12 @@ def write_measures(run, measured, columns, said):
     heading, card = "\n## Measures on the test split\n\n", Path(run, "model", "README.md")
     text = ""
     if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="replace").split(heading)[0].rstrip()
+        text = card.read_text(encoding="utf-8", errors="surrogateescape")
+    text, _, old = text.partition(heading)
+    _, next_heading, rest = old.partition("\n## ")  # what a user wrote below
     table = format_table({Path(run).resolve().name: measured})
-    card.write_text(f"{text}\n{heading}```\n{table}\n```\n\n{said}\n", encoding="utf-8")
+    text = f"{text.rstrip()}\n{heading}```\n{table}\n```\n\n{said}\n{next_heading}{rest}"
+    card.write_text(text, encoding="utf-8", errors="surrogateescape")
     values = {name: column.numpy() for name, column in columns.items() if column.dim() == 1}
     npz = Path(run, "sentences.npz")
     data.write_atomically(npz, lambda file: np.savez_compressed(file, **values))

@@ -1044,6 +1044,11 @@ def test_saved_runs_are_measured_again(whole_run, home, tmp_path, capsys, monkey
     (its_text, its_measures), (same_text, new_measures) = (c.split("\n## Measures") for c in cards)
     assert its_text == same_text
     assert (nll in its_measures, nll in new_measures) == (False, True)
+    card, notes = run / "model" / "README.md", "\n## My notes\n\nkeep me\n"
+    with open(card, "a") as file:
+        file.write(notes)
+    metrics.main([str(run), "--write", "--iw-samples", "3"])
+    assert card.read_text() == cards[1] + notes
     (run / "metrics.json").unlink()
     with pytest.raises(SystemExit, match="--write: .*not finished"):
         metrics.main([str(run), "--write", "--iw-samples", "3"])

@@ -330,11 +330,17 @@ class Run:
     def check_finished(self):
         """InputError if a finished run has lost its model; its checkpoint, if a kill has left it,
         goes."""
-        if self.first:
-            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         if not (self.folder / "model").is_dir():
             gone = f"{self.folder} is finished, but its model/ is gone"
             raise InputError(f"{gone}: remove the folder")
+        if self.first:
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    def check_unfinished(self):
+        """InputError if training anew would replace the model of a run that has been finished."""
+        if (self.folder / "model").exists() and not (self.folder / "checkpoint.pt").exists():
+            has = f"{self.folder} has a model/, but neither metrics.json nor checkpoint.pt"
+            raise InputError(f"{has}: move the model away, and remove the folder")
 
     def claim(self, config):
         """Write config.json, or compare with it. Raises InputError if a setting has changed."""
@@ -445,7 +451,8 @@ def check_same(folder, before, now):
 
 def run_folder(args, phase):
     """DIR/phase<k>, or DIR/lm for a language model, where DIR is --out or runs/<dataset>."""
-    parent = Path("runs", Path(args.dataset).resolve().name) if args.out is None else args.out
+    name = os.path.basename(os.path.abspath(args.dataset))  # a link keeps its own
+    parent = Path("runs", name) if args.out is None else args.out
     return Path(parent, "lm" if args.no_latent else f"phase{phase}")
 
 
@@ -486,7 +493,11 @@ def new_vae(name, shape, seed, args):
         texts = [text for text in data.read_texts(args.dataset, "train", args.data_dir) if text]
     except FileNotFoundError as error:  # not one of the start
         raise InputError(str(error)) from error
-    tokenizer = data.train_tokenizer(texts[: args.limit], TINY_VOCABULARY)
+    try:
+        tokenizer = data.train_tokenizer(texts[: args.limit], TINY_VOCABULARY)
+    except InputError as error:
+        larger = "python -m extras.pretrain --steps 0 --vocab-size N makes a larger T5 for --model"
+        raise InputError(f"--model tiny: {error}; {larger}") from None
     say(f"vocabulary of tiny: {len(tokenizer):,} tokens of {TINY_VOCABULARY:,} asked for")
     rest = {"vocab_size": len(tokenizer), "dropout_rate": 0.0, "decoder_start_token_id": 0}
     model = T5VAE(transformers.T5Config(**TINY | rest).to_dict(), **shape)
@@ -660,6 +671,8 @@ def run_phase(args, corpora=None):
         run.check_finished()
         say(f"{run.folder} is finished; python metrics.py {run.folder} measures it again")
         return corpora
+    if args.epochs > 0:
+        run.check_unfinished()
     prepare(model, args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     where = f"on {args.device}, precision {args.amp}"
@@ -740,7 +753,7 @@ def make_parser():
     flag("--kl-threshold", type=amount, help="lambda: the least that a dimension costs, nats")
     flag("--kl-schedule", choices=("linear", "cyclical", "constant"), help="of the KL weight")
     flag("--kl-anneal-epochs", type=amount, help="until the KL weight may be 1 (paper: 50)")
-    flag("--kl-cycles", type=count, help="cycles of the cyclical schedule (4)")
+    flag("--kl-cycles", type=size, help="cycles of the cyclical schedule (4)")
     flag("--kl-zero", type=share, help="share of a cycle in which the KL weight is 0 (0)")
     flag("--kl-rise", type=amount, help="share of a cycle in which it rises to 1 (0.5)")
     flag("--amp", choices=metrics.HALF, help="precision (GPU: bf16, else fp16; CPU: off, float32)")

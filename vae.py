@@ -49,6 +49,7 @@ FAMILY = ("t5", "mt5", "umt5")  # supported `model_type`s; v1.1, flan, ByT5, UL2
 WEIGHTS = "model.safetensors"
 POOLINGS = ("max", "mean", "last")
 POOL_LAYERS = ("last", "all")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CARD = """---
 {{ card_data }}
 ---
@@ -234,7 +235,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
     """q(z|x) and p(x|z) on the two halves of a T5.
 
     `from_t5` starts from a pretrained T5, `from_pretrained` loads a saved VAE; both are in eval
-    mode. `save_pretrained` and `push_to_hub` are ModelHubMixin's.
+    mode. `push_to_hub` is ModelHubMixin's.
 
     Args:
         t5_config: `T5Config.to_dict()`; the weights are random here. "tie_word_embeddings" says
@@ -255,7 +256,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
             raise InputError(f"pooling is {pooling!r}; it must be one of {POOLINGS}")
         if pool_layers not in POOL_LAYERS:
             raise InputError(f"pool_layers is {pool_layers!r}; it must be one of {POOL_LAYERS}")
-        self.latent_dim, self.pooling, self.pool_layers = latent_dim, pooling, pool_layers
+        self.latent_dim = int(latent_dim)  # JSON has no numbers of numpy
+        self.pooling, self.pool_layers = pooling, pool_layers
         self.tokenizer = None
         config = AutoConfig.for_model(**t5_config)
         # Not in the half precision that a configuration may name, and in which it was saved.
@@ -533,6 +535,14 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
             raise InputError("the model has no tokenizer: set model.tokenizer")
         return self.tokenizer
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """ModelHubMixin's: writes the folder that `from_pretrained` loads. InputError if it is a
+        run, whose config.json would be lost and whose model/ would be loaded instead."""
+        folder = Path(save_directory)
+        if (folder / "model").exists() or "data_sha256" in data.read_json(folder / "config.json"):
+            raise InputError(f"{save_directory} is a run: save the model in a folder of its own")
+        return super().save_pretrained(save_directory, **kwargs)
+
     def _save_pretrained(self, save_directory):
         """What `save_pretrained` writes, but for the card: the model as it is now."""
         t5_config = self.t5.config.to_dict()
@@ -556,8 +566,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         InputError if it holds something else.
         """
         inspect.signature(snapshot_download).bind(str(name_or_path), **download)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise InputError(f"dtype is {dtype!r}; it must be a floating one: torch.bfloat16")
+        if dtype not in (None, *DTYPES):
+            raise InputError(f"dtype is {dtype!r}; it must be one of {DTYPES}")
         check_place(name_or_path)
         folder = Path(name_or_path)
         if not folder.is_dir():

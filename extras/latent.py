@@ -172,10 +172,17 @@ def run_neighbors(model, args):
 
 
 def run_encode(model, args):
+    check_out(args.out, args.lines)
     mu, logvar = encode(model, args, data.read_lines(args.lines))
     with open(args.out, "wb") as file:
         np.savez(file, mu=mu.numpy(), logvar=logvar.numpy())
     return []
+
+
+def check_out(out, *inputs):
+    """InputError if the file to write is one that is read."""
+    if any(name and Path(name).resolve() == Path(out).resolve() for name in inputs):
+        raise InputError(f"-o is {out}, which is read: give another file")
 
 
 def labelled_texts(args):
@@ -209,6 +216,7 @@ def run_map(model, args):
 
     if model.latent_dim < 2:
         raise InputError("z has one dimension; a map has two")
+    check_out(args.out, args.labels, args.texts)
     texts, labels = labelled_texts(args)
     mu = encode(model, args, texts)[0].double().numpy()
     if args.tsne and len(np.unique(mu, axis=0)) < 3:

@@ -23,6 +23,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -262,6 +263,8 @@ def make(args):
         run.check_finished()
         say(f"{run.folder} is finished")
         return
+    if args.steps > 0:
+        run.check_unfinished()
     t5 = make_t5(tokenizer, args).train().to(args.device)
     if args.device == "cpu":
         quicken(t5)
@@ -280,6 +283,7 @@ def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else [str(word) for word in argv])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
     with data.command("pretrain.py", "; --resume continues it"):
         make(args)
 

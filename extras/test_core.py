@@ -554,7 +554,7 @@ def test_arguments_of_other_types_are_refused_by_name(hub, saved):
     for wrong in 0, -3:
         arguments = ("grammar", "train", vae.tokenizer)
         calls.append((partial(data.load_corpus, limit=wrong), arguments, f"limit is {wrong}"))
-    for wrong in "bfloat16", int, "auto":
+    for wrong in "bfloat16", int, "auto", torch.float8_e4m3fn:
         calls.append((T5VAE.from_pretrained, (saved, wrong), "dtype is .*torch.bfloat16"))
     for call, arguments, said in calls:
         with pytest.raises(InputError, match=f"^{said}[^\n]*$"):
@@ -954,6 +954,28 @@ def test_a_vocabulary_that_cannot_be_is_refused():
         data.train_tokenizer([], 100)
 
 
+def test_tiny_names_the_remedy_for_texts_of_too_many_letters(tmp_path):
+    letters = [chr(0x4E00 + i) for i in range(5000)]
+    texts = "\n".join("".join(letters[i : i + 10]) for i in range(0, 5000, 10))
+    for split in data.SPLITS:
+        (tmp_path / f"{split}.txt").write_text(texts, encoding="utf-8")
+    said = "--model tiny: vocab_size is 4000.* 5,000 different letters.*extras.pretrain --steps 0"
+    with pytest.raises(SystemExit, match=said):
+        train.main(["--dataset", tmp_path, "--model", "tiny", "--out", tmp_path / "run"])
+
+
+def test_unknown_letters_are_no_words_of_a_cut_text(data_tokenizer):
+    """As of one that is not cut. A text that writes <unk> has it as a word."""
+    for text in "the kïng the kïng", "the k<unk>", "the <unk> king the":
+        whole = data.make_corpus([text], data_tokenizer)
+        length = len(whole.row(0))
+        longer = data.make_corpus([text + " the" * 9], data_tokenizer, length)
+        assert longer.truncated == 1
+        assert np.array_equal(longer.row(0), whole.row(0))
+        expected = text if "ï" in text else data.detokenize([whole.row(0)], data_tokenizer)[0]
+        assert longer.words.tolist() == [len(expected.split()) + 1]
+
+
 def test_overlong_lines_are_cut_and_counted(data_tokenizer, tmp_path):
     long = b"the old king paints a red boat " * 5000
     own = write(tmp_path, content=b"a king paints\n" + long + b"\na queen\n")
@@ -1104,9 +1126,39 @@ def test_what_a_finished_run_says(tmp_path, command, whole_run, capsys):
     said = capsys.readouterr().out
     assert said.endswith(f"{run} is finished; python metrics.py {run} measures it again\n")
     assert files(run) == before
+    (run / "metrics.json").rename(tmp_path / "metrics.json")
+    with pytest.raises(SystemExit, match=f"{run} has a model/, but neither metrics.json nor"):
+        train.main(again)
+    (tmp_path / "metrics.json").rename(run / "metrics.json")
+    assert files(run) == before
     (run / "model").rename(tmp_path / "elsewhere")
+    (run / "checkpoint.pt").touch()
     with pytest.raises(SystemExit, match=f"{run} is finished, but its model/ is gone"):
         train.main(again)
+    assert (run / "checkpoint.pt").exists(), "the last copy of the weights"
+
+
+def test_a_model_is_not_saved_into_a_run(whole_run, tmp_path):
+    """Neither in a finished one, nor in one that is under way."""
+    model = T5VAE.from_pretrained(whole_run)
+    finished = shutil.copytree(whole_run, tmp_path / "finished")
+    (tmp_path / "begun").mkdir()
+    shutil.copy(whole_run / "config.json", tmp_path / "begun")
+    for run in finished, tmp_path / "begun":
+        before = files(run)
+        with pytest.raises(InputError, match=f"{run} is a run: save the model in a folder of its"):
+            model.save_pretrained(run)
+        assert files(run) == before
+    model.save_pretrained(finished / "model")
+    weights = Path("model", "model.safetensors")
+    assert (finished / weights).read_bytes() == (whole_run / weights).read_bytes()
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    T5VAE(tiny_config().to_dict(), np.int64(3)).save_pretrained(tmp_path)
+    assert T5VAE.from_pretrained(tmp_path).latent_dim == 3
+    with pytest.raises(InputError, match="latent_dim is True; it must be a whole number"):
+        T5VAE(tiny_config().to_dict(), True)
 
 
 def test_files_of_others_are_never_touched(tmp_path):
@@ -1281,6 +1333,10 @@ def test_what_does_not_fit_into_memory_is_one_line():
         raise torch.OutOfMemoryError(message)
     said = f"train.py: {' '.join(message.split())}; docs/speed.md says what fits"
     assert stop.value.code == said
+    with pytest.raises(SystemExit, match="allocate memory.*; docs/speed.md"), data.command("x"):
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="the control"), data.command("x"):
+        raise RuntimeError("the control")
 
 
 def test_a_bar_on_a_closed_pipe_does_not_end_the_work(monkeypatch):

@@ -154,6 +154,8 @@ def test_arithmetic_neighbors_and_encoding(ask, run, tmp_path):
             ["encode", "{run}", "no/file", "-o", "no/such/z.npz"],
             "-o is no/such/z.npz, but there is",
         ),
+        (["encode", "{run}", "{run}/samples.txt", "-o", "{run}/samples.txt"], "which is read"),
+        (["map", "{run}", "--labels", "{run}/log.jsonl", "-o", "{run}/log.jsonl"], "which is read"),
     ],
 )
 def test_latent_refuses_in_one_line(args, words, run, language_model):

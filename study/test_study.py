@@ -569,7 +569,9 @@ def hidden_rows(runs, paired):
     shown = "\n".join(TABLES.values())
     hidden = []
     for text, rows in runs.items():
-        elsewhere = set(study_tables.LANGUAGE_MODELS if "lm" in rows else ())  # in the first table
+        elsewhere = set()
+        if "lm" in rows:  # the first table
+            elsewhere |= {*study_tables.LANGUAGE_MODELS, *study_tables.SUMMARY}
         if f"\n| {text} | " in TABLES["frozen"]:
             elsewhere |= set(study_tables.FROZEN_OR_RESET)
         for claim in study_tables.CLAIMS:
