@@ -421,6 +421,8 @@ def format_table(runs):
         if set(cells) != {"-"}:
             lines.append(f"{key:19}" + "".join(f"  {text:>{width}}" for text in cells))
     end = "Nats per sentence; ±: standard error over sentences, ±?: none."
+    if shown == SHOWN:
+        end += " mi is at most ln of their number."
     if any(measured["word"] == "character" for measured in runs.values()):
         end += " A word of ppl_word is a character."
     return "\n".join([*lines, end])

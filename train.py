@@ -284,7 +284,7 @@ def train(model, corpora, run, args):
         order = data.epoch_order(corpus.lengths, args.batch_size, args.seed, epoch)
         order = order[step % steps_per_epoch :]
         for batches in data.prefetch(partial(make_batches, epoch), order):
-            if args.phase == 1:
+            if args.phase == 1 or args.no_latent:
                 weight = 0.0
             elif controller:
                 weight = controller.weight
@@ -496,8 +496,7 @@ def new_vae(name, shape, seed, args):
     try:
         tokenizer = data.train_tokenizer(texts[: args.limit], TINY_VOCABULARY)
     except InputError as error:
-        larger = "python -m extras.pretrain --steps 0 --vocab-size N makes a larger T5 for --model"
-        raise InputError(f"--model tiny: {error}; {larger}") from None
+        raise InputError(f"--model tiny: {error}; README.md names what makes other T5s") from None
     say(f"vocabulary of tiny: {len(tokenizer):,} tokens of {TINY_VOCABULARY:,} asked for")
     rest = {"vocab_size": len(tokenizer), "dropout_rate": 0.0, "decoder_start_token_id": 0}
     model = T5VAE(transformers.T5Config(**TINY | rest).to_dict(), **shape)

@@ -21,7 +21,8 @@ word by word can model text without z. Early in training z is noise to it; ignor
 cheapest: q becomes N(0, I), the KL 0, and no gradient leads back. The remedies keep z worth reading
 until the decoder reads it: a phase without KL in which the encoder learns to say something (phase
 1), a KL weight that rises slowly or is controlled, a KL threshold below which less KL saves
-nothing, an encoder that pools all tokens, a decoder that misses words (token deletion). The price:
+nothing, an encoder that pools all tokens, and that must say what it did not see (token deletion,
+of its input alone). The price:
 with a KL weight w < 1 the encoder is more certain than the posterior (`metrics.untemper` undoes
 that).
 """
@@ -266,8 +267,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         # would not be mu in evaluation. (T5 uses this module after the embeddings, too.)
         self.t5.encoder.dropout = nn.Identity()
         for layer_index, block in enumerate(self.t5.decoder.block):
-            literal = block.layer[1]
-            block.layer[1] = LatentCrossAttention(literal, layer_index, config.model_type)
+            original = block.layer[1]
+            block.layer[1] = LatentCrossAttention(original, layer_index, config.model_type)
         for block in (*self.t5.encoder.block, *self.t5.decoder.block):
             feed_forward = block.layer[-1].DenseReluDense
             feed_forward.wo = Float32Output(feed_forward.wo)
@@ -286,7 +287,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
     def from_t5(cls, name_or_path, latent_dim=32, pooling="max", pool_layers="last"):
         """A VAE around a pretrained T5, from the hub or a directory, with its tokenizer.
 
-        All weights are kept that can matter (see `LatentCrossAttention`); W_mu, W_logvar and W_proj
+        Cross-attention's queries and keys cannot matter (see `LatentCrossAttention`), and W_proj
+        takes the place of its values (Eq. 5); all other weights are kept. W_mu, W_logvar and W_proj
         are new. Raises InputError if there is no such checkpoint, or if it is none of FAMILY,
         incomplete, or without its tokenizer.
         """
@@ -617,7 +619,11 @@ def load(kind, name_or_path, **settings):
     try:
         return kind.from_pretrained(name_or_path, **settings)
     except Exception as error:  # whatever foreign or damaged files, or a network, lead to
-        raise InputError(f"{name_or_path} is no T5 to start from: {one_line(error)}") from error
+        said = f"{name_or_path} is no T5 to start from: {one_line(error)}"
+        if isinstance(error, OSError) and not Path(name_or_path).is_dir():
+            said = f"{name_or_path} is no folder, nor available from the hub ({one_line(error)})"
+            said += "; without a network give a folder, or --model tiny"
+        raise InputError(said) from error
 
 
 def check_tokenizer(name_or_path, config, tokenizer):

@@ -959,7 +959,7 @@ def test_tiny_names_the_remedy_for_texts_of_too_many_letters(tmp_path):
     texts = "\n".join("".join(letters[i : i + 10]) for i in range(0, 5000, 10))
     for split in data.SPLITS:
         (tmp_path / f"{split}.txt").write_text(texts, encoding="utf-8")
-    said = "--model tiny: vocab_size is 4000.* 5,000 different letters.*extras.pretrain --steps 0"
+    said = "--model tiny: vocab_size is 4000.* 5,000 different letters.*README.md names"
     with pytest.raises(SystemExit, match=said):
         train.main(["--dataset", tmp_path, "--model", "tiny", "--out", tmp_path / "run"])
 
@@ -1152,6 +1152,20 @@ def test_a_model_is_not_saved_into_a_run(whole_run, tmp_path):
     model.save_pretrained(finished / "model")
     weights = Path("model", "model.safetensors")
     assert (finished / weights).read_bytes() == (whole_run / weights).read_bytes()
+
+
+def test_a_t5_that_cannot_be_had_is_not_blamed(tmp_path):
+    """A folder with foreign files is."""
+
+    class Missing:
+        @staticmethod
+        def from_pretrained(name):
+            raise OSError("no route")
+
+    with pytest.raises(InputError, match="t5-small is no folder, nor available .*no route.*tiny"):
+        vae.load(Missing, "t5-small")
+    with pytest.raises(InputError, match="is no T5 to start from: no route"):
+        vae.load(Missing, str(tmp_path))
 
 
 def test_numbers_of_numpy_are_saved(tmp_path):
