@@ -283,7 +283,7 @@ def test_tables_say_what_the_results_hold(tmp_path):
     for seed in range(2):
         write_row(tmp_path, "ptb", "lm", seed, rec=100.0, nll=100.0, latent_dim=0)
     at_1 = {"kl_posterior": 6.0, "kl_posterior_se": 0.02, "neg_elbo_untempered": 102.0}
-    write_row(tmp_path, "ptb", "r4", kl=9.0, **at_1)
+    write_row(tmp_path, "ptb", "r16", kl=9.0, **at_1)
     measures = {"kl": 50.0, "neg_elbo": 130.0, "nll": 109.0, "iw_ess": 3.52, **at_1}
     write_row(tmp_path, "ptb", "paper-max", **measures)
     write_row(tmp_path, "ptb", "lm-paper", nll=107.0, latent_dim=0)
@@ -297,7 +297,7 @@ def test_tables_say_what_the_results_hold(tmp_path):
     data.write_json(tmp_path / "ptb" / "paired.json", pairs)
     lines = study_tables.tables(tmp_path)["systems"].splitlines()
     cells = [line.split(" | ") for line in lines[2:]]
-    names = ["paper-max", "paper-deep", "r4", "r8, 2 seeds"]
+    names = ["paper-max", "paper-deep", "r8, 2 seeds", "r16"]
     assert [line[0].removeprefix("| ptb: ") for line in cells] == names
     of = dict(zip(names, cells, strict=True))
     of_z = "+9.00, +2.00±0.25"  # beside lm and lm-paper
