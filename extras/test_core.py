@@ -813,7 +813,8 @@ def test_a_hub_that_breaks_off_ends_in_one_line(hub, home, tmp_path, monkeypatch
 
     monkeypatch.setattr(AutoModelForSeq2SeqLM, "from_pretrained", break_off)
     flags = ["--dataset", home, "--phase", 1, "--model", "me/my-t5", "--out", tmp_path / "out"]
-    with pytest.raises(SystemExit, match="me/my-t5 .*connection lost after 20,000 bytes[)]; without a network"):
+    said = "me/my-t5 .*connection lost after 20,000 bytes[)]; without a network"
+    with pytest.raises(SystemExit, match=said):
         train.main(flags)
     assert capsys.readouterr().out == "fetching me/my-t5 from the hub, unless it is in the cache\n"
     assert not (tmp_path / "out").exists()
