@@ -908,11 +908,16 @@ def fill(args, defaults):
             setattr(args, name, value)
 
 
-def main(argv=None):
-    args, phases = parse(sys.argv[1:] if argv is None else [str(word) for word in argv])
+def quiet_libraries():
+    """Neither warnings nor bars of transformers, nor the hub's retries without a network."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
+    huggingface_hub.utils.logging.set_verbosity_error()
+
+
+def main(argv=None):
+    args, phases = parse(sys.argv[1:] if argv is None else [str(word) for word in argv])
+    quiet_libraries()
     if "RANK" in os.environ:  # set by torchrun
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -22,9 +22,8 @@ cheapest: q becomes N(0, I), the KL 0, and no gradient leads back. The remedies 
 until the decoder reads it: a phase without KL in which the encoder learns to say something (phase
 1), a KL weight that rises slowly or is controlled, a KL threshold below which less KL saves
 nothing, an encoder that pools all tokens, and that must say what it did not see (token deletion,
-of its input alone). The price:
-with a KL weight w < 1 the encoder is more certain than the posterior (`metrics.untemper` undoes
-that).
+of its input alone). The price: with a KL weight w < 1 the encoder is more certain than the
+posterior (`metrics.untemper` undoes that).
 """
 
 import contextlib
@@ -540,8 +539,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
     def save_pretrained(self, save_directory, **kwargs):
         """ModelHubMixin's: writes the folder that `from_pretrained` loads. InputError if it is a
         run, whose config.json would be lost and whose model/ would be loaded instead."""
-        folder = Path(save_directory)
-        if (folder / "model").exists() or "data_sha256" in data.read_json(folder / "config.json"):
+        if is_run(save_directory) or Path(save_directory, "model").exists():
             raise InputError(f"{save_directory} is a run: save the model in a folder of its own")
         return super().save_pretrained(save_directory, **kwargs)
 
@@ -580,7 +578,7 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
                 raise FileNotFoundError(f"{name_or_path}: {where}") from error
         if (folder / "model").is_dir():  # a run folder
             folder = folder / "model"
-        elif "data_sha256" in data.read_json(folder / "config.json"):
+        elif is_run(folder):
             raise InputError(f"{folder} is a run without model/: is it finished?")
         try:
             vae = cls(**json.loads((folder / "config.json").read_text()))
@@ -593,6 +591,11 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
         if vae.tokenizer is not None:
             check_tokenizer(folder, vae.t5.config, vae.tokenizer)
         return vae.to(dtype or torch.float32).eval()
+
+
+def is_run(folder):
+    """Whether a folder is a run of train.py, finished or not."""
+    return "data_sha256" in data.read_json(Path(folder, "config.json"))
 
 
 def check_place(name_or_path):
@@ -619,10 +622,11 @@ def load(kind, name_or_path, **settings):
     try:
         return kind.from_pretrained(name_or_path, **settings)
     except Exception as error:  # whatever foreign or damaged files, or a network, lead to
-        said = f"{name_or_path} is no T5 to start from: {one_line(error)}"
         if isinstance(error, OSError) and not Path(name_or_path).is_dir():
             said = f"{name_or_path} is no folder, nor available from the hub ({one_line(error)})"
             said += "; without a network give a folder, or --model tiny"
+        else:
+            said = f"{name_or_path} is no T5 to start from: {one_line(error)}"
         raise InputError(said) from error
 
 

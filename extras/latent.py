@@ -172,17 +172,10 @@ def run_neighbors(model, args):
 
 
 def run_encode(model, args):
-    check_out(args.out, args.lines)
     mu, logvar = encode(model, args, data.read_lines(args.lines))
     with open(args.out, "wb") as file:
         np.savez(file, mu=mu.numpy(), logvar=logvar.numpy())
     return []
-
-
-def check_out(out, *inputs):
-    """InputError if the file to write is one that is read."""
-    if any(name and Path(name).resolve() == Path(out).resolve() for name in inputs):
-        raise InputError(f"-o is {out}, which is read: give another file")
 
 
 def labelled_texts(args):
@@ -216,7 +209,6 @@ def run_map(model, args):
 
     if model.latent_dim < 2:
         raise InputError("z has one dimension; a map has two")
-    check_out(args.out, args.labels, args.texts)
     texts, labels = labelled_texts(args)
     mu = encode(model, args, texts)[0].double().numpy()
     if args.tsne and len(np.unique(mu, axis=0)) < 3:
@@ -356,14 +348,24 @@ def load_vae(folder):
     return model
 
 
+def check_out(args):
+    """InputError if the file of -o has no folder, or is one that the command reads."""
+    out = Path(args.out)
+    if not out.parent.is_dir():
+        raise InputError(f"-o is {args.out}, but there is no folder {out.parent}")
+    for name in "lines", "labels", "texts":
+        read = getattr(args, name, None)
+        if read and Path(read).resolve() == out.resolve():
+            raise InputError(f"-o is {args.out}, which is read: give another file")
+
+
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # as what it reads
     with command("latent.py"):
-        out = getattr(args, "out", None)
-        if out and not Path(out).parent.is_dir():  # before all is encoded
-            raise InputError(f"-o is {out}, but there is no folder {Path(out).parent}")
+        if hasattr(args, "out"):  # before all is encoded
+            check_out(args)
         model = load_vae(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(getattr(args, "seed", 0))
         for line in args.run(model, args):

@@ -23,7 +23,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -281,9 +280,7 @@ def make(args):
 
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else [str(word) for word in argv])
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries, where there is no network
+    train.quiet_libraries()
     with data.command("pretrain.py", "; --resume continues it"):
         make(args)
 
