@@ -489,10 +489,7 @@ def new_vae(name, shape, seed, args):
         if not Path(name).exists():
             say(f"fetching {name} from the hub, unless it is in the cache")
         return T5VAE.from_t5(name, **shape)
-    try:
-        texts = [text for text in data.read_texts(args.dataset, "train", args.data_dir) if text]
-    except FileNotFoundError as error:  # not one of the start
-        raise InputError(str(error)) from error
+    texts = [text for text in data.read_texts(args.dataset, "train", args.data_dir) if text]
     try:
         tokenizer = data.train_tokenizer(texts[: args.limit], TINY_VOCABULARY)
     except InputError as error:
@@ -514,16 +511,14 @@ def load_start(args):
         raise InputError(f"phase 2 cannot start from {start}: no such run; run phase 1 first")
     given = {name: getattr(args, name) for name in FIXED if getattr(args, name) is not None}
     try:
-        if not is_vae(args, saved):
-            if args.reset_decoder or args.model not in (None, start):
-                raise InputError(
-                    f"{start} is a T5: --model, --reset-decoder have no effect with it"
-                )
-            return new_vae(start, given, args.seed, args), {}
-        model = T5VAE.from_pretrained(start)
+        model = T5VAE.from_pretrained(start) if is_vae(args, saved) else None
     except OSError as error:
         message = f"phase {args.phase} cannot start from {start}: {data.one_line(error)}"
         raise InputError(message) from error
+    if model is None:
+        if args.reset_decoder or args.model not in (None, start):
+            raise InputError(f"{start} is a T5: --model, --reset-decoder have no effect with it")
+        return new_vae(start, given, args.seed, args), {}
     check_start(model, saved, given, args)
     if args.reset_decoder:
         reset_decoder(model, saved, args)
