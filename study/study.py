@@ -280,16 +280,23 @@ def runs_on(row, text, args):
     return start == "deep" and bool(args.deep)
 
 
+def asked_seeds(args, usual):
+    """The seeds that --seed or --seeds asks for, else the first `usual`."""
+    if args.seed is not None:
+        return [args.seed]
+    return range(args.seeds or usual)
+
+
 def study_jobs(args):
     """The jobs of all rows: seed 0 of all texts first, row by row; the long runs last."""
     jobs, rows = [], [row for row in ROWS if not args.rows or row.name in args.rows]
     for long in False, True:
-        for seed in range(args.seeds or MOST_SEEDS):
+        for seed in asked_seeds(args, MOST_SEEDS):
             for row, name in itertools.product(rows, args.texts):
                 text = find_text(name, args)
-                seeds = args.seeds or (text.seeds if row.several or text.rows else 1)
+                seeds = asked_seeds(args, text.seeds if row.several or text.rows else 1)
                 has_long_runs = bool(text.rows)
-                if runs_on(row, text, args) and seed < seeds and has_long_runs == long:
+                if runs_on(row, text, args) and seed in seeds and has_long_runs == long:
                     jobs.append(row_job(row, name, seed, args))
     return jobs
 
@@ -383,7 +390,7 @@ def write_pairs(args):
     """paired.json of each text: the pairs of study_tables whose two runs are there, and those that
     it had."""
     rows = {row.name: row for row in ROWS}
-    wanted, seeds = study_tables.pairs(rows), range(max(args.seeds or 0, MOST_SEEDS))
+    wanted, seeds = study_tables.pairs(rows), asked_seeds(args, MOST_SEEDS)
     for name in args.texts:
         path = Path(args.results, name, "paired.json")
         old = read_dict(path) if path.exists() else {}
@@ -484,7 +491,9 @@ def parse_args(argv):
     flag("--texts", nargs="+", help=texts)
     flag("--rows", nargs="+", choices=[r.name for r in ROWS], metavar="ROW", help="only these")
     seeds = "so many of each row (1; of some 2, on grammar 3)"
-    flag("--seeds", type=data.number(int, 1), help=seeds)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--seeds", type=data.number(int, 1), help=seeds)
+    group.add_argument("--seed", type=data.number(int, 0), help="only this seed of each row")
     flag("--model", help="start of all rows: a T5 of the hub, or a folder (pretrained here)")
     flag("--deep", help="that of rows with 4 + 4 layers, with --model; else they are left out")
     flag("--data-dir", default="data", help="where the folders of the texts are (data)")
@@ -496,8 +505,9 @@ def parse_args(argv):
     flag("--list", action="store_true", help="print what is missing, and run nothing")
     flag("--tables", action="store_true", help="print the tables of RESULTS.md, and run nothing")
     args = parser.parse_args(argv)
-    if args.tables and (args.texts or args.rows or args.seeds or args.list):
-        parser.error("--tables prints all: it takes no --texts, --rows, --seeds, --list")
+    asked = [args.texts, args.rows, args.seeds, args.seed]
+    if args.tables and (args.list or any(value is not None for value in asked)):
+        parser.error("--tables prints all: it takes no --texts, --rows, --seeds, --seed, --list")
     if args.texts is None:
         args.texts = ["captions", "ptb", "answers"] if args.model else list(TEXTS)
     args.texts = list(dict.fromkeys(args.texts))

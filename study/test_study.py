@@ -67,6 +67,11 @@ def test_any_row_can_be_remade_with_another_seed(text):
         jobs = study.study_jobs(settings(*flags, "--seeds", str(seeds)))
         found = [job.result.parts[2:] for job in jobs]
         assert found == [(row, str(seed)) for seed in range(seeds) for row in rows]
+    for seed in "0", "7":
+        jobs = study.study_jobs(settings(*flags, "--seed", seed))
+        assert [job.result.parts[2:] for job in jobs] == [(row, seed) for row in rows]
+        for job in jobs:
+            assert job.command[job.command.index("--seed") + 1] == seed
 
 
 def test_two_models_share_no_folder():
@@ -128,6 +133,9 @@ def test_mistakes_are_refused(capsys):
         (["--deep", "t5-base"], "--deep is t5-base; it needs --model"),
         (["--rows", "r5"], "r5"),
         (["--tables", "--rows", "r8"], "--tables prints all"),
+        (["--tables", "--seed", "0"], "--tables prints all"),
+        (["--seed", "0", "--seeds", "2"], "not allowed with"),
+        (["--seed", "-1"], "--seed"),
     ):
         with pytest.raises(SystemExit):
             settings(*flags)
