@@ -341,6 +341,8 @@ def make_corpus(texts, tokenizer, max_length=256, allow_empty=False):
         part = [text for _, text in part]
         rows = tokenize(part, tokenizer)
         for text, row in zip(part, rows, strict=True):
+            # An <unk> that the text does not write. (unk is None in a vocabulary of bytes.)
+            has_unknown = unk is not None and row.count(unk_id) > text.count(unk)
             if len(row) >= max_length:
                 del row[max_length - 1 :]
                 (cut,) = detokenize([row], tokenizer)
@@ -350,8 +352,7 @@ def make_corpus(texts, tokenizer, max_length=256, allow_empty=False):
                 truncated += 1
             else:
                 cut = text
-            # An <unk> that the text does not write. (unk is None in a vocabulary of bytes.)
-            unknown += unk is not None and row.count(unk_id) > text.count(unk)
+            unknown += has_unknown and unk_id in row  # not if it is cut off
             row.append(eos_id)
             words.append(len(cut.split()) + 1)
             characters.append(len(cut) + 1)
@@ -810,7 +811,7 @@ def say(*lines):
 
 
 def progress(items, what):
-    """Yields the items, with a bar on stderr after five seconds (in a file: a line per 30 s)."""
+    """Yields the items, with a bar on stderr after five seconds (in a file: written every 30 s)."""
     interval = 0.5 if sys.stderr.isatty() else 30
     hidden = processes()[0] > 0
     with ignore_broken_pipe(sys.stderr):

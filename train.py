@@ -233,16 +233,14 @@ def match_held_out_kl(model, corpus, make_batches, controller, held_out_kl):
     """Tells the controller how the KL of held-out texts, in nats, compares to that in training.
 
     Overfitting and dropout raise the KL in training, deletion lowers it. corpus: the training
-    texts, of which 3,000 are taken, evenly (of fewer, each several times); make_batches(epoch,
-    index) makes their batches.
+    texts, of which 3,000 are taken, evenly (all, if there are fewer); make_batches(epoch, index)
+    makes their batches.
     """
-    some = np.arange(3000) % len(corpus)
-    if len(corpus) > 3000:
-        some = np.linspace(0, len(corpus) - 1, 3000, dtype=int)
-    some = some.reshape(-1, 50)
+    count = min(3000, len(corpus))
+    some = np.linspace(0, len(corpus) - 1, count, dtype=int)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     torch.manual_seed(0)  # of dropout
-    for index in some:
+    for index in np.array_split(some, -(-count // 50)):
         for batch in make_batches(0, index):
             batch = batch.to(model.device)
             kl = kl_divergence(*model.encode(batch.ids, batch.mask))  # (B, Z)
@@ -250,7 +248,7 @@ def match_held_out_kl(model, corpus, make_batches, controller, held_out_kl):
     if data.processes()[1] > 1:
         distributed.all_reduce(total)
     if total > 0:
-        controller.ratio = held_out_kl * some.size / total.item()
+        controller.ratio = held_out_kl * count / total.item()
 
 
 def train(model, corpora, run, args):
@@ -494,7 +492,8 @@ def new_vae(name, shape, seed, args):
         tokenizer = data.train_tokenizer(texts[: args.limit], TINY_VOCABULARY)
     except InputError as error:
         raise InputError(f"--model tiny: {error}; README.md names what makes other T5s") from None
-    say(f"vocabulary of tiny: {len(tokenizer):,} tokens of {TINY_VOCABULARY:,} asked for")
+    size = f"{len(tokenizer) - 100:,} tokens of {TINY_VOCABULARY:,} asked for"
+    say(f"vocabulary of tiny: {size}, and 100 sentinels")
     rest = {"vocab_size": len(tokenizer), "dropout_rate": 0.0, "decoder_start_token_id": 0}
     model = T5VAE(transformers.T5Config(**TINY | rest).to_dict(), **shape)
     model.tokenizer = tokenizer

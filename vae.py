@@ -288,8 +288,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
 
         Cross-attention's queries and keys cannot matter (see `LatentCrossAttention`), and W_proj
         takes the place of its values (Eq. 5); all other weights are kept. W_mu, W_logvar and W_proj
-        are new. Raises InputError if there is no such checkpoint, or if it is none of FAMILY,
-        incomplete, or without its tokenizer.
+        are new. Raises FileNotFoundError if there is no such folder, nor can be on the hub, and
+        InputError if it is not available, none of FAMILY, incomplete, or without its tokenizer.
         """
         check_place(name_or_path)
         if data.read_json(Path(name_or_path, "config.json")).keys() & {"data_sha256", "t5_config"}:
@@ -580,6 +580,8 @@ class T5VAE(nn.Module, ModelHubMixin, tags=["t5", "vae"], model_card_template=CA
             folder = folder / "model"
         elif is_run(folder):
             raise InputError(f"{folder} is a run without model/: is it finished?")
+        if data.read_json(folder / "config.json").get("model_type") in FAMILY:
+            raise InputError(f"{folder} is a T5; T5VAE.from_t5, or --model, makes a VAE of it")
         try:
             vae = cls(**json.loads((folder / "config.json").read_text()))
             safetensors.torch.load_model(vae, folder / WEIGHTS)  # it knows of tied weights
