@@ -115,7 +115,8 @@ def read_lines(path):
             except UnicodeDecodeError as error:
                 wrong = error.start
             if wrong >= 0:
-                raise InputError(f"{place}, byte {wrong + 1}: not UTF-8; save it as UTF-8")
+                said = f"{place}, byte {wrong + 1}: not UTF-8, or a zero byte"
+                raise InputError(f"{said}; save it as UTF-8, without zero bytes")
             yield (text.removeprefix("\ufeff") if i == 0 else text).strip()
 
 

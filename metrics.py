@@ -487,6 +487,8 @@ def load_run(run, device="cpu", dataset=None):
     """
     config = read_config(run)
     model = T5VAE.from_pretrained(run).to(device).requires_grad_(False)
+    if model.tokenizer is None:
+        raise InputError(f"{run}/model has no tokenizer")
     name, data_dir = config["dataset"], config["data_dir"]
     if dataset and name in data.SOURCES:  # some of them are read by rules of their own
         if Path(dataset).resolve().name != name or not Path(dataset).is_dir():

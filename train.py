@@ -430,7 +430,8 @@ INCIDENTAL |= {"log_every"}
 
 def check_same(folder, before, now):
     """InputError if a setting that matters differs between two config.json, both dicts."""
-    for name in sorted(now.keys() - INCIDENTAL):
+    # A checksum may differ because a setting does: settings first.
+    for name in sorted(now.keys() - INCIDENTAL, key=lambda name: (name.endswith("_sha256"), name)):
         if before.get(name) == now[name]:
             continue
         change = f"{name} was {before.get(name)!r}, not {now[name]!r}"
@@ -577,6 +578,7 @@ def began_from_t5(saved):
 def made_again(model, saved, args):
     """A saved VAE as it was before phase 1, if --model is what it was made of."""
     shape = {name: getattr(model, name) for name in FIXED}
+    args = argparse.Namespace(**vars(args) | {"limit": saved.get("limit", args.limit)})
     return new_vae(args.model, shape, saved.get("seed", args.seed), args)
 
 
@@ -668,7 +670,7 @@ def run_phase(args, corpora=None):
         run.check_unfinished()
     prepare(model, args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    where = f"on {args.device}, precision {args.amp}"
+    where = f"on {args.device}, precision {args.amp}, learning rate {args.lr:g}"
     say(f"{run.name} starts from {args.start} and trains {trained:,} parameters {where}")
     train(model, corpora, run, args)
     if run.first:
@@ -846,10 +848,10 @@ def settings(args, phase):
     """
     args = argparse.Namespace(**vars(args) | {"phase": phase})
     set_start(args)
-    if phase == 1:
-        args.reset_decoder = None  # what phase 2 does with phase 1
-    if phase == 1 or args.no_latent:
-        args.kl_target = 0.0  # there is no KL to control
+    if phase == 1 or args.no_latent:  # there is no KL to control: flags are those of phase 2
+        for name in (*KL_FLAGS, *CYCLE_FLAGS):
+            setattr(args, name, None)
+        args.kl_target = 0.0
     elif args.kl_target is None and (args.kl_threshold is not None or args.kl_schedule):
         args.kl_target = 0.0  # not that of the recipe
     common = {"kl_schedule": "linear", "kl_cycles": 4, "kl_zero": 0.0, "kl_rise": 0.5}

@@ -238,7 +238,8 @@ def draw_map(place, labels, axes_names, path):
     size = float(np.clip(20_000 / len(place), 8, 40))
     axes.scatter(*place[order].T, s=size, c=of_points, alpha=0.7, linewidths=0)
     for label, count in ranked[: len(COLOURS)]:
-        name = textwrap.shorten(label, 24, placeholder=" ...").replace("$", r"\$")
+        name = label if len(label) <= 24 else label[:20] + " ..."
+        name = " " + name.replace("$", r"\$")  # matplotlib hides what begins with _
         axes.scatter([], [], s=45, c=colours[label], label=f"{name} ({count:,})")
     if rest := ranked[len(COLOURS) :]:
         count = sum(count for _, count in rest)

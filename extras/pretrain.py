@@ -114,7 +114,10 @@ def validate(t5, corpus, make_batch, args):
         of_texts, count = target_nats(t5, batch)
         nats, targets = nats + of_texts.double().sum().item(), targets + count.item()
     t5.train()
-    return {"nats_per_target": nats / targets, "query_growth": query_growth(t5)}
+    measured = {"nats_per_target": nats / targets, "query_growth": query_growth(t5)}
+    if not all(map(math.isfinite, measured.values())):
+        raise FloatingPointError(f"the validation has {measured}; try a smaller --lr")
+    return measured
 
 
 class Run(train.Run):

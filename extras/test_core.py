@@ -891,6 +891,7 @@ RETURN = r"has \\r in its middle"
         ("utf16.txt", "text".encode("utf-16"), ", line 1, byte 1: not UTF-8"),
         ("utf16.txt", "a king\na queen\n".encode("utf-16-le"), ", line 1, byte 2: not UTF-8"),
         ("mark.txt", "\ufeffab".encode() + b"\xc3\n", ", line 1, byte 6: not UTF-8"),
+        ("zero.txt", b"a king\nb\0c\n", ", line 2, byte 2: not UTF-8, or a zero byte"),
         ("mac.txt", b"a king\ra queen\r", f", line 1: {RETURN}"),
         ("mac.txt", b"a king\ra queen", f", line 1: {RETURN}"),
         ("mac.txt", b"\xef\xbb\xbfa king\r\ra queen\r", f", line 1: {RETURN}"),
@@ -1097,6 +1098,23 @@ def test_a_training_batch_holds_the_noise_of_its_texts(data_tokenizer):
 # ------------------------------------------------------------------------------- kills and damage
 
 
+def test_flags_of_phase_2_do_not_change_phase_1(tmp_path, home):
+    """Nor a language model: so either is resumed whatever the KL of phase 2 is to be."""
+    flags = ["--dataset", home, *TINY, *SHORT, "--epochs", 0, "--out", tmp_path]
+    kl = ["--kl-schedule", "cyclical", "--kl-threshold", 3, "--kl-cycles", 2, "--kl-rise", 0.1]
+    train.main([*flags, *kl])
+    for more in ["--phase", 1], kl:
+        train.main([*flags, "--resume", *more])
+    with pytest.raises(SystemExit, match="phase2: kl_anneal_epochs was 0.0, not 50.0"):
+        train.main([*flags, "--resume"])
+
+
+def test_a_reset_of_tiny_makes_the_vocabulary_of_phase_1(tmp_path, home):
+    flags = ["--dataset", home, *TINY, *SHORT, "--epochs", 0, "--out", tmp_path]
+    train.main([*flags, "--phase", 1, "--limit", 12])
+    train.main([*flags, "--phase", 2, "--reset-decoder"])  # with all texts
+
+
 def interrupt():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
     send(signal.SIGINT)
@@ -1124,6 +1142,9 @@ def test_what_a_finished_run_says(tmp_path, command, whole_run, capsys):
     again, before = [*command, "--out", tmp_path, "--resume"], files(run)
     with pytest.raises(SystemExit, match="lr was 0.001, not 0.1"):
         train.main([*again, "--lr", 0.1])
+    for name, value in ("limit", 3), ("max_length", 3):  # other tokens: the cause is named
+        with pytest.raises(SystemExit, match=f"{name} was .*, not {value}"):
+            train.main([*again, "--" + name.replace("_", "-"), value])
     capsys.readouterr()
     incidental = "--iw-samples", 5, "--micro-batch", 2, "--log-every", 7, "--amp", "bf16"
     train.main([*again, *incidental])  # nothing to do
@@ -1307,6 +1328,9 @@ def test_measuring_a_named_data_set_from_elsewhere(whole_run, home, tmp_path, mo
     for split in data.SPLITS:
         write(tmp_path / "moved" / "ptb", f"{split}.txt", (home / f"{split}.txt").read_bytes())
     metrics.main([str(run), "--iw-samples", "1", "--dataset", "moved/ptb"])
+    (run / "model" / "tokenizer_config.json").unlink()
+    with pytest.raises(SystemExit, match=f"{run}/model has no tokenizer"):
+        metrics.main([str(run)])
 
 
 # ------------------------------------------------------------------------------------ the screen

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from matplotlib.figure import Figure
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import data
@@ -212,6 +213,17 @@ def test_a_map_of_labelled_texts(ask, run, home, tmp_path, monkeypatch):
     assert list(labels) == list("xyxyxy")
     ask("map", "--labels", tmp_path / "six", "--texts", tmp_path / "texts", "--tsne", "-o", out)
     assert drawn[1][2][0].startswith("t-SNE 1")
+    long = ["customer_service", "customer_service_complaint", "product_quality_complaint"]
+    names = [*long, "__label__1", "$5", "$5"]  # as matplotlib's own, and as a formula
+    write_files(tmp_path, names=names)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    ask("map", "--labels", tmp_path / "names", "--texts", tmp_path / "texts", "-o", out)
+    said = {text.get_text().strip() for text in figures[0].axes[0].get_legend().get_texts()}
+    assert said == {
+        *("customer_service (1)", "customer_service_com ... (1)", "product_quality_comp ... (1)"),
+        *("__label__1 (1)", r"\$5 (2)"),
+    }
     config = Path(run, "config.json").read_text()
     moved = shutil.copytree(run, tmp_path / "moved")
     (moved / "config.json").write_text(re.sub(r'"test": "\w+"', '"test": "0"', config))
@@ -498,6 +510,14 @@ def test_pretraining_makes_a_t5_that_training_starts_from_and_resumes(home, tmp_
     with pytest.raises(SystemExit, match="^pretrain.py: .*there is no .*no.such"):
         pretrain.main(["--dataset", "no/such", "--out", str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()
+
+
+def test_a_pretraining_that_diverges_makes_no_t5(home, tmp_path):
+    flags = ["--dataset", str(home), "--d-model", "16", "--layers", "1", "--vocab-size", "40"]
+    flags += ["--steps", "3", "--lr", "1e30", "--out", str(tmp_path / "t5")]
+    with pytest.raises(SystemExit, match="^pretrain.py: .* try a smaller --lr"):
+        pretrain.main(flags)
+    assert not (tmp_path / "t5" / "model").exists()
 
 
 # ---------------------------------------- fast_cpu, benchmark

@@ -198,11 +198,15 @@ CURVES = {  # panel: (measure, split in log.jsonl, measure in metrics.json marke
 
 
 def read_log(run):
-    """The records of a run's log.jsonl. Raises InputError if there is none."""
+    """The records of a run's log.jsonl, but for a line that is being written. Raises InputError."""
     path = Path(run, "log.jsonl")
     if not path.is_file():
         raise data.InputError(f"{run} has no log.jsonl of a run")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    text = path.read_text()
+    try:
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    except ValueError as error:
+        raise data.InputError(f"{path} is damaged: {error}") from None
 
 
 def draw_curves(runs):
@@ -216,8 +220,9 @@ def draw_curves(runs):
         for run, color in zip(runs, itertools.cycle(RUN_COLORS), strict=False):
             records = [r for r in read_log(run) if r["split"] == split and name in r]
             steps, values = [r["step"] for r in records], [r[name] for r in records]
-            marker = "o" if split == "valid" else None
-            axes.plot(steps, values, color=color, label=run, marker=marker, markersize=4)
+            marker = "o" if split == "valid" or len(steps) == 1 else None
+            label = " " + str(run).replace("$", r"\$")  # matplotlib hides what begins with _
+            axes.plot(steps, values, color=color, label=label, marker=marker, markersize=4)
             measured = data.read_json(Path(run, "metrics.json")).get(end)
             if measured is not None and steps:
                 axes.plot(steps[-1], measured, "s", color=color, markersize=8, mec="black")

@@ -91,6 +91,8 @@ def main(argv=None):
     flag("--out", metavar="FILE", type=Path, help="also write the columns there, as JSON")
     args = parser.parse_args(argv)
     with data.command("refit.py"):
+        if args.out and args.out.is_dir():
+            raise data.InputError(f"--out is {args.out}, a folder; it must be a file")
         if args.out:  # before hours are spent
             args.out.parent.mkdir(parents=True, exist_ok=True)
         config, model, read = metrics.load_run(args.run, dataset=args.dataset)

@@ -16,6 +16,8 @@ The paper's own experiment, for whoever has a GPU and a network:
 """
 
 import argparse
+import functools
+import hashlib
 import itertools
 import json
 import os
@@ -174,6 +176,7 @@ class Job:
     result: Path | None = None  # of a row
     positions: bool = False
     start: str | None = None  # the T5 of a run of train.py
+    dataset: str | None = None  # its texts
 
     def finished(self):
         return ((self.result or self.out) / "metrics.json").exists()
@@ -219,7 +222,9 @@ def warm_up_job(name, text, out, rest, args):
     start, needs = start_job(start_name, text, args)
     epochs = text.epochs[0] if text.epochs else None
     command = ["train.py", "--phase", "1", "--model", start, *flags_of(flags, epochs, text.lr)]
-    return Job(out / "phase1", [*command, *rest, "--out", str(out)], needs, start=start)
+    command += [*rest, "--out", str(out)]
+    dataset = dataset_path(text.dataset, args)
+    return Job(out / "phase1", command, needs, start=start, dataset=dataset)
 
 
 def run_folder(row, name, seed, args):
@@ -253,7 +258,8 @@ def row_job(row, name, seed, args):
     if not no_latent:
         command += ["--iw-samples", str(text.iw_samples)]
     result = Path(args.results, name, row.name, str(seed))
-    return Job(out, command, needs, result, text.positions, t5)
+    dataset = dataset_path(text.dataset, args)
+    return Job(out, command, needs, result, text.positions, t5, dataset)
 
 
 def flags_of(text, epochs, lr):
@@ -301,16 +307,37 @@ def study_jobs(args):
     return jobs
 
 
-def check_starts(jobs):
-    """InputError if a run or a result that is there was made of another T5 than its job says."""
+@functools.cache
+def checksums(dataset, data_dir):
+    """{split: SHA-256} of a data set, as in config.json, or None if it is not there."""
+    found = {}
+    try:
+        for split in data.SPLITS:
+            text = "\n".join(data.read_texts(dataset, split, data_dir))
+            found[split] = hashlib.sha256(text.encode()).hexdigest()
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def check_origins(jobs, args):
+    """InputError if a run or a result that is there was made of other texts than its job says, or,
+    with --model, of another T5. (Without, it may have been pretrained in another --runs.)"""
+    advice = "give another --runs and --results"
     for job in jobs:
         if job.needs:
-            check_starts([job.needs])
-        for folder in job.out, job.result:
-            found = data.read_json(Path(folder, "config.json")).get("model") if folder else None
-            if job.start and found and Path(found).resolve() != Path(job.start).resolve():
+            check_origins([job.needs], args)
+        for folder in filter(None, (job.out, job.result)):
+            config = data.read_json(Path(folder, "config.json"))
+            found = config.get("model")
+            is_other = found and job.start and Path(found).resolve() != Path(job.start).resolve()
+            if is_other and args.model:
                 said = f"{folder} is of {found}, not of {job.start}"
-                raise data.InputError(f"{said}; give another --runs and --results")
+                raise data.InputError(f"{said}; {advice}")
+            now = checksums(job.dataset, args.data_dir) if job.dataset else None
+            if now and config.get("data_sha256", now) != now:
+                said = f"{folder} is not of the texts that {job.dataset} has now"
+                raise data.InputError(f"{said}; {advice}")
 
 
 def commands_left(jobs):
@@ -493,7 +520,7 @@ def parse_args(argv):
     seeds = "so many of each row (1; of some 2, on grammar 3)"
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--seeds", type=data.number(int, 1), help=seeds)
-    group.add_argument("--seed", type=data.number(int, 0), help="only this seed of each row")
+    group.add_argument("--seed", type=data.number(int, 0, 2**32), help="only this seed of each row")
     flag("--model", help="start of all rows: a T5 of the hub, or a folder (pretrained here)")
     flag("--deep", help="that of rows with 4 + 4 layers, with --model; else they are left out")
     flag("--data-dir", default="data", help="where the folders of the texts are (data)")
@@ -531,15 +558,17 @@ def main(argv=None):
     args = parse_args(argv)
     with data.command("study.py", "; the same command continues"):
         if args.tables:
-            print("\n\n".join(study_tables.tables(args.results).values()))
+            tables = study_tables.tables(args.results)
+            if not tables:
+                raise data.InputError(f"{args.results} has no rows")
+            print("\n\n".join(tables.values()))
             return
         jobs = study_jobs(args)
         found = {job.result.parent.name for job in jobs}
         if missing := [row for row in args.rows or () if row not in found]:
             said = "no text of --texts has such a row, or it needs --deep"
             raise data.InputError(f"--rows {' '.join(missing)}: {said}")
-        if args.model:
-            check_starts(jobs)
+        check_origins(jobs, args)
         print(time_left(jobs, args))
         if args.list:
             for job in commands_left(jobs):

@@ -104,16 +104,19 @@ def read(results):
     """({text: {row: {seed: measures}}}, {text: paired.json}), in TEXT_ORDER.
 
     The measures are those of metrics.json, with the share of active dimensions, and the minutes and
-    the KL after each epoch of phase 1 of config.json. Raises InputError if a file is damaged.
+    the KL after each epoch of phase 1 of config.json. Raises InputError if a file is damaged, or
+    if the rows of a text are of different texts.
     """
     if not Path(results).is_dir():
         raise data.InputError(f"there is no folder {results}")
-    runs, paired = {}, {}
+    runs, paired, texts = {}, {}, {}
     for path in sorted(Path(results).glob("*/*/*/metrics.json")):
         text, row, seed = path.parts[-4:-1]
         if not seed.isdecimal():
             raise data.InputError(f"{path.parent} is no seed: its name must be a number")
         config = read_dict(path.with_name("config.json"), "command")
+        if config.get("data_sha256") != texts.setdefault(text, config.get("data_sha256")):
+            raise data.InputError(f"{path.parent} is of other texts than the first row of {text}")
         measured = read_dict(path, "latent_dim", "kl", "rec", "au")
         if measured["latent_dim"]:
             measured["active"] = measured["au"] / measured["latent_dim"]

@@ -16,7 +16,7 @@ import train
 from extras import compare, pretrain
 from extras.test_extras import home, one_thread, read_json
 from study import plots, positions, refit, study, study_tables
-from test_vae import EOS, ROOT, TINY, tiny_vae
+from test_vae import EOS, ROOT, TINY, data_tokenizer, tiny_vae
 
 # ---------------------------------------- commands
 
@@ -96,6 +96,26 @@ def test_a_run_of_another_t5_is_no_row(tmp_path):
         config.unlink()
 
 
+def test_a_run_of_other_texts_is_no_row(tmp_path, home, data_tokenizer):
+    """Neither a result, nor a phase 1, of the same name."""
+    shutil.copytree(home, tmp_path / "data" / "captions", ignore=shutil.ignore_patterns("*/"))
+    text = ["--texts", "captions", "--rows", "r8", "--list", "--data-dir", str(tmp_path / "data")]
+    text += ["--results", str(tmp_path), "--runs", str(tmp_path)]
+    now = study.checksums(str(tmp_path / "data" / "captions"), "data")
+    for split in data.SPLITS:
+        assert now[split] == data.load_corpus(str(home), split, data_tokenizer).sha256
+    for place in "r8/0", "autoencoder/0/phase1":
+        config = tmp_path / "captions" / place / "config.json"
+        config.parent.mkdir(parents=True)
+        data.write_json(config, {"data_sha256": now})
+        study.main(text)
+        data.write_json(config, {"data_sha256": now | {"train": "of others"}})
+        with pytest.raises(SystemExit, match=f"{place} is not of the texts that .*captions has"):
+            study.main(text)
+        study.main([*text[:-6], "--data-dir", "nowhere", *text[-4:]])  # they may be elsewhere
+        config.unlink()
+
+
 def test_a_language_model_has_the_learning_rate_of_its_text():
     jobs = study.study_jobs(settings("--texts", "ptb", "captions", "--results", "nowhere"))
     rates = {}
@@ -136,6 +156,7 @@ def test_mistakes_are_refused(capsys):
         (["--tables", "--seed", "0"], "--tables prints all"),
         (["--seed", "0", "--seeds", "2"], "not allowed with"),
         (["--seed", "-1"], "--seed"),
+        (["--seed", "4294967296"], "--seed"),
     ):
         with pytest.raises(SystemExit):
             settings(*flags)
@@ -239,6 +260,8 @@ def test_a_refitted_encoder_has_a_lower_bound(home, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(refit, "RATE", 1e-2)
     out = tmp_path / "results" / "text" / "row" / "0" / "refit.json"
     out.parent.mkdir(parents=True)
+    with pytest.raises(SystemExit, match=f"--out is {out.parent}, a folder"):
+        refit.main([str(tmp_path / "phase2"), "--out", str(out.parent)])
     refit.main([str(tmp_path / "phase2"), "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
     bounds = [float(line.split()[-1]) for line in lines if line.startswith("step")]
@@ -283,7 +306,17 @@ def test_damaged_results_are_named(tmp_path):
     write_row(tmp_path, "ptb", "r4", "0.bak")
     with pytest.raises(SystemExit, match=r"r4/0.bak is no seed"):
         study.main(["--tables", "--results", str(tmp_path)])
+    shutil.rmtree(tmp_path / "ptb" / "r4")
+    data.write_json(
+        tmp_path / "ptb" / "lm" / "0" / "config.json", {"command": "", "data_sha256": 1}
+    )
+    write_row(tmp_path, "ptb", "r4")
+    with pytest.raises(SystemExit, match=r"r4/0 is of other texts than the first row of ptb"):
+        study.main(["--tables", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="no folder"):
+        study.main(["--tables", "--results", str(tmp_path / "none")])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match="none has no rows"):
         study.main(["--tables", "--results", str(tmp_path / "none")])
 
 
@@ -612,20 +645,28 @@ def test_curves_show_the_log_and_mark_the_end(tmp_path):
     run.mkdir()
     valid = [{"step": i, "split": "valid", "rec": 9.0, "kl": i, "neg_elbo": 9.0} for i in (0, 5)]
     records = [*valid, {"step": 3, "split": "train", "kl_weight": 0.5, "rec": 1.0}]
-    (run / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+    log = "".join(json.dumps(record) + "\n" for record in records)
+    (run / "log.jsonl").write_text(log + '{"step": 7, "spl')  # a line that is being written
     data.write_json(run / "metrics.json", {"kl_posterior": 2.5, "nll": 8.0})
     _, kl, weight, bound = plots.draw_curves([str(run)]).axes
     line, mark = kl.lines
     assert line.get_ydata().tolist() == [0, 5]
     assert (mark.get_xdata().item(), mark.get_ydata().item()) == (5, 2.5)
     assert weight.lines[0].get_ydata().tolist() == [0.5]
+    assert weight.lines[0].get_marker() == "o", "a line of one point is nothing"
     assert bound.lines[1].get_ydata().item() == 8.0
     ticks = [text.get_text() for text in kl.get_yticklabels()]
     assert {"1", "2", "5"} <= set(ticks), "more than powers of ten, as plain numbers"
     assert (kl.get_yscale(), bound.get_yscale()) == ("symlog", "linear")
     plots.main(["curves", str(run), "--out", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    (run / "log.jsonl").write_text('{"step": 0, "split": "valid", "nats_per_target": 9.0}')
+    for odd in "_run", "a$b^$":
+        plots.main(["curves", str(run.rename(tmp_path / odd)), "--out", str(tmp_path / "c.png")])
+        run = tmp_path / odd
+    (run / "log.jsonl").write_text('{"step":\n' + log)
+    with pytest.raises(SystemExit, match=r"log.jsonl is damaged"):
+        plots.main(["curves", str(run), "--out", str(tmp_path / "c.png")])
+    (run / "log.jsonl").write_text('{"step": 0, "split": "valid", "nats_per_target": 9.0}\n')
     with pytest.raises(SystemExit, match="has no rec and KL to draw"):  # a pretraining
         plots.main(["curves", str(run), "--out", str(tmp_path / "curves.png")])
     with pytest.raises(SystemExit, match="has no log.jsonl"):
