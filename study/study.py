@@ -310,6 +310,8 @@ def study_jobs(args):
 @functools.cache
 def checksums(dataset, data_dir):
     """{split: SHA-256} of a data set, as in config.json, or None if it is not there."""
+    if dataset in data.SOURCES and not Path(data_dir, dataset).is_dir():
+        return None  # read_texts would fetch it
     found = {}
     try:
         for split in data.SPLITS:
@@ -334,10 +336,11 @@ def check_origins(jobs, args):
             if is_other and args.model:
                 said = f"{folder} is of {found}, not of {job.start}"
                 raise data.InputError(f"{said}; {advice}")
-            now = checksums(job.dataset, args.data_dir) if job.dataset else None
-            if now and config.get("data_sha256", now) != now:
-                said = f"{folder} is not of the texts that {job.dataset} has now"
-                raise data.InputError(f"{said}; {advice}")
+            if job.dataset and "data_sha256" in config:
+                now = checksums(job.dataset, args.data_dir)
+                if now and config["data_sha256"] != now:
+                    said = f"{folder} is not of the texts that {job.dataset} has now"
+                    raise data.InputError(f"{said}; {advice}")
 
 
 def commands_left(jobs):

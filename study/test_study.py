@@ -114,6 +114,7 @@ def test_a_run_of_other_texts_is_no_row(tmp_path, home, data_tokenizer):
             study.main(text)
         study.main([*text[:-6], "--data-dir", "nowhere", *text[-4:]])  # they may be elsewhere
         config.unlink()
+    assert study.checksums("ptb", str(tmp_path)) is None, "--list fetches nothing"
 
 
 def test_a_language_model_has_the_learning_rate_of_its_text():
