@@ -602,6 +602,10 @@ def main(argv=None):
         parser.error(f"--write keeps measures in float32 alone; --amp is {args.amp}")
     results, said = {}, []
     with data.command("metrics.py"):
+        if all(read_config(run).get("latent_dim") == 0 for run in args.runs):
+            for flag, value in ("--iw-samples", args.iw_samples), ("--lm", args.lm):
+                if value is not None:
+                    raise InputError(f"{flag} is {value}, which has no effect on a language model")
         for run in args.runs:  # before hours are spent on the first
             check_run(run, args)
         try:

@@ -1108,6 +1108,9 @@ def test_tiny_makes_phase_2_alone_and_language_models(tmp_path, home, capsys):
     assert ["language model's NLL" in line for line in said] == [True, False], (
         "it is among the runs"
     )
+    for flag in ["--iw-samples", "3"], ["--lm", str(tmp_path / "lm")]:
+        with pytest.raises(SystemExit, match=f"{flag[0]} is {flag[1]}, which has no effect"):
+            metrics.main([str(tmp_path / "lm"), *flag])
     lines = (tmp_path / "phase2" / "samples.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["text", "reconstructed"] * 3 + ["sampled"] * 3
 

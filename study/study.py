@@ -535,9 +535,9 @@ def parse_args(argv):
     flag("--list", action="store_true", help="print what is missing, and run nothing")
     flag("--tables", action="store_true", help="print the tables of RESULTS.md, and run nothing")
     args = parser.parse_args(argv)
-    asked = [args.texts, args.rows, args.seeds, args.seed]
-    if args.tables and (args.list or any(value is not None for value in asked)):
-        parser.error("--tables prints all: it takes no --texts, --rows, --seeds, --seed, --list")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.tables and given - {"tables", "results", "model"}:
+        parser.error("--tables prints all: it takes --results and --model alone")
     if args.texts is None:
         args.texts = ["captions", "ptb", "answers"] if args.model else list(TEXTS)
     args.texts = list(dict.fromkeys(args.texts))

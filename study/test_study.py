@@ -155,6 +155,7 @@ def test_mistakes_are_refused(capsys):
         (["--rows", "r5"], "r5"),
         (["--tables", "--rows", "r8"], "--tables prints all"),
         (["--tables", "--seed", "0"], "--tables prints all"),
+        (["--tables", "--data-dir", "texts"], "--tables prints all"),
         (["--seed", "0", "--seeds", "2"], "not allowed with"),
         (["--seed", "-1"], "--seed"),
         (["--seed", "4294967296"], "--seed"),
