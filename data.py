@@ -318,6 +318,11 @@ def load_corpus(dataset, split, tokenizer, data_dir="data", max_length=256, limi
     return replace(corpus, skipped=skipped, sha256=digest.hexdigest(), entropy=entropy)
 
 
+def texts_sha256(texts):
+    """The checksum of all lines of a split, an iterable of str: that of its `Corpus`."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
 def make_corpus(texts, tokenizer, max_length=256, allow_empty=False):
     """The `Corpus` of texts, an iterable of str, in their order.
 

@@ -25,7 +25,6 @@ have a colour, all others are grey. Pictures need `pip install -r extras/require
 
 import argparse
 import contextlib
-import hashlib
 import io
 import sys
 import textwrap
@@ -188,8 +187,7 @@ def labelled_texts(args):
             texts = list(data.read_texts(config["dataset"], "test", config["data_dir"]))
         except FileNotFoundError as error:
             raise InputError(f"{error}; give --texts") from error
-        digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-        if digest != config["data_sha256"]["test"]:
+        if data.texts_sha256(texts) != config["data_sha256"]["test"]:
             said = f"the test texts of {config['dataset']} are not those of {args.model}"
             raise InputError(f"{said}; give --texts")
         where = f"the test split of {config['dataset']}"

@@ -17,7 +17,6 @@ The paper's own experiment, for whoever has a GPU and a network:
 
 import argparse
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -315,8 +314,7 @@ def checksums(dataset, data_dir):
     found = {}
     try:
         for split in data.SPLITS:
-            text = "\n".join(data.read_texts(dataset, split, data_dir))
-            found[split] = hashlib.sha256(text.encode()).hexdigest()
+            found[split] = data.texts_sha256(data.read_texts(dataset, split, data_dir))
     except FileNotFoundError:
         return None
     return found
